@@ -1,0 +1,127 @@
+"""Packaging of ``lors_plugin``.
+
+The wheel carries ``configs``, ``tools`` and ``model-index.yml`` inside the
+package as ``lors_plugin/.mim``, which is where ``mim`` looks for them. An
+editable install links to them instead.
+
+The host packages (MMEngine, MMCV, MMDetection, MMPretrain) are no install
+requirements: the forks and the original packages are different
+distributions with the same import names, and requiring one kind would
+overwrite the other. ``pip install lors_plugin[onedl]`` names the forks.
+"""
+
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = 'lors_plugin'
+MIM_ITEMS = ('configs', 'tools', 'model-index.yml')
+
+
+def read_version():
+    """Read the version without importing the package."""
+    scope = {}
+    exec((ROOT / PACKAGE / 'version.py').read_text(encoding='utf-8'), scope)
+    return scope['__version__']
+
+
+def read_readme():
+    """Return the README, or nothing where it is not there."""
+    readme = ROOT / 'README.md'
+    return readme.read_text(encoding='utf-8') if readme.is_file() else ''
+
+
+def read_requirements(name):
+    """Return the requirements in ``requirements/<name>.txt``."""
+    lines = (
+        (ROOT / 'requirements' / f'{name}.txt')
+        .read_text(encoding='utf-8')
+        .splitlines()
+    )
+    lines = [line.split('#')[0].strip() for line in lines]
+    return [line for line in lines if line]
+
+
+def place_mim_items(target, link):
+    """Put what ``mim`` needs into the directory ``target``.
+
+    Args:
+        target (Path): The ``.mim`` directory, replaced as a whole.
+        link (bool): Whether to link to the checkout rather than to copy.
+    """
+    if target.is_symlink() or target.is_file():
+        target.unlink()
+    elif target.is_dir():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    for name in MIM_ITEMS:
+        source = ROOT / name
+        if not source.exists():
+            continue
+        if link:
+            try:
+                (target / name).symlink_to(source, source.is_dir())
+                continue
+            except OSError:
+                pass  # a file system without links: copy
+        if source.is_dir():
+            shutil.copytree(
+                source,
+                target / name,
+                ignore=shutil.ignore_patterns('__pycache__', '*.pyc'),
+            )
+        else:
+            shutil.copy2(source, target / name)
+
+
+class BuildPyWithMim(build_py):
+    """Build the package and place what ``mim`` needs beside it."""
+
+    def run(self):
+        super().run()
+        if getattr(self, 'editable_mode', False):
+            place_mim_items(ROOT / PACKAGE / '.mim', link=True)
+        else:
+            place_mim_items(
+                Path(self.build_lib) / PACKAGE / '.mim', link=False
+            )
+
+
+setup(
+    name='lors-plugin',
+    version=read_version(),
+    description='LORS, AdaMixer, RepAdapter and ParameterNet for MMDetection '
+    'and MMPretrain',
+    long_description=read_readme(),
+    long_description_content_type='text/markdown',
+    author='lors_plugin contributors',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    keywords='computer vision, object detection, low-rank, OpenMMLab',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+    packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
+    include_package_data=False,
+    python_requires='>=3.10',
+    install_requires=read_requirements('runtime'),
+    extras_require={
+        'onedl': read_requirements('mminstall'),
+        'optional': read_requirements('optional'),
+        'tests': read_requirements('tests'),
+        'docs': read_requirements('docs'),
+        'lint': read_requirements('lint'),
+    },
+    cmdclass={'build_py': BuildPyWithMim},
+    zip_safe=False,
+)
