@@ -1,0 +1,186 @@
+"""Does a checkpoint belong to this model?
+
+MMEngine loads what fits and logs the rest, so a model that was loaded with
+the weights of another architecture runs, and its results look like a bug.
+"""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass
+class CheckpointFit:
+    """How the entries of a file and of a model meet.
+
+    Args:
+        missing (list[str]): Entries of the model that the file lacks.
+        unexpected (list[str]): Entries of the file unknown to the model.
+        mismatched (list[str]): Entries of another shape, with both shapes.
+        total (int): Number of entries of the model.
+        unmatched_share (float): Share of the model's numbers, by count,
+            that would not be loaded.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+    total: int
+    unmatched_share: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether every entry of the model would be loaded."""
+        return not self.missing and not self.mismatched
+
+    def describe(self, limit: int = 4) -> str:
+        """Return the counts and the first few names, a line a kind."""
+        lines = [
+            f'of {self.total} entries of the model {len(self.missing)} are '
+            f'missing in the file and {len(self.mismatched)} have another '
+            f'shape there; {len(self.unexpected)} of the file are unknown '
+            'to the model'
+        ]
+        for title, names in (
+            ('missing', self.missing),
+            ('another shape', self.mismatched),
+            ('unknown', self.unexpected),
+        ):
+            if names:
+                dots = ', ...' if len(names) > limit else ''
+                lines.append(f'  {title}: {", ".join(names[:limit])}{dots}')
+        return '\n'.join(lines)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside parallel and test-time wrappers."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint file.
+
+    With an EMA, MMEngine stores the averaged weights as ``state_dict``.
+
+    Args:
+        path (str): A file or anything else that MMEngine loads from.
+
+    Returns:
+        dict[str, Tensor]: The weights, without the prefix of a parallel
+        wrapper.
+
+    Raises:
+        ValueError: If there is none or the file cannot be read.
+    """
+    try:
+        content = CheckpointLoader.load_checkpoint(
+            path, map_location='cpu', logger='silent'
+        )
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f'{path} cannot be read as a checkpoint '
+            f'({type(error).__name__}: {error}); was its download or its '
+            'training interrupted?'
+        ) from error
+    state = content
+    if isinstance(content, dict) and 'state_dict' in content:
+        state = content['state_dict']
+    weights = {
+        re.sub(r'^module\.', '', name): value
+        for name, value in (state.items() if isinstance(state, dict) else ())
+        if isinstance(value, Tensor)
+    }
+    if not weights:
+        raise ValueError(f'{path} holds no weights (no `state_dict`)')
+    return weights
+
+
+def compare(
+    model: dict[str, Tensor], file: dict[str, Tensor]
+) -> CheckpointFit:
+    """Compare two state dicts by name and shape.
+
+    Args:
+        model (dict[str, Tensor]): The model's.
+        file (dict[str, Tensor]): The file's.
+
+    Returns:
+        CheckpointFit: What is missing, unexpected and mismatched.
+    """
+    missing, mismatched, lost, total = [], [], 0, 0
+    for name, value in model.items():
+        size = math.prod(value.shape)
+        total += size
+        if name not in file:
+            if name.endswith('num_batches_tracked'):
+                continue  # files of old versions lack this counter
+            missing.append(name)
+            lost += size
+        elif file[name].shape != value.shape:
+            shapes = f'file {tuple(file[name].shape)}'
+            shapes += f', model {tuple(value.shape)}'
+            mismatched.append(f'{name} ({shapes})')
+            lost += size
+    unexpected = [name for name in file if name not in model]
+    return CheckpointFit(
+        missing, unexpected, mismatched, len(model), lost / max(total, 1)
+    )
+
+
+def check_checkpoint_path(path: str, field: str) -> None:
+    """Check that a local checkpoint file exists.
+
+    Args:
+        path (str): A file or an address.
+        field (str): What the message calls it.
+
+    Raises:
+        FileNotFoundError: If it is a local path without a file.
+    """
+    if '://' not in path and not Path(path).is_file():
+        raise FileNotFoundError(
+            f'{field}: the checkpoint file {path} does not exist (current '
+            f'directory: {Path.cwd()})'
+        )
+
+
+def check_checkpoint(
+    model: nn.Module, path: str, max_unmatched: float = 0.0
+) -> CheckpointFit:
+    """Check that a checkpoint belongs to a model.
+
+    Args:
+        model (:obj:`nn.Module`): The model, wrapped or not.
+        path (str): The checkpoint.
+        max_unmatched (float): Share of the model that may be left as it is,
+            0 for testing and resuming; fine-tuning for other classes leaves
+            the classifiers. Defaults to 0.
+
+    Returns:
+        CheckpointFit: The comparison, for the log.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    fit = compare(unwrapped(model).state_dict(), read_state_dict(path))
+    if fit.complete or 0 < fit.unmatched_share <= max_unmatched:
+        return fit
+    remedy = (
+        'Use the config that the checkpoint was trained with.'
+        if max_unmatched == 0
+        else 'Fine-tuning needs a checkpoint of the same architecture; to '
+        'start from a backbone, use its init_cfg instead of load_from.'
+    )
+    raise ValueError(
+        f'{path} does not fit the model of this config: {fit.describe()}\n'
+        f'{remedy}'
+    )

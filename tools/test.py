@@ -1,0 +1,134 @@
+"""Test a detector or a classifier.
+
+    python tools/test.py CONFIG CHECKPOINT [--show-dir DIR] [--out FILE.pkl]
+
+Exit code 2 means a mistake in the command, the config or the data.
+"""
+
+import argparse
+import sys
+
+from tool_utils import (
+    add_common_arguments,
+    apply_tta,
+    build_runner,
+    check_config,
+    finish_distributed,
+    load_config,
+    prepare_distributed,
+    user_errors,
+)
+
+import lors_plugin  # noqa: F401  (makes mmcv.ops importable)
+from lors_plugin.engine.checkpoint_fit import (
+    check_checkpoint,
+    check_checkpoint_path,
+)
+from lors_plugin.engine.preflight import host_of
+
+
+def parse_args(argv=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description='Test a detector or a classifier'
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or address')
+    parser.add_argument(
+        '--show-dir',
+        metavar='DIR',
+        help='draw the predictions there (below the working directory for '
+        'detectors, unless it is an absolute path)',
+    )
+    parser.add_argument(
+        '--show', action='store_true', help='show predictions in a window'
+    )
+    parser.add_argument(
+        '--wait-time',
+        type=float,
+        default=2,
+        help='seconds that each window stays open',
+    )
+    parser.add_argument(
+        '--out', metavar='FILE.pkl', help='write the predictions as a pickle'
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation by tta_model and tta_pipeline of the '
+        'config',
+    )
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def apply_visualization(cfg, args):
+    """Turn the host's drawing of predictions on."""
+    host = host_of(cfg)
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    if hook is None or host is None:
+        raise ValueError(
+            '--show and --show-dir need default_hooks.visualization in the '
+            'config and default_scope mmdet or mmpretrain'
+        )
+    if args.show:
+        hook.update(show=True, wait_time=args.wait_time)
+    if host == 'mmdet':
+        hook.draw = True
+        if args.show_dir:
+            hook.test_out_dir = args.show_dir
+    else:
+        hook.update(enable=True, interval=1)
+        if args.show_dir:
+            hook.out_dir = args.show_dir
+
+
+def apply_args(cfg, args):
+    """Apply the arguments that only testing has."""
+    check_checkpoint_path(args.checkpoint, 'CHECKPOINT')
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    for field in ('test_dataloader', 'test_evaluator', 'test_cfg'):
+        if not cfg.get(field):
+            raise ValueError(f'the config has no {field}: nothing to test')
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        raise ValueError(f'--out {args.out}: must end in .pkl or .pickle')
+    if args.show or args.show_dir:
+        apply_visualization(cfg, args)
+    if args.tta:
+        apply_tta(cfg)
+
+
+def dump_metric(cfg, path):
+    """Return the host's metric that writes predictions to a file."""
+    if host_of(cfg) == 'mmdet':
+        from mmdet.evaluation import DumpDetResults
+
+        return DumpDetResults(out_file_path=path)
+    from mmengine.evaluator import DumpResults
+
+    return DumpResults(out_file_path=path)
+
+
+def main(argv=None):
+    """Test; a mistake of the user's ends with exit code 2."""
+    args = parse_args(argv)
+    cfg = load_config(args)
+    with user_errors('', args.debug):
+        apply_args(cfg, args)
+    check_config(cfg, ['test'], args.debug)
+    prepare_distributed(cfg, args.debug)
+    try:
+        runner = build_runner(cfg, args.debug)
+        with user_errors('', args.debug):
+            check_checkpoint(runner.model, args.checkpoint)
+        if args.out:
+            runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
+        runner.test()
+    finally:
+        finish_distributed()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""What ``train.py`` and ``test.py`` share."""
+
+import argparse
+import contextlib
+import datetime
+import os
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from lors_plugin.compat import register_safe_globals
+from lors_plugin.engine.preflight import (
+    check_classes,
+    check_data_paths,
+    host_of,
+)
+
+EXIT_USER_ERROR = 2
+
+
+def add_common_arguments(parser):
+    """Add the arguments of both tools to a parser."""
+    parser.add_argument(
+        '--work-dir',
+        help='directory for logs and checkpoints; by default '
+        './work_dirs/<name of the config>',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override entries of the config, for example '
+        'train_dataloader.batch_size=4 key="[a,b]" key=a,b; lists by index: '
+        'optim_wrapper.0.lr=1e-4; no white space within a value',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher',
+    )
+    parser.add_argument(
+        '--debug',
+        action='store_true',
+        help='show the whole traceback of a mistake in the config',
+    )
+    parser.add_argument(
+        '--local-rank',
+        '--local_rank',
+        type=int,
+        default=0,
+        help=argparse.SUPPRESS,
+    )
+
+
+@contextlib.contextmanager
+def user_errors(step, debug, kinds=(ValueError, FileNotFoundError)):
+    """Turn a user's mistake into one message and exit code 2.
+
+    Args:
+        step (str): What was being done, or '' if the message says it all.
+        debug (bool): Whether to show the traceback instead.
+        kinds (tuple): The exceptions that are taken for mistakes.
+    """
+    try:
+        yield
+    except kinds as error:
+        if debug:
+            raise
+        if os.environ.get('RANK', '0') == '0':
+            text = str(error.args[0]) if error.args else str(error)
+            if isinstance(error, OSError):
+                text = str(error)
+            if step:
+                text = f'{step}: {type(error).__name__}: {text}\n'
+                text += '(--debug shows the whole traceback)'
+            sys.stderr.write(f'error: {text}\n')
+        raise SystemExit(EXIT_USER_ERROR) from None
+
+
+def load_config(args):
+    """Load the config and apply the arguments that both tools have.
+
+    Args:
+        args (:obj:`argparse.Namespace`): The parsed arguments.
+
+    Returns:
+        :obj:`Config`: The config with launcher and working directory.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    with user_errors('', args.debug):
+        if not Path(args.config).is_file():
+            raise FileNotFoundError(
+                f'the config file {args.config} does not exist (current '
+                f'directory: {Path.cwd()})'
+            )
+    with user_errors(
+        f'{args.config} cannot be read', args.debug, (Exception,)
+    ):
+        cfg = Config.fromfile(args.config)
+        if args.cfg_options is not None:
+            cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = f'./work_dirs/{Path(args.config).stem}'
+    register_safe_globals()
+    set_host_defaults(cfg)
+    return cfg
+
+
+def set_host_defaults(cfg):
+    """Do what the host's own tools do to a config before a run."""
+    if host_of(cfg) == 'mmdet':
+        with contextlib.suppress(ImportError):
+            from mmdet.utils import setup_cache_size_limit_of_dynamo
+
+            setup_cache_size_limit_of_dynamo()
+    if host_of(cfg) == 'mmpretrain':
+        for phase in ('train', 'val', 'test'):
+            loader = cfg.get(f'{phase}_dataloader')
+            if loader:
+                loader.setdefault('collate_fn', dict(type='default_collate'))
+                loader.setdefault('pin_memory', True)
+                if loader.get('num_workers', 0) > 0:
+                    loader.setdefault('persistent_workers', True)
+
+
+def check_config(cfg, phases, debug=False):
+    """Check data paths and classes, see :mod:`lors_plugin.engine`."""
+    with user_errors('', debug):
+        check_data_paths(cfg, phases)
+        check_classes(cfg, phases)
+
+
+def prepare_distributed(cfg, debug=False):
+    """Start several processes on the CPU where there is no GPU.
+
+    MMEngine's launchers select a CUDA device, so on the CPU the process
+    group is made here, before the runner looks for one.
+    """
+    if cfg.launcher == 'none' or torch.cuda.is_available():
+        return
+    with user_errors('', debug):
+        if cfg.launcher != 'pytorch':
+            raise ValueError(
+                f'--launcher {cfg.launcher} needs CUDA, which is not '
+                'available; on CPUs use tools/dist_train.sh'
+            )
+        if 'RANK' not in os.environ:
+            raise ValueError(
+                '--launcher pytorch needs torchrun; use tools/dist_train.sh'
+            )
+    if 'env_cfg' not in cfg:
+        cfg.env_cfg = ConfigDict()
+    dist_cfg = cfg.env_cfg.setdefault('dist_cfg', ConfigDict())
+    dist_cfg.backend = 'gloo'
+    options = {}
+    if dist_cfg.get('timeout') is not None:
+        options['timeout'] = datetime.timedelta(seconds=dist_cfg.timeout)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo', **options)
+    wrapper = cfg.get('model_wrapper_cfg')
+    if wrapper is None:
+        wrapper = dict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
+    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
+    print_log(
+        'CUDA is not available: '
+        f'{torch.distributed.get_world_size()} CPU processes by gloo',
+        logger='current',
+    )
+
+
+def finish_distributed():
+    """Leave the process group, if there is one."""
+    if torch.distributed.is_available() and (
+        torch.distributed.is_initialized()
+    ):
+        torch.distributed.destroy_process_group()
+
+
+def build_runner(cfg, debug=False):
+    """Build the runner and with it the model."""
+    kinds = (ValueError, TypeError, KeyError, AssertionError, ImportError)
+    with user_errors('cannot build what the config describes', debug, kinds):
+        if 'runner_type' in cfg:
+            return RUNNERS.build(cfg)
+        return Runner.from_cfg(cfg)
+
+
+def innermost_dataset(dataset):
+    """Return the config of the data set inside wrappers."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
+
+
+def apply_tta(cfg):
+    """Wrap the model and replace the pipeline for test-time augmentation."""
+    missing = [k for k in ('tta_model', 'tta_pipeline') if k not in cfg]
+    if missing:
+        raise ValueError(
+            f'--tta: the config has no {" and no ".join(missing)}. Which '
+            'views are made and how they are merged decides the result, so '
+            'there is no default: define both in the config'
+        )
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset = innermost_dataset(cfg.test_dataloader.dataset)
+    dataset.pipeline = deepcopy(cfg.tta_pipeline)

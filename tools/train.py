@@ -1,0 +1,155 @@
+"""Train a detector or a classifier.
+
+    python tools/train.py CONFIG [--amp] [--resume] [--cfg-options ...]
+
+Exit code 2 means a mistake in the command, the config or the data.
+"""
+
+import argparse
+import sys
+
+import torch
+from mmengine.logging import print_log
+from tool_utils import (
+    add_common_arguments,
+    build_runner,
+    check_config,
+    finish_distributed,
+    load_config,
+    prepare_distributed,
+    user_errors,
+)
+
+import lors_plugin  # noqa: F401  (makes mmcv.ops importable)
+from lors_plugin.engine.checkpoint_fit import (
+    check_checkpoint,
+    check_checkpoint_path,
+)
+
+AUTOCAST = 'lors_plugin.AutocastOptimWrapper'
+
+
+def parse_args(argv=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description='Train a detector or a classifier'
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        const='auto',
+        choices=['auto', 'float16', 'bfloat16'],
+        help='mixed precision; without a value float16 on CUDA and '
+        'bfloat16 on the CPU',
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from that checkpoint, or without a value from the '
+        'newest one in the working directory',
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate by the real batch size',
+    )
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def apply_amp(cfg, dtype):
+    """Turn mixed precision on, keeping the other optimiser options.
+
+    Args:
+        cfg (:obj:`Config`): The config, changed in place.
+        dtype (str): 'float16', 'bfloat16' or 'auto'.
+    """
+    wrapper = cfg.optim_wrapper
+    kind = str(wrapper.get('type', 'OptimWrapper')).rsplit('.', 1)[-1]
+    if kind in ('AmpOptimWrapper', 'AutocastOptimWrapper'):
+        if dtype != 'auto':
+            wrapper.dtype = dtype
+        print_log(
+            f'--amp: the config already trains in mixed precision ({kind}, '
+            f'dtype {wrapper.get("dtype", "by default")})',
+            logger='current',
+        )
+        return
+    if kind != 'OptimWrapper':
+        raise ValueError(
+            f'--amp does not know optim_wrapper.type={wrapper.type}; set '
+            'mixed precision in the config'
+        )
+    if dtype == 'auto':
+        dtype = 'float16' if torch.cuda.is_available() else 'bfloat16'
+    wrapper.type = AUTOCAST
+    wrapper.dtype = dtype
+    print_log(f'--amp: mixed precision with {dtype}', logger='current')
+
+
+def apply_auto_scale_lr(cfg):
+    """Turn the scaling of the learning rate on."""
+    scale = cfg.get('auto_scale_lr') or {}
+    if 'base_batch_size' not in scale:
+        raise ValueError(
+            '--auto-scale-lr: the config has no auto_scale_lr.'
+            'base_batch_size, the batch size that its learning rate is for'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def apply_args(cfg, args):
+    """Apply the arguments that only training has."""
+    if args.amp is not None:
+        apply_amp(cfg, args.amp)
+    if args.auto_scale_lr:
+        apply_auto_scale_lr(cfg)
+    if args.resume == 'auto':
+        cfg.resume = True
+        cfg.load_from = None
+    elif args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = args.resume
+    if cfg.get('load_from'):
+        field = '--resume' if args.resume else 'load_from'
+        check_checkpoint_path(cfg.load_from, field)
+
+
+def check_start(runner, cfg):
+    """Check that the checkpoint to start from belongs to the model."""
+    if not cfg.get('load_from'):
+        return
+    share = 0.0 if cfg.get('resume') else 0.5
+    fit = check_checkpoint(runner.model, cfg.load_from, share)
+    if not fit.complete:
+        print_log(
+            f'load_from: {fit.describe()}\nThe rest keeps its '
+            'initialisation; fine for fine-tuning on other classes.',
+            logger='current',
+        )
+
+
+def main(argv=None):
+    """Train; a mistake of the user's ends with exit code 2."""
+    args = parse_args(argv)
+    cfg = load_config(args)
+    with user_errors('', args.debug):
+        apply_args(cfg, args)
+    phases = ['train'] + (['val'] if cfg.get('val_cfg') else [])
+    check_config(cfg, phases, args.debug)
+    prepare_distributed(cfg, args.debug)
+    try:
+        runner = build_runner(cfg, args.debug)
+        with user_errors('', args.debug):
+            check_start(runner, cfg)
+        runner.train()
+    finally:
+        finish_distributed()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
