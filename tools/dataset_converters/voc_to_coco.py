@@ -193,9 +193,7 @@ def voc_to_coco(
             counts['size'],
         )
     if counts['degenerate']:
-        logger.warning(
-            'dropped %d boxes without area', counts['degenerate']
-        )
+        logger.warning('dropped %d boxes without area', counts['degenerate'])
     if counts['difficult']:
         logger.info('dropped %d difficult boxes', counts['difficult'])
     numbers = {label: i for i, label in enumerate(classes, start=1)}

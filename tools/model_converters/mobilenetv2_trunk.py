@@ -182,9 +182,7 @@ def map_keys(source: dict[str, Tensor]) -> dict[str, Tensor]:
     return target
 
 
-def check_trunk(
-    source: dict[str, Tensor], target: dict[str, Tensor]
-) -> float:
+def check_trunk(source: dict[str, Tensor], target: dict[str, Tensor]) -> float:
     """Run both networks on a random image and compare all outputs.
 
     Args:
@@ -195,7 +193,9 @@ def check_trunk(
         float: Largest difference, relative to the largest value of each
         output.
     """
-    import lors_plugin  # noqa: F401  (mmcv without compiled operators)
+    from lors_plugin.compat import install_mmcv_ext_fallback
+
+    install_mmcv_ext_fallback()
     from mmdet.models.backbones import MobileNetV2
 
     plain = PlainTrunk().eval()

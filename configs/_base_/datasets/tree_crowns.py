@@ -14,22 +14,24 @@ train_pipeline = [
     dict(
         type='RandomFlip',
         prob=[0.25, 0.25, 0.25],
-        direction=['horizontal', 'vertical', 'diagonal']),
+        direction=['horizontal', 'vertical', 'diagonal'],
+    ),
     dict(type='Rotate', prob=0.5, min_mag=90.0, max_mag=90.0),
     dict(
         type='RandomResize',
         scale=(256, 256),
         ratio_range=(0.8, 1.25),
-        keep_ratio=True),
+        keep_ratio=True,
+    ),
     dict(type='RandomCrop', crop_size=(256, 256), allow_negative_crop=True),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(6, 6), keep_empty=False),
     dict(
-        type='PhotoMetricDistortion',
-        brightness_delta=24,
-        contrast_range=(0.75, 1.25),
-        saturation_range=(0.6, 1.4),
-        hue_delta=10),
-    dict(type='PackDetInputs')
+        type='YOLOXHSVRandomAug',
+        hue_delta=6,
+        saturation_delta=40,
+        value_delta=40,
+    ),
+    dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile', backend_args=backend_args),
@@ -37,8 +39,14 @@ test_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
-                   'scale_factor'))
+        meta_keys=(
+            'img_id',
+            'img_path',
+            'ori_shape',
+            'img_shape',
+            'scale_factor',
+        ),
+    ),
 ]
 
 train_dataloader = dict(
@@ -54,7 +62,9 @@ train_dataloader = dict(
         data_prefix=dict(img='train_overlap/'),
         filter_cfg=dict(filter_empty_gt=False),
         pipeline=train_pipeline,
-        backend_args=backend_args))
+        backend_args=backend_args,
+    ),
+)
 val_dataloader = dict(
     batch_size=4,
     num_workers=1,
@@ -69,7 +79,9 @@ val_dataloader = dict(
         data_prefix=dict(img='val/'),
         test_mode=True,
         pipeline=test_pipeline,
-        backend_args=backend_args))
+        backend_args=backend_args,
+    ),
+)
 test_dataloader = val_dataloader
 
 val_evaluator = dict(
@@ -77,5 +89,6 @@ val_evaluator = dict(
     ann_file=data_root + 'annotations/val.json',
     metric='bbox',
     format_only=False,
-    backend_args=backend_args)
+    backend_args=backend_args,
+)
 test_evaluator = val_evaluator

@@ -1,0 +1,249 @@
+"""Pictures of boxes, for the tools in this folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+# BGR
+YELLOW, GREEN, MAGENTA = (0, 230, 255), (70, 220, 60), (220, 60, 255)
+WHITE, DARK = (255, 255, 255), (40, 40, 40)
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+HEADER, GAP = 34, 6
+
+
+class DrawError(RuntimeError):
+    """A mistake in the input that the user can repair."""
+
+
+@dataclass
+class Sample:
+    """One image with its boxes, all in pixels of the original image.
+
+    Attributes:
+        path (str): The image.
+        gt_boxes (np.ndarray): Corners, has shape (G, 4).
+        gt_labels (np.ndarray): Has shape (G, ).
+        boxes (np.ndarray): Predicted corners, best score first, has shape
+            (N, 4).
+        scores (np.ndarray): Has shape (N, ).
+        labels (np.ndarray): Has shape (N, ).
+    """
+
+    path: str
+    gt_boxes: np.ndarray
+    gt_labels: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Compute the IoU of all pairs of boxes.
+
+    Args:
+        a (np.ndarray): Corners, has shape (N, 4).
+        b (np.ndarray): Corners, has shape (G, 4).
+
+    Returns:
+        np.ndarray: Has shape (N, G).
+    """
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    inter = np.prod(np.clip(high - low, 0, None), axis=-1)
+    areas = [np.prod(c[:, 2:] - c[:, :2], axis=-1) for c in (a, b)]
+    union = areas[0][:, None] + areas[1][None] - inter
+    return inter / np.maximum(union, 1e-9)
+
+
+def match(sample: Sample, iou_thr: float = 0.5) -> np.ndarray:
+    """Assign predictions to ground truth, best score first.
+
+    Args:
+        sample (Sample): Image with boxes.
+        iou_thr (float): Smallest IoU of a hit. Defaults to 0.5.
+
+    Returns:
+        np.ndarray: Index of the ground truth, or -1, for each prediction;
+        has shape (N, ).
+    """
+    hits = np.full(len(sample.boxes), -1)
+    if not len(sample.gt_boxes):
+        return hits
+    ious = box_iou(sample.boxes, sample.gt_boxes)
+    ious[sample.labels[:, None] != sample.gt_labels[None]] = 0
+    for i, row in enumerate(ious):
+        best = int(row.argmax())
+        if row[best] >= iou_thr:
+            hits[i] = best
+            ious[:, best] = 0
+    return hits
+
+
+def best_threshold(samples: Sequence[Sample]) -> float:
+    """Find the score threshold with the best F1 over all images.
+
+    Args:
+        samples (Sequence[Sample]): All images.
+
+    Returns:
+        float: The threshold, 0.3 when nothing was found at all.
+    """
+    scores = np.concatenate([s.scores for s in samples])
+    found = np.concatenate([match(s) >= 0 for s in samples])
+    if not found.any():
+        return 0.3
+    order = np.argsort(-scores, kind='stable')
+    hits = np.cumsum(found[order])
+    total = sum(len(s.gt_boxes) for s in samples)
+    f1 = 2 * hits / (np.arange(1, len(hits) + 1) + total)
+    return float(scores[order][f1.argmax()])
+
+
+def draw_box(
+    canvas: np.ndarray,
+    box: np.ndarray,
+    color: tuple[int, int, int],
+    text: str = '',
+    dashed: bool = False,
+) -> None:
+    """Draw one box and its label.
+
+    Args:
+        canvas (np.ndarray): Picture, changed in place, has shape (H, W, 3).
+        box (np.ndarray): Corners in pixels of the canvas, has shape (4, ).
+        color (tuple[int]): BGR colour.
+        text (str): Label. Defaults to ''.
+        dashed (bool): Whether to interrupt the line. Defaults to False.
+    """
+    x1, y1, x2, y2 = (int(round(float(v))) for v in box)
+    if dashed:
+        for x in range(x1, x2, 10):
+            for y in (y1, y2):
+                cv2.line(canvas, (x, y), (min(x + 5, x2), y), color, 2)
+        for y in range(y1, y2, 10):
+            for x in (x1, x2):
+                cv2.line(canvas, (x, y), (x, min(y + 5, y2)), color, 2)
+    else:
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), color, 2, cv2.LINE_AA)
+    if text:
+        (width, height), _ = cv2.getTextSize(text, FONT, 0.42, 1)
+        left = min(max(x1, 0), max(canvas.shape[1] - width - 4, 0))
+        top = max(y1, 0)
+        corner = (left + width + 4, top + height + 5)
+        cv2.rectangle(canvas, (left, top), corner, color, -1)
+        place = (left + 2, top + height + 2)
+        cv2.putText(canvas, text, place, FONT, 0.42, DARK, 1, cv2.LINE_AA)
+
+
+def header(width: int, parts: Sequence[tuple[str, tuple]]) -> np.ndarray:
+    """Make the line of text above a picture.
+
+    Args:
+        width (int): Width in pixels.
+        parts (Sequence[tuple]): Texts and their BGR colours.
+
+    Returns:
+        np.ndarray: Has shape (HEADER, width, 3).
+    """
+    bar = np.full((HEADER, width, 3), DARK, np.uint8)
+    scale, x = 0.55, 8
+    total = sum(cv2.getTextSize(t, FONT, 1, 1)[0][0] + 20 for t, _ in parts)
+    scale = min(scale, (width - 16) / max(total, 1))
+    for text, color in parts:
+        place = (x, HEADER - 11)
+        cv2.putText(bar, text, place, FONT, scale, color, 1, cv2.LINE_AA)
+        x += int(cv2.getTextSize(text, FONT, scale, 1)[0][0] + 20 * scale)
+    return bar
+
+
+def draw_pair(
+    sample: Sample,
+    classes: Sequence[str],
+    score_thr: float,
+    side: int = 720,
+    texts: bool = True,
+) -> np.ndarray:
+    """Draw ground truth on the left and predictions on the right.
+
+    Args:
+        sample (Sample): Image with boxes.
+        classes (Sequence[str]): Class names.
+        score_thr (float): Predictions below are not drawn.
+        side (int): Longer side of each half in pixels. Small images are
+            enlarged. Defaults to 720.
+        texts (bool): Whether to write labels and the header. Defaults to
+            True.
+
+    Returns:
+        np.ndarray: The picture, has shape (H, W, 3).
+    """
+    image = cv2.imread(sample.path, cv2.IMREAD_COLOR)
+    if image is None:
+        raise DrawError(f'cannot read image {sample.path}')
+    scale = side / max(image.shape[:2])
+    way = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+    left = cv2.resize(image, None, fx=scale, fy=scale, interpolation=way)
+    right = left.copy()
+    shown = sample.scores >= score_thr
+    hits = np.where(shown, match(sample), -1)
+    single = len(classes) == 1
+    for i, (box, label) in enumerate(zip(sample.gt_boxes, sample.gt_labels)):
+        text = '' if single or not texts else classes[label]
+        draw_box(left, box * scale, YELLOW, text, dashed=i not in hits)
+    for i in np.flatnonzero(shown)[::-1]:
+        name = '' if single else f'{classes[sample.labels[i]]} '
+        text = f'{name}{sample.scores[i]:.2f}' if texts else ''
+        color = GREEN if hits[i] >= 0 else MAGENTA
+        draw_box(right, sample.boxes[i] * scale, color, text)
+    if texts:
+        found, number = int((hits >= 0).sum()), len(sample.gt_boxes)
+        kind = classes[0] if single else 'object'
+        bars = [
+            [
+                (f'{number} {kind} boxes by hand', YELLOW),
+                (f'dashed: {number - found} missed', YELLOW),
+            ],
+            [
+                (f'predictions, score >= {score_thr:.2f}:', WHITE),
+                (f'{found} right (IoU 0.5)', GREEN),
+                (f'{int(shown.sum()) - found} wrong', MAGENTA),
+            ],
+        ]
+        left = np.vstack([header(left.shape[1], bars[0]), left])
+        right = np.vstack([header(right.shape[1], bars[1]), right])
+    gap = np.full((left.shape[0], GAP, 3), WHITE, np.uint8)
+    return np.hstack([left, gap, right])
+
+
+def contact_sheet(
+    samples: Sequence[Sample], classes: Sequence[str], score_thr: float
+) -> np.ndarray:
+    """Draw all pairs small on one sheet.
+
+    Args:
+        samples (Sequence[Sample]): The images.
+        classes (Sequence[str]): Class names.
+        score_thr (float): Predictions below are not drawn.
+
+    Returns:
+        np.ndarray: The sheet, has shape (H, W, 3).
+    """
+    pairs = [draw_pair(s, classes, score_thr, 400, False) for s in samples]
+    height = max(p.shape[0] for p in pairs) + 2 * GAP
+    width = max(p.shape[1] for p in pairs) + 3 * GAP
+    columns = 1 if len(pairs) == 1 else 2
+    rows = -(-len(pairs) // columns)
+    sheet = np.full((rows * height, columns * width, 3), WHITE, np.uint8)
+    for i, pair in enumerate(pairs):
+        y, x = i // columns * height + GAP, i % columns * width + GAP
+        sheet[y : y + pair.shape[0], x : x + pair.shape[1]] = pair
+    text = [
+        ('left of each pair: boxes by hand', YELLOW),
+        ('(dashed: missed)', YELLOW),
+        (f'right: predictions, score >= {score_thr:.2f}:', WHITE),
+        ('right', GREEN),
+        ('wrong', MAGENTA),
+    ]
+    return np.vstack([header(sheet.shape[1], text), sheet])
