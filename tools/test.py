@@ -89,7 +89,7 @@ def apply_args(cfg, args):
     cfg.load_from = args.checkpoint
     cfg.resume = False
     for field in ('test_dataloader', 'test_evaluator', 'test_cfg'):
-        if not cfg.get(field):
+        if cfg.get(field) is None:
             raise ValueError(f'the config has no {field}: nothing to test')
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out {args.out}: must end in .pkl or .pickle')

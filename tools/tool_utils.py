@@ -129,7 +129,7 @@ def set_host_defaults(cfg):
             loader = cfg.get(f'{phase}_dataloader')
             if loader:
                 loader.setdefault('collate_fn', dict(type='default_collate'))
-                loader.setdefault('pin_memory', True)
+                loader.setdefault('pin_memory', torch.cuda.is_available())
                 if loader.get('num_workers', 0) > 0:
                     loader.setdefault('persistent_workers', True)
 

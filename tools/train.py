@@ -138,7 +138,7 @@ def main(argv=None):
     cfg = load_config(args)
     with user_errors('', args.debug):
         apply_args(cfg, args)
-    phases = ['train'] + (['val'] if cfg.get('val_cfg') else [])
+    phases = ['train', 'val'] if cfg.get('val_cfg') is not None else ['train']
     check_config(cfg, phases, args.debug)
     prepare_distributed(cfg, args.debug)
     try:

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Test with several processes, one for each GPU (or on CPU cores by gloo).
+set -euo pipefail
+
+if [ "$#" -lt 3 ] || [[ ! "$3" =~ ^[1-9][0-9]*$ ]]; then
+    cat >&2 <<'USAGE'
+Usage: bash tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of tools/test.py]
+
+Environment: NNODES (1), NODE_RANK (0), MASTER_ADDR (127.0.0.1), PORT (a free
+one; 29500 with several nodes), PYTHON (python).
+USAGE
+    exit 2
+fi
+CONFIG=$1
+CHECKPOINT=$2
+GPUS=$3
+shift 3
+
+TOOLS="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+. "$TOOLS/dist_launch.sh"
+dist_launch "$GPUS" "$TOOLS/test.py" "$CONFIG" "$CHECKPOINT" \
+    --launcher pytorch "$@"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Train on a cluster that Slurm schedules.
+set -euo pipefail
+
+if [ "$#" -lt 4 ]; then
+    cat >&2 <<'USAGE'
+Usage: bash tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [arguments of tools/train.py]
+
+Environment: GPUS (8), GPUS_PER_NODE (8 or GPUS, whichever is smaller),
+CPUS_PER_TASK (5), SRUN_ARGS (more options for srun), PYTHON (python).
+USAGE
+    exit 2
+fi
+PARTITION=$1
+JOB_NAME=$2
+CONFIG=$3
+WORK_DIR=$4
+shift 4
+
+TOOLS="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+. "$TOOLS/slurm_launch.sh"
+slurm_launch "$PARTITION" "$JOB_NAME" "$TOOLS/train.py" "$CONFIG" \
+    --work-dir "$WORK_DIR" --launcher slurm "$@"
