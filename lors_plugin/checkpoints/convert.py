@@ -1,0 +1,123 @@
+"""State dicts of the original programs to this package, and back."""
+import re
+from typing import Dict
+
+import torch
+from torch import Tensor
+
+from .key_map import CONSTANT_KEY, CONSTANT_ROW, KEY_MAPS, find_rule
+
+StateDict = Dict[str, Tensor]
+
+
+class ConversionError(ValueError):
+    """A state dict does not fit the key map; nothing was converted."""
+
+
+def guess_source(state: StateDict) -> str:
+    """Which original program a state dict comes from.
+
+    Raises:
+        ConversionError: If the keys are of neither.
+    """
+    keys = ' '.join(state)
+    if 'common_parameter_generator' in keys:
+        return 'lors'
+    if 'sampling_n_mixing' in keys or 'parameter_generator' in keys:
+        return 'adamixer'
+    raise ConversionError(
+        'the keys are of no program known here; the first ones: ' +
+        ', '.join(list(state)[:5]))
+
+
+def to_lors_plugin(state: StateDict, source: str) -> StateDict:
+    """Translate a state dict of an original program.
+
+    Args:
+        state (dict[str, Tensor]): Original keys and weights.
+        source (str): 'adamixer' or 'lors'.
+
+    Returns:
+        dict[str, Tensor]: Keys of this package.
+
+    Raises:
+        ConversionError: If keys are unknown, or a stage lacks weights that
+            another stage has; lists all of them.
+    """
+    state = {k: v for k, v in state.items() if k != CONSTANT_KEY}
+    rules = KEY_MAPS[source]
+    _check_complete(state, rules, reverse=False)
+    groups = _num_groups(state) if source == 'lors' else 1
+    converted = {}
+    for key, value in state.items():
+        rule, new = find_rule(rules, key)
+        if rule.stacked:
+            value = value.unflatten(0, (groups, -1))
+        converted[new] = value
+    return converted
+
+
+def to_original(state: StateDict, target: str) -> StateDict:
+    """Translate a state dict of this package back.
+
+    Args:
+        state (dict[str, Tensor]): Keys of this package.
+        target (str): 'adamixer' or 'lors'.
+
+    Returns:
+        dict[str, Tensor]: Original keys, the constant positions included.
+
+    Raises:
+        ConversionError: As in :func:`to_lors_plugin`.
+    """
+    rules = KEY_MAPS[target]
+    _check_complete(state, rules, reverse=True)
+    converted = {}
+    for key, value in state.items():
+        rule, old = find_rule(rules, key, reverse=True)
+        converted[old] = value.flatten(0, 1) if rule.stacked else value
+    content = state.get('query_generator.content.weight')
+    if content is not None:
+        converted[CONSTANT_KEY] = torch.tensor(CONSTANT_ROW).repeat(
+            len(content), 1)
+    return converted
+
+
+def _num_groups(state: StateDict) -> int:
+    """``G``, which the stacked factors of LORS hide."""
+
+    def first(name):
+        return next(v for k, v in state.items() if name in k)
+
+    width = first('ml_parameters').shape[1]
+    out_points = first('sl_parameters').shape[1]
+    in_points = first('sr_parameters').shape[2]
+    generated = len(first('common_parameter_generator.weight'))
+    return generated // (width**2 + out_points * in_points)
+
+
+def _check_complete(state: StateDict, rules: list, reverse: bool) -> None:
+    unknown = [k for k in state if find_rule(rules, k, reverse) is None]
+    missing = _missing_in_stages(state)
+    problems = []
+    if unknown:
+        problems.append(f'{len(unknown)} unknown keys: ' + ', '.join(unknown))
+    if missing:
+        problems.append(f'{len(missing)} missing keys: ' + ', '.join(missing))
+    if problems:
+        raise ConversionError('; '.join(problems))
+
+
+def _missing_in_stages(state: StateDict) -> list:
+    """Keys that most stages have and one lacks."""
+    stages = {}
+    for key in state:
+        if key.startswith(('roi_head.', 'decoder.')):
+            match = re.search(r'\.(\d+)(?=\.|$)', key)
+            if match:
+                kind = key[:match.start(1)] + '{}' + key[match.end(1):]
+                stages.setdefault(kind, set()).add(int(match[1]))
+    everything = set().union(*stages.values()) if stages else set()
+    return sorted(
+        kind.format(stage) for kind, present in stages.items()
+        for stage in everything - present)

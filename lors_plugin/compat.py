@@ -1,0 +1,100 @@
+"""The few places where a host package falls short of what we need.
+
+Nothing outside this file patches a host.
+"""
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+
+_EXT_NAME = 'mmcv._ext'
+
+
+class MissingOpError(RuntimeError):
+    """A compiled MMCV operator was called but MMCV has none."""
+
+
+class _ExtFallback(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stand in for ``mmcv._ext`` where MMCV was installed without it.
+
+    ``mmdet.models`` imports ``mmcv.ops`` as a whole, although most detectors
+    need none of its compiled operators. The finder is the last one asked, so
+    a compiled extension always wins.
+    """
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == _EXT_NAME:
+            return importlib.machinery.ModuleSpec(fullname, self)
+        return None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        module.LORS_PLUGIN_FALLBACK = True
+        module.__getattr__ = _missing_op
+
+
+def _missing_op(name):
+    if name.startswith('__'):
+        raise AttributeError(name)
+    if name == 'nms':
+        return _nms
+
+    def missing(*args, **kwargs):
+        raise MissingOpError(
+            f'mmcv was installed without compiled operators and "{name}" '
+            'has no replacement here. Install a compiled mmcv for your torch '
+            'and GPU; `python -m lors_plugin.doctor` tells what is there.')
+
+    missing.__name__ = name
+    return missing
+
+
+def _nms(boxes, scores, iou_threshold, offset):
+    """``mmcv._ext.nms`` by torchvision; kept indices, best score first."""
+    if offset != 0:
+        raise MissingOpError(
+            'mmcv was installed without compiled operators and nms with '
+            f'offset={offset} has no replacement here; use offset=0.')
+    from torchvision.ops import nms
+    return nms(boxes, scores, iou_threshold)
+
+
+def install_mmcv_ext_fallback() -> None:
+    """Make ``mmcv.ops`` importable without compiled operators."""
+    if not any(isinstance(f, _ExtFallback) for f in sys.meta_path):
+        sys.meta_path.append(_ExtFallback())
+
+
+def has_compiled_ops() -> bool:
+    """Whether MMCV brings its compiled operators (imports ``mmcv``)."""
+    spec = importlib.util.find_spec(_EXT_NAME)
+    return spec is not None and not isinstance(spec.loader, _ExtFallback)
+
+
+def register_safe_globals() -> None:
+    """Let ``torch.load(weights_only=True)`` read MMEngine's checkpoints.
+
+    From torch 2.6 on that is the default, and MMEngine 0.10.7 cannot resume
+    from its own files, which hold the log history. Naming those few harmless
+    classes keeps the safe loading; nothing else becomes loadable.
+    """
+    import numpy as np
+    import torch
+    from mmengine.logging import HistoryBuffer
+    if not hasattr(torch.serialization, 'add_safe_globals'):
+        return
+    core = getattr(np, '_core', None) or np.core
+    dtypes = {
+        type(np.dtype(name))
+        for name in ('float64', 'float32', 'int64', 'int32', 'bool')
+    }
+    torch.serialization.add_safe_globals([
+        HistoryBuffer,
+        np.ndarray,
+        np.dtype,
+        core.multiarray._reconstruct,
+        core.multiarray.scalar,
+        *dtypes,
+    ])

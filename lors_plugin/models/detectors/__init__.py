@@ -1,0 +1,4 @@
+"""Detectors."""
+from .adamixer import AdaMixer
+
+__all__ = ['AdaMixer']

@@ -1,0 +1,221 @@
+"""Adaptive mixing as modules: one a stage, or one for all stages."""
+from typing import Optional, Sequence, Tuple, Union
+
+from mmengine.model import BaseModule, ModuleList
+from torch import Tensor, nn
+
+from lors_plugin.ops import adaptive_mixing
+from lors_plugin.utils import check_divisible, per_layer
+
+from .low_rank import AdaptiveLowRankStack, LowRankLinearStack
+
+GENERATOR_INITS = ('zero', 'kaiming')
+
+
+class MixingShape:
+    """Sizes of adaptive mixing, and how generated numbers are laid out.
+
+    Args:
+        feat_channels (int): Width ``G C`` of the sampled features.
+        num_groups (int): ``G``.
+        in_points (int): ``P``, sampled points a group.
+        out_points (int): ``Q``, mixed points a group.
+    """
+
+    def __init__(self, feat_channels: int, num_groups: int, in_points: int,
+                 out_points: int) -> None:
+        self.groups = num_groups
+        self.width = check_divisible('feat_channels', feat_channels,
+                                     'num_groups', num_groups)
+        self.in_points = in_points
+        self.out_points = out_points
+
+    @property
+    def num_generated(self) -> int:
+        """int: Numbers generated for one query, ``G (C C + Q P)``."""
+        return self.groups * (
+            self.width**2 + self.out_points * self.in_points)
+
+    @property
+    def num_mixed(self) -> int:
+        """int: Numbers after mixing, ``G Q C``."""
+        return self.groups * self.out_points * self.width
+
+    def split(self, generated: Tensor) -> Tuple[Tensor, Tensor]:
+        """Cut the generator's output into the two kinds of matrices.
+
+        Args:
+            generated (Tensor): Shape (B, N, G (C C + Q P)).
+
+        Returns:
+            tuple[Tensor]: Channel matrices (B, N, G, C, C) and spatial
+            matrices (B, N, G, Q, P), both views.
+        """
+        generated = generated.unflatten(-1, (self.groups, -1))
+        channel = generated[..., :self.width**2]
+        spatial = generated[..., self.width**2:]
+        return (channel.unflatten(-1, (self.width, self.width)),
+                spatial.unflatten(-1, (self.out_points, self.in_points)))
+
+
+class AdaptiveMixing(BaseModule):
+    """Adaptive channel and spatial mixing of one AdaMixer stage.
+
+    Paper: `AdaMixer: A Fast-Converging Query-Based Object Detector
+    <https://arxiv.org/abs/2203.16507>`_, section 3.2.
+
+    Args:
+        embed_dims (int): Query width ``D``.
+        feat_channels (int): Width ``G C`` of the sampled features.
+        num_groups (int): Groups ``G``. Defaults to 4.
+        in_points (int): Sampled points a group ``P``. Defaults to 32.
+        out_points (int): Mixed points a group ``Q``. Defaults to 128.
+        backend (str): Of :func:`lors_plugin.ops.adaptive_mixing`.
+        init_cfg (dict, optional): As in MMEngine. Defaults to None.
+    """
+
+    def __init__(self,
+                 embed_dims: int = 256,
+                 feat_channels: int = 256,
+                 num_groups: int = 4,
+                 in_points: int = 32,
+                 out_points: int = 128,
+                 backend: str = 'auto',
+                 init_cfg: Optional[dict] = None) -> None:
+        super().__init__(init_cfg)
+        self.shape = MixingShape(feat_channels, num_groups, in_points,
+                                 out_points)
+        self.backend = backend
+        self.generator = nn.Linear(embed_dims, self.shape.num_generated)
+        self.out_proj = nn.Linear(self.shape.num_mixed, embed_dims)
+
+    def init_weights(self) -> None:
+        """Xavier for the projection; the generator starts as its bias."""
+        super().init_weights()
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.generator.weight)
+
+    def forward(self, x: Tensor, query: Tensor) -> Tensor:
+        """Mix and project, without the residual.
+
+        Args:
+            x (Tensor): Sampled features, shape (B, N, G, P, C).
+            query (Tensor): Content of the queries, shape (B, N, D).
+
+        Returns:
+            Tensor: Shape (B, N, D).
+        """
+        channel, spatial = self.shape.split(self.generator(query))
+        mixed = adaptive_mixing(x, channel, spatial, backend=self.backend)
+        return self.out_proj(mixed.flatten(2))
+
+
+class PrivateMixing(ModuleList):
+    """One :class:`AdaptiveMixing` a stage, called like the shared one."""
+
+    def forward(self, x: Tensor, query: Tensor, stage: int) -> Tensor:
+        return self[stage](x, query)
+
+
+class LORSAdaptiveMixing(BaseModule):
+    """Adaptive mixing whose stages share all but a low-rank part.
+
+    Paper: `LORS <https://arxiv.org/abs/2403.04303>`_, section 3.4. The
+    matrices of stage ``l`` are ``M(q) + sum_k ml_lk E_lk(q) mr_lk`` and
+    ``S(q) + sum_k sl_lk F_lk(q) sr_lk``; the output projection is
+    ``W + B_l A_l`` with a bias of the stage.
+
+    Args:
+        num_stages (int): Stages that share the module.
+        embed_dims (int): Query width ``D``.
+        feat_channels (int): Width ``G C`` of the sampled features.
+        num_groups (int): Groups ``G``. Defaults to 2.
+        in_points (int): Sampled points a group ``P``. Defaults to 64.
+        out_points (int): Mixed points a group ``Q``. Defaults to 128.
+        adaptive_ranks (int | Sequence[int]): Rank of the generated
+            matrices' private part, one value or one a stage; 0 for none.
+        adaptive_groups (int | Sequence[int]): Parameter groups ``K``.
+        static_ranks (int | Sequence[int]): Rank of the output projection's
+            private part; 0 for none.
+        generator_init (str): 'zero' (the original program) or 'kaiming'
+            (the paper) for the shared generator. Defaults to 'zero'.
+        fan_in (str): See :class:`AdaptiveLowRankStack`.
+        backend (str): Of :func:`lors_plugin.ops.adaptive_mixing`.
+        init_cfg (dict, optional): As in MMEngine. Defaults to None.
+    """
+
+    def __init__(self,
+                 num_stages: int = 6,
+                 embed_dims: int = 256,
+                 feat_channels: int = 256,
+                 num_groups: int = 2,
+                 in_points: int = 64,
+                 out_points: int = 128,
+                 adaptive_ranks: Union[int, Sequence[int]] = 16,
+                 adaptive_groups: Union[int, Sequence[int]] = 1,
+                 static_ranks: Union[int, Sequence[int]] = 8,
+                 generator_init: str = 'zero',
+                 fan_in: str = 'stacked',
+                 backend: str = 'auto',
+                 init_cfg: Optional[dict] = None) -> None:
+        super().__init__(init_cfg)
+        if generator_init not in GENERATOR_INITS:
+            raise ValueError(f'generator_init={generator_init!r} must be one '
+                             f'of {GENERATOR_INITS}')
+        adaptive_ranks = per_layer(
+            'adaptive_ranks', adaptive_ranks, num_stages, minimum=0)
+        adaptive_groups = per_layer('adaptive_groups', adaptive_groups,
+                                    num_stages)
+        static_ranks = per_layer(
+            'static_ranks', static_ranks, num_stages, minimum=0)
+        self.generator_init = generator_init
+        self.backend = backend
+        self.shape = MixingShape(feat_channels, num_groups, in_points,
+                                 out_points)
+        width = self.shape.width
+        self.generator = nn.Linear(embed_dims, self.shape.num_generated)
+        self.channel_part = AdaptiveLowRankStack(
+            width, width, num_stages, adaptive_ranks, adaptive_groups,
+            num_groups, fan_in)
+        self.spatial_part = AdaptiveLowRankStack(
+            out_points, in_points, num_stages, adaptive_ranks,
+            adaptive_groups, num_groups, fan_in)
+        self.core_generators = nn.ModuleList(
+            nn.Linear(embed_dims, 2 * size)
+            for size in self.channel_part.core_sizes)
+        self.out_proj = LowRankLinearStack(self.shape.num_mixed, embed_dims,
+                                           num_stages, static_ranks)
+
+    def init_weights(self) -> None:
+        """A fresh stack does the same in every stage."""
+        super().init_weights()
+        if self.generator_init == 'zero':
+            nn.init.zeros_(self.generator.weight)
+        else:
+            nn.init.kaiming_uniform_(self.generator.weight)
+        for linear in self.core_generators:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, query: Tensor, stage: int) -> Tensor:
+        """Mix and project as stage ``stage`` does, without the residual.
+
+        Args:
+            x (Tensor): Sampled features, shape (B, N, G, P, C).
+            query (Tensor): Content of the queries, shape (B, N, D).
+            stage (int): Which stage calls.
+
+        Returns:
+            Tensor: Shape (B, N, D).
+        """
+        channel, spatial = self.shape.split(self.generator(query))
+        cores = self.core_generators[stage](query)
+        channel_core, spatial_core = cores.chunk(2, dim=-1)
+        mixed = adaptive_mixing(
+            x,
+            channel,
+            spatial,
+            self.channel_part(channel_core, stage),
+            self.spatial_part(spatial_core, stage),
+            backend=self.backend)
+        return self.out_proj(mixed.flatten(2), stage)

@@ -1,0 +1,82 @@
+"""Adaptive 3D sampling as a module."""
+import math
+from typing import Optional, Sequence
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from lors_plugin.ops import sampling_3d
+
+from .box_geometry import box_sizes
+
+
+class AdaptiveSampling3D(BaseModule):
+    """Each query chooses where it looks, in the plane and in scale.
+
+    Paper: `AdaMixer <https://arxiv.org/abs/2203.16507>`_, section 3.1.
+
+    Args:
+        embed_dims (int): Query width ``D``.
+        num_groups (int): Groups ``G``, each with points of its own.
+        num_points (int): Points a group ``P``.
+        init_cfg (dict, optional): As in MMEngine. Defaults to None.
+    """
+
+    def __init__(self,
+                 embed_dims: int = 256,
+                 num_groups: int = 4,
+                 num_points: int = 32,
+                 init_cfg: Optional[dict] = None) -> None:
+        super().__init__(init_cfg)
+        self.num_groups = num_groups
+        self.num_points = num_points
+        self.offsets = nn.Linear(embed_dims, num_groups * num_points * 3)
+
+    def init_weights(self) -> None:
+        """Start at a grid of cell centres, or at random where P is no
+        square, one level finer than the box."""
+        super().init_weights()
+        nn.init.zeros_(self.offsets.weight)
+        bias = self.offsets.bias.data.view(self.num_groups, self.num_points, 3)
+        side = math.isqrt(self.num_points)
+        if side**2 == self.num_points:
+            centres = (torch.arange(side) + 0.5) / side - 0.5
+            y, x = torch.meshgrid(centres, centres, indexing='ij')
+            bias[..., 0], bias[..., 1] = x.flatten(), y.flatten()
+        else:
+            nn.init.uniform_(bias[..., :2], -0.5, 0.5)
+        bias[..., 2] = -1.
+
+    def points(self, content: Tensor, xyzr: Tensor) -> Tensor:
+        """Sampling points.
+
+        Args:
+            content (Tensor): Shape (B, N, D).
+            xyzr (Tensor): Boxes, shape (B, N, 4).
+
+        Returns:
+            Tensor: x and y in pixels and z in log2 of pixels, shape
+            (B, N, G, P, 3), float32.
+        """
+        offsets = self.offsets(content).to(xyzr.dtype)
+        offsets = offsets.unflatten(-1, (self.num_groups, self.num_points, 3))
+        boxes = xyzr[:, :, None, None]
+        xy = boxes[..., :2] + offsets[..., :2] * box_sizes(boxes)
+        z = boxes[..., 2:3] + offsets[..., 2:]
+        return torch.cat([xy, z], dim=-1)
+
+    def forward(self, feats: Sequence[Tensor], content: Tensor, xyzr: Tensor,
+                strides: Sequence[int]) -> Tensor:
+        """Sample all levels.
+
+        Args:
+            feats (Sequence[Tensor]): Levels of shape (B, G C, H_l, W_l).
+            content (Tensor): Content of the queries, shape (B, N, D).
+            xyzr (Tensor): Boxes of the queries, shape (B, N, 4).
+            strides (Sequence[int]): Pixels a cell of each level.
+
+        Returns:
+            Tensor: Shape (B, N, G, P, C).
+        """
+        return sampling_3d(feats, self.points(content, xyzr), strides)

@@ -1,0 +1,68 @@
+"""Self-attention among queries that knows how their boxes overlap."""
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from lors_plugin.utils import check_divisible
+
+
+class BoxSelfAttention(BaseModule):
+    """Multi-head self-attention with a bias from box geometry.
+
+    Paper: `AdaMixer <https://arxiv.org/abs/2203.16507>`_, section 3.3. Head
+    ``h`` adds ``t_h log(iof + 1e-7)`` to its logits, ``t_h`` learned.
+
+    Args:
+        embed_dims (int): Query width ``D``.
+        num_heads (int): Number of heads. Defaults to 8.
+        dropout (float): On attention weights. Defaults to 0.
+        init_cfg (dict, optional): As in MMEngine. Defaults to None.
+    """
+
+    def __init__(self,
+                 embed_dims: int = 256,
+                 num_heads: int = 8,
+                 dropout: float = 0.,
+                 init_cfg: Optional[dict] = None) -> None:
+        super().__init__(init_cfg)
+        check_divisible('embed_dims', embed_dims, 'num_heads', num_heads)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.overlap_scale = nn.Parameter(torch.empty(num_heads))
+        nn.init.uniform_(self.overlap_scale, 0., 4.)
+
+    def init_weights(self) -> None:
+        """Xavier, biases zero as in ``nn.MultiheadAttention``."""
+        super().init_weights()
+        for linear in (self.qkv, self.proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        nn.init.uniform_(self.overlap_scale, 0., 4.)
+
+    def forward(self, query: Tensor, overlap: Tensor) -> Tensor:
+        """Attend, without the residual.
+
+        Args:
+            query (Tensor): Shape (B, N, D).
+            overlap (Tensor): Intersection over own area of all pairs of
+                boxes, shape (B, N, N).
+
+        Returns:
+            Tensor: Shape (B, N, D).
+        """
+        bias = self.overlap_scale[:, None, None] * torch.log(overlap +
+                                                             1e-7)[:, None]
+        qkv = self.qkv(query).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=bias.to(q.dtype),
+            dropout_p=self.dropout if self.training else 0.)
+        return self.proj(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,4 @@
+"""Training targets and losses."""
+from .set_criterion import SetCriterion
+
+__all__ = ['SetCriterion']

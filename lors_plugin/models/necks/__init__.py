@@ -1,0 +1,4 @@
+"""Necks."""
+from .channel_mapping import SharedNormChannelMapping
+
+__all__ = ['SharedNormChannelMapping']

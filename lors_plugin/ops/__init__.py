@@ -1,0 +1,10 @@
+"""Tensors in, tensors out. This package imports torch and nothing else.
+
+One legend for all shapes: ``B`` images, ``N`` queries, ``G`` groups, ``P``
+sampled points a group, ``Q`` mixed points a group, ``C`` channels a group,
+``K`` parameter groups, ``r`` rank, ``L`` levels.
+"""
+from .adaptive_mixing import LowRank, adaptive_mixing
+from .sampling_3d import sampling_3d
+
+__all__ = ['LowRank', 'adaptive_mixing', 'sampling_3d']

@@ -1,0 +1,30 @@
+"""Shared by tests and tools; nothing else in the package imports it."""
+from .golden import Errors, Golden, relative_error
+from .golden_detector import check_detector
+from .golden_ops import (check_adamixer_mixing, check_lors_mixing,
+                         check_sampling)
+from .weights import randomize, rule_weight
+
+__all__ = [
+    'Errors', 'Golden', 'check_golden', 'randomize', 'relative_error',
+    'rule_weight'
+]
+
+_CHECKS = {
+    'sampling': check_sampling,
+    'adamixer_mixing': check_adamixer_mixing,
+    'lors_mixing': check_lors_mixing,
+    'detector': check_detector,
+}
+
+
+def check_golden(golden: Golden) -> Errors:
+    """Run the port on a golden.
+
+    Args:
+        golden (Golden): Of any kind and size.
+
+    Returns:
+        dict[str, float]: Largest relative error of every entry.
+    """
+    return _CHECKS[golden.kind](golden)

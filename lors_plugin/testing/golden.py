@@ -1,0 +1,89 @@
+"""Reading goldens: inputs, weights and outputs of the original programs."""
+import json
+from pathlib import Path
+from typing import Dict, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .weights import rule_weight
+
+Errors = Dict[str, float]
+
+# Gradients this much smaller than the largest one are rounding noise.
+NOISE_FLOOR = 1e-8
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Largest difference, relative to the largest reference value."""
+    if value.shape != reference.shape:
+        raise ValueError(f'shape {tuple(value.shape)} is compared with '
+                         f'{tuple(reference.shape)}')
+    if not reference.numel():
+        return 0.
+    scale = reference.abs().max().clamp(min=1e-30)
+    return ((value.detach() - reference).abs().max() / scale).item()
+
+
+class Golden:
+    """One ``.npz`` file of inputs, weights and outputs.
+
+    Args:
+        path (str | Path): The file; ``NAME.keys.json`` must lie beside it
+            where its weights are by rule.
+
+    Raises:
+        ValueError: If it is no golden of a kind checked here.
+    """
+
+    def __init__(self, path: Union[str, Path]) -> None:
+        self.path = Path(path)
+        with np.load(path, allow_pickle=False) as file:
+            self.arrays = {key: file[key] for key in file.files}
+        self.kind = self._recognise()
+
+    def _recognise(self) -> str:
+        names = set(self.arrays)
+        if 'total_loss' in names:
+            return 'detector'
+        if {'points', 'strides', 'n_points'} <= names:
+            return 'sampling'
+        if 'upstream' in names and 's0.out' in names:
+            return 'lors_mixing'
+        if {'upstream', 'out', 'grad_query'} <= names:
+            return 'adamixer_mixing'
+        raise ValueError(
+            f'{self.path} is no golden of sampling, mixing or a detector; it '
+            f'holds {sorted(names)[:8]}')
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays
+
+    def tensor(self, key: str) -> Tensor:
+        """One entry as a tensor."""
+        return torch.from_numpy(np.asarray(self.arrays[key]))
+
+    def json(self, *keys: str) -> dict:
+        """The first of these entries that is there, parsed."""
+        key = next(key for key in keys if key in self.arrays)
+        return json.loads(str(self.arrays[key]))
+
+    def original_weights(self) -> Dict[str, Tensor]:
+        """The original state dict, from the file or by rule."""
+        carried = {
+            k[2:]: self.tensor(k)
+            for k in self.arrays if k.startswith('w.')
+        }
+        if carried:
+            return carried
+        keys = json.loads(self.path.with_suffix('.keys.json').read_text())
+        seed = int(self.arrays['seed']) if 'seed' in self else self.json(
+            'dims')['seed']
+        return {
+            key: torch.from_numpy(
+                np.asarray(
+                    rule_weight(key, entry['shape'], seed, entry['kind']) *
+                    np.float32(entry['scale'])))
+            for key, entry in keys.items() if entry['kind'] != 'keep'
+        }

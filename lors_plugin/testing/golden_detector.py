@@ -1,0 +1,134 @@
+"""Goldens of whole detectors against the port."""
+from typing import Dict, List
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from lors_plugin.checkpoints import (guess_source, to_lors_plugin,
+                                     to_original)
+
+from .golden import NOISE_FLOOR, Errors, Golden, relative_error
+
+
+def detector_config(config: dict, source: str) -> dict:
+    """Our config of the detector that a golden was made with."""
+    decoder = dict(
+        type='lors_plugin.AdaMixerDecoder',
+        num_classes=config['C'],
+        num_stages=config['S'],
+        embed_dims=config['D'],
+        feat_channels=config['F'],
+        num_groups=config['G'],
+        in_points=config['Pin'],
+        out_points=config['Pout'],
+        num_heads=config['heads'],
+        feedforward_channels=config['ff'])
+    if source == 'lors':
+        decoder.update(
+            type='lors_plugin.LORSAdaMixerDecoder',
+            adaptive_ranks=config['ranks'],
+            adaptive_groups=config['groups'],
+            static_ranks=config['mr'])
+    return dict(
+        type='lors_plugin.AdaMixer',
+        backbone=dict(
+            type='mmdet.ResNet',
+            depth=config['depth'],
+            frozen_stages=1,
+            norm_eval=True),
+        neck=dict(
+            type='lors_plugin.SharedNormChannelMapping',
+            in_channels=config['inc'],
+            out_channels=config['F']),
+        query_generator=dict(
+            type='lors_plugin.InitialQueryGenerator',
+            num_queries=config['N'],
+            embed_dims=config['D']),
+        decoder=decoder)
+
+
+def build_detector(golden: Golden) -> nn.Module:
+    """The detector of a golden with its weights, converted."""
+    original = golden.original_weights()
+    source = guess_source(original)
+    model = MODELS.build(detector_config(golden.json('config'), source))
+    model.load_state_dict(to_lors_plugin(original, source))
+    return model.train()
+
+
+def data_samples(golden: Golden) -> List[DetDataSample]:
+    """Ground truth and sizes of a golden's images."""
+    samples = []
+    for i, shape in enumerate(golden.arrays['img_shapes'].tolist()):
+        truth = InstanceData(
+            bboxes=golden.tensor(f'gt_boxes{i}'),
+            labels=golden.tensor(f'gt_labels{i}'))
+        meta = dict(img_shape=shape[:2], scale_factor=(1., 1.), img_id=i)
+        samples.append(DetDataSample(gt_instances=truth, metainfo=meta))
+    return samples
+
+
+def check_detector(golden: Golden) -> Errors:
+    """Features, stages, losses, gradients and detections.
+
+    Detections are compared best first; two whose scores are equal may have
+    changed places.
+    """
+    model = build_detector(golden)
+    img, samples = golden.tensor('img'), data_samples(golden)
+    errors = {}
+
+    feats, content, xyzr = model._decoder_inputs(img, samples)
+    for i, feat in enumerate(feats):
+        _compare(errors, golden, f'neck{i}_mean', feat.mean((2, 3)))
+    _compare(errors, golden, 'init_xyzr', xyzr)
+
+    scores, boxes, contents = model.decoder(feats, content, xyzr)
+    for i in range(len(scores)):
+        _compare(errors, golden, f'stage{i}_cls', scores[i])
+        _compare(errors, golden, f'stage{i}_boxes', boxes[i])
+        _compare(errors, golden, f'stage{i}_content', contents[i])
+
+    losses = model.decoder.criterion(scores, boxes, samples)
+    for name, value in losses.items():
+        _compare(errors, golden, f'loss.{name}', value)
+    total = sum(losses.values())
+    _compare(errors, golden, 'total_loss', total)
+    total.backward()
+    errors.update(_grad_norms(golden, model))
+
+    with torch.no_grad():
+        results = model.predict(img, samples)
+    for i, sample in enumerate(results):
+        found = sample.pred_instances
+        rows = torch.cat([
+            found.bboxes, found.scores[:, None],
+            found.labels[:, None].to(found.bboxes)
+        ], 1)
+        _compare(errors, golden, f'det{i}', rows)
+    return errors
+
+
+def _compare(errors: Errors, golden: Golden, name: str, value: Tensor) -> None:
+    reference = golden.tensor(name)
+    errors[name] = relative_error(value.to(reference), reference)
+
+
+def _grad_norms(golden: Golden, model: nn.Module) -> Dict[str, float]:
+    """Relative error of the gradient norm of each original weight."""
+    wanted = golden.json('grad_norms')
+    grads = {
+        key: torch.zeros_like(p) if p.grad is None else p.grad
+        for key, p in model.named_parameters()
+    }
+    source = guess_source(golden.original_weights())
+    have = to_original(grads, source)
+    floor = NOISE_FLOOR * max(wanted.values())
+    return {
+        f'grad_norm {key}':
+        abs(have[key].norm().item() - norm) / max(norm, floor / 1e-4)
+        for key, norm in wanted.items()
+    }
