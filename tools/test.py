@@ -71,6 +71,12 @@ def apply_visualization(cfg, args):
             '--show and --show-dir need default_hooks.visualization in the '
             'config and default_scope mmdet or mmpretrain'
         )
+    visualizers = dict(
+        mmdet='mmdet.DetLocalVisualizer',
+        mmpretrain='mmpretrain.UniversalVisualizer',
+    )
+    if cfg.get('visualizer') is None:
+        cfg.visualizer = dict(type=visualizers[host])
     if args.show:
         hook.update(show=True, wait_time=args.wait_time)
     if host == 'mmdet':

@@ -274,15 +274,15 @@ def check_classes(
         classes, origin = _classes_in_use(dataset, host, lookup)
         ann_file = dataset.get('ann_file')
         path = _joined(str(ann_file or ''), dataset.get('data_root'))
-        categories = None
+        categories, kind = None, 'categories'
         if ann_file and _is_local(path, dataset) and path.is_file():
             categories = read_categories(path)
         elif host == 'mmpretrain' and not ann_file:
-            categories = _folder_classes(dataset)
+            categories, kind = _folder_classes(dataset), 'class folders'
         if classes is None and categories is None:
             continue
         if classes is None:
-            classes, origin = categories, f'the categories of {path}'
+            classes, origin = categories, f'the {kind} of {path}'
         elif categories is not None and ann_file:
             _check_names(field, classes, origin, categories, path)
         for name, count in heads.items():
