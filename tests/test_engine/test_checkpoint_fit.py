@@ -1,0 +1,115 @@
+import pytest
+import torch
+from mmengine.model import BaseTTAModel
+from torch import nn
+
+from lors_plugin.engine.checkpoint_fit import (
+    check_checkpoint,
+    check_checkpoint_path,
+    compare,
+    read_state_dict,
+    unwrapped,
+)
+
+
+def make_model(width=4, classes=3):
+    return nn.Sequential(
+        nn.Linear(8, width), nn.BatchNorm1d(width), nn.Linear(width, classes)
+    )
+
+
+def save(path, state, **more):
+    torch.save(dict(meta={}, state_dict=state, **more), path)
+    return str(path)
+
+
+def test_own_checkpoint_fits(tmp_path):
+    model = make_model()
+    fit = check_checkpoint(model, save(tmp_path / 'a', model.state_dict()))
+    assert fit.complete
+    assert fit.unmatched_share == 0
+
+
+def test_prefix_of_a_parallel_wrapper_is_dropped(tmp_path):
+    model = make_model()
+    state = {f'module.{k}': v for k, v in model.state_dict().items()}
+    assert check_checkpoint(model, save(tmp_path / 'a', state)).complete
+
+
+def test_a_bare_state_dict_is_read(tmp_path):
+    model = make_model()
+    torch.save(model.state_dict(), tmp_path / 'a')
+    assert check_checkpoint(model, str(tmp_path / 'a')).complete
+
+
+def test_test_time_wrappers_are_looked_through():
+    class Merge(BaseTTAModel):
+        def merge_preds(self, data_samples_list):
+            return data_samples_list
+
+    inner = make_model()
+    wrapped = Merge.__new__(Merge)
+    nn.Module.__init__(wrapped)
+    wrapped.module = inner
+    assert unwrapped(wrapped) is inner
+
+
+def test_another_architecture_is_refused(tmp_path):
+    path = save(tmp_path / 'a', nn.Conv2d(3, 4, 3).state_dict())
+    with pytest.raises(ValueError) as error:
+        check_checkpoint(make_model(), path)
+    text = str(error.value)
+    assert 'does not fit' in text
+    assert '0.weight' in text
+    assert 'config that the checkpoint was trained with' in text
+
+
+def test_other_shapes_are_named_with_both_sizes(tmp_path):
+    path = save(tmp_path / 'a', make_model(classes=80).state_dict())
+    with pytest.raises(ValueError) as error:
+        check_checkpoint(make_model(classes=3), path)
+    assert '2.weight (file (80, 4), model (3, 4))' in str(error.value)
+    assert '2 have another shape' in str(error.value)
+
+
+def test_fine_tuning_may_leave_the_classifier(tmp_path):
+    path = save(tmp_path / 'a', make_model(classes=80).state_dict())
+    fit = check_checkpoint(make_model(classes=3), path, max_unmatched=0.5)
+    assert len(fit.mismatched) == 2
+    other = save(tmp_path / 'b', make_model(width=5).state_dict())
+    with pytest.raises(ValueError, match='same architecture'):
+        check_checkpoint(make_model(), other, max_unmatched=0.5)
+
+
+def test_counts():
+    model = make_model().state_dict()
+    file = dict(model, extra=torch.zeros(1))
+    del file['0.weight'], file['1.num_batches_tracked']
+    fit = compare(model, file)
+    assert fit.missing == ['0.weight']
+    assert fit.unexpected == ['extra']
+    assert fit.unmatched_share == pytest.approx(32 / (32 + 4 + 16 + 1 + 15))
+
+
+def test_averaged_weights_do_not_count_as_unknown(tmp_path):
+    model = make_model()
+    state = model.state_dict()
+    averaged = {f'module.{k}': v for k, v in state.items()}
+    path = save(tmp_path / 'a', state, ema_state_dict=averaged)
+    assert check_checkpoint(model, path).unexpected == []
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    path = tmp_path / 'a.pth'
+    path.write_bytes(b'PK\x03\x04 half a download')
+    with pytest.raises(ValueError, match='cannot be read as a checkpoint'):
+        read_state_dict(str(path))
+    torch.save(dict(meta={}), path)
+    with pytest.raises(ValueError, match='holds no weights'):
+        read_state_dict(str(path))
+
+
+def test_missing_file_names_the_field():
+    with pytest.raises(FileNotFoundError, match=r'load_from: .*none\.pth'):
+        check_checkpoint_path('none.pth', 'load_from')
+    check_checkpoint_path('torchvision://resnet50', 'load_from')

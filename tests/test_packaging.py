@@ -1,0 +1,105 @@
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+setuptools = pytest.importorskip('setuptools')
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = re.compile(r'(onedl-)?mm(engine|cv|det|detection|pretrain)\b')
+
+
+@pytest.fixture
+def setup_script(monkeypatch):
+    """The names in setup.py and the keywords of its ``setup`` call."""
+    keywords = {}
+    monkeypatch.setattr(setuptools, 'setup', keywords.update)
+    names = runpy.run_path(str(ROOT / 'setup.py'))
+    return names, keywords
+
+
+def test_no_host_distribution_is_required(setup_script):
+    _, keywords = setup_script
+    hosts = [r for r in keywords['install_requires'] if HOST.match(r)]
+    assert hosts == []
+    for extra, requirements in keywords['extras_require'].items():
+        hosts = [r for r in requirements if HOST.match(r)]
+        assert bool(hosts) == (extra == 'onedl'), extra
+
+
+def test_requirements_have_lower_bounds_for_what_matters(setup_script):
+    _, keywords = setup_script
+    assert 'torch>=2.4' in keywords['install_requires']
+    assert all('>=' in r for r in keywords['extras_require']['onedl'])
+    assert keywords['python_requires'] == '>=3.10'
+
+
+def test_version_is_that_of_the_package(setup_script):
+    import lors_plugin
+
+    _, keywords = setup_script
+    assert keywords['version'] == lors_plugin.__version__
+
+
+@pytest.mark.parametrize('link', [True, False], ids=['link', 'copy'])
+def test_place_mim_items(setup_script, tmp_path, link):
+    place = setup_script[0]['place_mim_items']
+    target = tmp_path / '.mim'
+    target.mkdir()
+    (target / 'stale').write_text('x')
+    place(target, link)
+    place(target, link)
+    assert not (target / 'stale').exists()
+    assert (target / 'tools' / 'train.py').is_file()
+    assert (target / 'tools').is_symlink() == link
+    assert (ROOT / 'tools' / 'train.py').is_file()
+
+
+def test_place_mim_items_without_a_model_index(
+    setup_script, tmp_path, monkeypatch
+):
+    place = setup_script[0]['place_mim_items']
+    monkeypatch.setitem(place.__globals__, 'ROOT', tmp_path)
+    (tmp_path / 'configs').mkdir()
+    place(tmp_path / '.mim', False)
+    assert [p.name for p in (tmp_path / '.mim').iterdir()] == ['configs']
+
+
+@pytest.mark.slow
+def test_wheel_holds_configs_and_tools(tmp_path):
+    source = tmp_path / 'source'
+    ignored = shutil.ignore_patterns('__pycache__', '.mim', '*.egg-info')
+    source.mkdir()
+    for name in ('lors_plugin', 'configs', 'tools', 'requirements'):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ('setup.py', 'pyproject.toml', 'LICENSE', 'MANIFEST.in'):
+        shutil.copy(ROOT / name, source / name)
+    code = (
+        'import sys; from setuptools import build_meta; '
+        'build_meta.build_wheel(sys.argv[1])'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if 'bdist_wheel' in done.stderr and done.returncode:
+        pytest.skip('this setuptools builds no wheels')
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob('*.whl')
+    names = zipfile.ZipFile(wheel).namelist()
+    assert 'lors_plugin/version.py' in names
+    assert 'lors_plugin/.mim/tools/train.py' in names
+    assert not any(n.startswith(('tests/', 'tools/')) for n in names)
+    if any((ROOT / 'configs').rglob('*.py')):
+        assert any(n.startswith('lors_plugin/.mim/configs/') for n in names)
+    # The checkout is left as it was.
+    assert not (source / 'lors_plugin' / '.mim').exists()
