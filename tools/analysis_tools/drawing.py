@@ -105,16 +105,14 @@ def draw_box(
     canvas: np.ndarray,
     box: np.ndarray,
     color: tuple[int, int, int],
-    text: str = '',
     dashed: bool = False,
 ) -> None:
-    """Draw one box and its label.
+    """Draw one box.
 
     Args:
         canvas (np.ndarray): Picture, changed in place, has shape (H, W, 3).
         box (np.ndarray): Corners in pixels of the canvas, has shape (4, ).
         color (tuple[int]): BGR colour.
-        text (str): Label. Defaults to ''.
         dashed (bool): Whether to interrupt the line. Defaults to False.
     """
     x1, y1, x2, y2 = (int(round(float(v))) for v in box)
@@ -127,14 +125,26 @@ def draw_box(
                 cv2.line(canvas, (x, y), (x, min(y + 5, y2)), color, 2)
     else:
         cv2.rectangle(canvas, (x1, y1), (x2, y2), color, 2, cv2.LINE_AA)
-    if text:
-        (width, height), _ = cv2.getTextSize(text, FONT, 0.42, 1)
-        left = min(max(x1, 0), max(canvas.shape[1] - width - 4, 0))
-        top = max(y1, 0)
-        corner = (left + width + 4, top + height + 5)
-        cv2.rectangle(canvas, (left, top), corner, color, -1)
-        place = (left + 2, top + height + 2)
-        cv2.putText(canvas, text, place, FONT, 0.42, DARK, 1, cv2.LINE_AA)
+
+
+def draw_text(
+    canvas: np.ndarray, box: np.ndarray, color: tuple, text: str
+) -> None:
+    """Write the label of a box inside its upper left corner.
+
+    Args:
+        canvas (np.ndarray): Picture, changed in place, has shape (H, W, 3).
+        box (np.ndarray): Corners in pixels of the canvas, has shape (4, ).
+        color (tuple[int]): BGR colour of the ground.
+        text (str): Label.
+    """
+    (width, height), _ = cv2.getTextSize(text, FONT, 0.45, 1)
+    left = min(max(int(box[0]), 0), max(canvas.shape[1] - width - 4, 0))
+    top = min(max(int(box[1]), 0), max(canvas.shape[0] - height - 5, 0))
+    corner = (left + width + 4, top + height + 5)
+    cv2.rectangle(canvas, (left, top), corner, color, -1)
+    place = (left + 2, top + height + 2)
+    cv2.putText(canvas, text, place, FONT, 0.45, DARK, 1, cv2.LINE_AA)
 
 
 def header(width: int, parts: Sequence[tuple[str, tuple]]) -> np.ndarray:
@@ -189,14 +199,20 @@ def draw_pair(
     shown = sample.scores >= score_thr
     hits = np.where(shown, match(sample), -1)
     single = len(classes) == 1
-    for i, (box, label) in enumerate(zip(sample.gt_boxes, sample.gt_labels)):
-        text = '' if single or not texts else classes[label]
-        draw_box(left, box * scale, YELLOW, text, dashed=i not in hits)
-    for i in np.flatnonzero(shown)[::-1]:
+    colors = [GREEN if hit >= 0 else MAGENTA for hit in hits]
+    # Texts come last, over all boxes, those of the best scores on top.
+    order = np.flatnonzero(shown)[::-1]
+    for i, box in enumerate(sample.gt_boxes * scale):
+        draw_box(left, box, YELLOW, dashed=i not in hits)
+    for i in order:
+        draw_box(right, sample.boxes[i] * scale, colors[i])
+    if texts and not single:
+        for box, label in zip(sample.gt_boxes * scale, sample.gt_labels):
+            draw_text(left, box, YELLOW, classes[label])
+    for i in order if texts else ():
         name = '' if single else f'{classes[sample.labels[i]]} '
-        text = f'{name}{sample.scores[i]:.2f}' if texts else ''
-        color = GREEN if hits[i] >= 0 else MAGENTA
-        draw_box(right, sample.boxes[i] * scale, color, text)
+        text = f'{name}{sample.scores[i]:.2f}'
+        draw_text(right, sample.boxes[i] * scale, colors[i], text)
     if texts:
         found, number = int((hits >= 0).sum()), len(sample.gt_boxes)
         kind = classes[0] if single else 'object'

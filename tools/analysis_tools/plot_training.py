@@ -181,6 +181,9 @@ def style_axes(axes: plt.Axes, train: Sequence[dict], ylabel: str) -> None:
         return
     for i in range(1, len(minutes)):
         minutes[i] = max(minutes[i], minutes[i - 1] + 1e-9)
+    # Beyond the end, where no tick may bend back.
+    steps.append(2 * steps[-1])
+    minutes.append(2 * minutes[-1])
     top = axes.secondary_xaxis(
         'top',
         functions=(

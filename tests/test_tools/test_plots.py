@@ -1,0 +1,253 @@
+import json
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / 'tools' / 'analysis_tools'
+
+
+@pytest.fixture
+def plot(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import plot_training
+
+    return plot_training
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import draw_predictions
+
+    return draw_predictions
+
+
+@pytest.fixture
+def drawing(draw):
+    import drawing
+
+    return drawing
+
+
+def write_run(root, name, steps, ap=None, seconds=6.0):
+    """Write a log: a loss at each step and an evaluation after each."""
+    folder = root / name / 'vis_data'
+    folder.mkdir(parents=True)
+    lines = []
+    for step in steps:
+        losses = {'stage0.loss_cls': 1.0, 'stage1.loss_cls': 2.0}
+        losses.update({'stage0.loss_iou': 0.5, 'loss': 3.5, 'lr': 0.1})
+        record = dict(losses, time=seconds, step=step, epoch=step // 10)
+        lines.append(json.dumps(record))
+        if ap is not None:
+            metrics = {'coco/bbox_mAP': ap, 'coco/bbox_mAP_50': 2 * ap}
+            metrics.update({'coco/bbox_mAP_l': -1.0, 'step': step // 10})
+            lines.append(json.dumps(metrics))
+    (folder / 'scalars.json').write_text('\n'.join(lines) + '\n{"los')
+
+
+def test_history_of_a_resumed_training(plot, tmp_path):
+    write_run(tmp_path, '20260101_000000', [10, 20, 30], ap=0.1)
+    write_run(tmp_path, '20260101_010000', [30, 40], ap=0.2)
+    folder = tmp_path / '20260101_020000' / 'vis_data'
+    folder.mkdir(parents=True)
+    (folder / 'scalars.json').write_text('{"coco/bbox_mAP": 0.9, "step": 0}')
+    history = plot.read_history(tmp_path)
+    assert [r['step'] for r in history.train] == [10, 20, 30, 40]
+    assert [r['minutes'] for r in history.train] == pytest.approx([1, 2, 3, 4])
+    assert plot.collect_metrics(history.val) == {
+        'AP': [(10, 0.1), (20, 0.1), (30, 0.2), (40, 0.2)],
+        'AP50': [(10, 0.2), (20, 0.2), (30, 0.4), (40, 0.4)],
+    }
+
+
+def test_history_of_a_repeated_training(plot, tmp_path):
+    write_run(tmp_path, '20260101_000000', [10, 20, 30], ap=0.1)
+    write_run(tmp_path, '20260101_010000', [10, 20], ap=0.2)
+    history = plot.read_history(tmp_path)
+    assert [r['step'] for r in history.train] == [10, 20]
+    assert [v['coco/bbox_mAP'] for v in history.val] == [0.2, 0.2]
+
+
+def test_losses_are_summed_over_stages(plot, tmp_path):
+    write_run(tmp_path, 'run', [10, 20])
+    losses = plot.collect_losses(plot.read_history(tmp_path).train)
+    found = {name: values.tolist() for name, values in losses.items()}
+    assert found == {
+        'loss': [3.5, 3.5],
+        'loss_cls': [3.0, 3.0],
+        'loss_iou': [0.5, 0.5],
+    }
+
+
+def test_smoothing_keeps_lines(plot):
+    line = np.arange(20.0)
+    np.testing.assert_allclose(plot.smooth(line, 4), line)
+    assert plot.smooth(np.array([0.0, 3.0, 0.0]), 5).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize('ap', [None, 0.0, 0.3])
+def test_plot_is_written(plot, tmp_path, ap):
+    write_run(tmp_path, 'run', range(10, 100, 10), ap=ap)
+    assert plot.main([str(tmp_path)]) == 0
+    picture = cv2.imread(str(tmp_path / 'training.png'))
+    assert picture.shape[1] > 1000 and picture.std() > 5
+
+
+def test_plot_without_log(plot, tmp_path, caplog):
+    assert plot.main([str(tmp_path)]) == 1
+    assert 'scalars.json' in caplog.text
+
+
+def make_sample(drawing, boxes, scores, labels=None, **kwargs):
+    return drawing.Sample(
+        path=kwargs.get('path', ''),
+        gt_boxes=np.array([[0, 0, 10, 10], [20, 20, 30, 30]], float),
+        gt_labels=np.array([0, 1]),
+        boxes=np.array(boxes, float).reshape(-1, 4),
+        scores=np.array(scores, float),
+        labels=np.array(labels or [0] * len(boxes), int),
+    )
+
+
+def test_match_is_one_to_one_and_by_class(drawing):
+    boxes = [[0, 0, 10, 9], [0, 0, 10, 10], [20, 20, 30, 30]]
+    boxes += [[21, 20, 30, 30], [5, 0, 15, 10]]
+    sample = make_sample(drawing, boxes, [5, 4, 3, 2, 1], [0, 0, 0, 1, 0])
+    assert drawing.match(sample).tolist() == [0, -1, -1, 1, -1]
+
+
+def test_match_without_boxes(drawing):
+    sample = make_sample(drawing, [], [])
+    assert drawing.match(sample).tolist() == []
+    sample = make_sample(drawing, [[0, 0, 9, 9]], [1])
+    sample.gt_boxes, sample.gt_labels = np.zeros((0, 4)), np.zeros(0, int)
+    assert drawing.match(sample).tolist() == [-1]
+
+
+def test_iou_values(drawing):
+    a = np.array([[0, 0, 10, 10]], float)
+    b = np.array([[5, 0, 15, 10], [20, 0, 30, 10], [0, 0, 10, 10]], float)
+    np.testing.assert_allclose(drawing.box_iou(a, b), [[1 / 3, 0, 1]])
+
+
+def test_best_threshold(drawing):
+    boxes = [[0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]]
+    sample = make_sample(drawing, boxes, [0.9, 0.6, 0.2], [0, 1, 0])
+    assert drawing.best_threshold([sample]) == 0.6
+    nothing = make_sample(drawing, boxes[2:], [0.9])
+    assert drawing.best_threshold([nothing]) == 0.3
+
+
+def has_color(picture, color):
+    return (np.abs(picture.astype(int) - color).sum(-1) < 12).any()
+
+
+@pytest.fixture
+def coco_set(tmp_path):
+    """Two images with one box each, a config and their predictions."""
+    for name in ('a', 'b'):
+        cv2.imwrite(
+            str(tmp_path / f'{name}.png'), np.full((64, 48, 3), 90, np.uint8)
+        )
+    images = [
+        dict(id=i, file_name=f'{n}.png', width=48, height=64)
+        for i, n in ((1, 'a'), (2, 'b'))
+    ]
+    annotations = [
+        dict(id=i, image_id=i, category_id=1, area=400, iscrowd=0)
+        | dict(bbox=[10, 20, 20, 20])
+        for i in (1, 2)
+    ]
+    categories = [dict(id=1, name='thing')]
+    content = dict(
+        images=images, annotations=annotations, categories=categories
+    )
+    (tmp_path / 'ann.json').write_text(json.dumps(content))
+    config = tmp_path / 'config.py'
+    config.write_text(
+        "test_dataloader = dict(dataset=dict(type='CocoDataset', "
+        f"data_root='{tmp_path}', ann_file='ann.json', test_mode=True, "
+        "data_prefix=dict(img=''), metainfo=dict(classes=('thing',)), "
+        'pipeline=[]))\n'
+    )
+    boxes = {1: [[10.0, 20, 30, 40]], 2: [[0.0, 0, 9, 9]]}
+    results = [
+        dict(
+            img_id=i,
+            pred_instances=dict(
+                bboxes=torch.tensor(box),
+                scores=torch.tensor([0.8]),
+                labels=torch.tensor([0]),
+            ),
+        )
+        for i, box in boxes.items()
+    ]
+    pkl = tmp_path / 'predictions.pkl'
+    pkl.write_bytes(pickle.dumps(results))
+    return config, pkl, results
+
+
+def test_pictures_from_a_pickle(draw, drawing, coco_set, tmp_path):
+    config, pkl, _ = coco_set
+    out = tmp_path / 'pictures'
+    code = draw.main([str(config), '--pkl', str(pkl), '--out-dir', str(out)])
+    assert code == 0
+    names = sorted(p.name for p in out.iterdir())
+    assert names == ['a.png', 'b.png', 'contact_sheet.png']
+    a, b = (cv2.imread(str(out / f'{n}.png'))[drawing.HEADER :] for n in 'ab')
+    middle = a.shape[1] // 2
+    for picture, hit, miss in (
+        (a, drawing.GREEN, drawing.MAGENTA),
+        (b, drawing.MAGENTA, drawing.GREEN),
+    ):
+        assert has_color(picture[:, :middle], drawing.YELLOW)
+        assert has_color(picture[:, middle:], hit)
+        assert not has_color(picture[:, middle:], miss)
+        assert not has_color(picture[:, :middle], hit)
+    # The line of a missed box is interrupted.
+    yellow = [
+        (np.abs(p.astype(int) - drawing.YELLOW).sum(-1) < 12).sum()
+        for p in (a, b)
+    ]
+    assert yellow[1] < 0.8 * yellow[0]
+
+
+def test_pictures_by_threshold_and_number(draw, drawing, coco_set, tmp_path):
+    config, pkl, _ = coco_set
+    out = tmp_path / 'pictures'
+    options = ['--score-thr', '0.9', '--num', '1', '--out-dir', str(out)]
+    assert draw.main([str(config), '--pkl', str(pkl), *options]) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        'a.png',
+        'contact_sheet.png',
+    ]
+    picture = cv2.imread(str(out / 'a.png'))[drawing.HEADER :]
+    assert not has_color(picture, drawing.GREEN)
+
+
+@pytest.mark.parametrize('case', ['other data', 'no detections', 'no file'])
+def test_picture_errors(draw, coco_set, tmp_path, caplog, case):
+    config, pkl, results = coco_set
+    expected = 'predictions.pkl'
+    if case == 'other data':
+        pkl.write_bytes(pickle.dumps(results[:1]))
+        expected = 'lacks 1 images'
+    elif case == 'no detections':
+        pkl.write_bytes(pickle.dumps([dict(pred_score=1)]))
+    else:
+        pkl.unlink()
+    out = tmp_path / 'pictures'
+    code = draw.main([str(config), '--pkl', str(pkl), '--out-dir', str(out)])
+    assert code == 1 and expected in caplog.text
+
+
+def test_checkpoint_or_pickle(draw):
+    for arguments in ([], ['w.pth', '--pkl', 'p.pkl']):
+        with pytest.raises(SystemExit) as error:
+            draw.parse_args(['c.py', *arguments, '--out-dir', 'o'])
+        assert error.value.code == 2
