@@ -1,0 +1,188 @@
+"""The shell launchers, with a fake ``srun`` and two real CPU processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from PIL import Image
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+ECHO = '#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done\n'
+
+
+def run(script, *args, cwd=None, **env):
+    """Run a launcher and return the finished process."""
+    drop = ('PORT', 'NNODES', 'NODE_RANK', 'MASTER_ADDR', 'OMP_NUM_THREADS')
+    clean = {k: v for k, v in os.environ.items() if k not in drop}
+    clean['PYTHON'] = sys.executable
+    return subprocess.run(
+        ['bash', str(TOOLS / script), *map(str, args)],
+        cwd=cwd,
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def fake(path, text=ECHO):
+    """Write an executable that prints its arguments, a line each."""
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ('script', 'args'),
+    [
+        ('dist_train.sh', []),
+        ('dist_train.sh', ['config.py']),
+        ('dist_train.sh', ['config.py', '--resume']),
+        ('dist_train.sh', ['config.py', '0']),
+        ('dist_test.sh', ['config.py', '2']),
+        ('dist_test.sh', ['config.py', 'a.pth', 'two']),
+        ('slurm_train.sh', ['part', 'job', 'config.py']),
+        ('slurm_test.sh', ['part', 'job', 'config.py']),
+    ],
+)
+def test_wrong_arguments_show_the_usage(script, args):
+    done = run(script, *args)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f'Usage: bash tools/{script} ')
+    assert done.stdout == ''
+
+
+@pytest.mark.parametrize('script', ['slurm_train.sh', 'slurm_test.sh'])
+def test_slurm(tmp_path, script):
+    fake(tmp_path / 'srun')
+    done = run(
+        script, 'part', 'job', 'config.py', 'here', '--cfg-options', 'a=b c',
+        GPUS='16', CPUS_PER_TASK='3', SRUN_ARGS='--quota=x -w node1',
+        PYTHON='python', PATH=f'{tmp_path}:{os.environ["PATH"]}',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tool = script.replace('slurm_', '').replace('.sh', '.py')
+    place = ['--work-dir', 'here'] if tool == 'train.py' else ['here']
+    assert done.stdout.splitlines() == [
+        '-p', 'part', '--job-name=job', '--gres=gpu:8', '--ntasks=16',
+        '--ntasks-per-node=8', '--cpus-per-task=3', '--kill-on-bad-exit=1',
+        '--quota=x', '-w', 'node1', 'python', '-u', str(TOOLS / tool),
+        'config.py', *place, '--launcher', 'slurm', '--cfg-options', 'a=b c',
+    ]  # fmt: skip
+
+
+def test_slurm_with_few_gpus(tmp_path):
+    fake(tmp_path / 'srun')
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    done = run('slurm_train.sh', *'pjcw', GPUS='2', PATH=path)
+    assert '--gres=gpu:2' in done.stdout
+    assert '--ntasks-per-node=2' in done.stdout
+
+
+def fake_python(tmp_path):
+    """A Python that prints the launch and does the rest for real."""
+    return str(
+        fake(
+            tmp_path / 'python',
+            '#!/bin/sh\nif [ "$1" = -c ]; then exec '
+            f'"{sys.executable}" "$@"; fi\n'
+            'echo "threads=$OMP_NUM_THREADS"\n' + ECHO.split('\n', 1)[1],
+        )
+    )
+
+
+def test_dist_test_with_one_node(tmp_path):
+    python = fake_python(tmp_path)
+    lines = run(
+        'dist_test.sh', 'c.py', 'a.pth', 64, '--out', 'o p.pkl',
+        cwd=tmp_path, PYTHON=python,
+    ).stdout.splitlines()  # fmt: skip
+    assert lines[0] == 'threads=1'
+    assert lines[1:3] == ['-m', 'torch.distributed.run']
+    (port,) = [v for v in lines if v.startswith('--master_port=')]
+    assert int(port.split('=')[1]) > 1023
+    assert '--nproc_per_node=64' in lines
+    assert lines[lines.index(str(TOOLS / 'test.py')) :] == [
+        str(TOOLS / 'test.py'), 'c.py', 'a.pth', '--launcher', 'pytorch',
+        '--out', 'o p.pkl',
+    ]  # fmt: skip
+
+
+def test_dist_train_with_several_nodes(tmp_path):
+    python = fake_python(tmp_path)
+    env = dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='10.0.0.1')
+    out = run('dist_train.sh', 'c.py', 8, PYTHON=python, **env).stdout
+    for argument in (
+        '--nnodes=2', '--node_rank=1', '--master_addr=10.0.0.1',
+        '--master_port=29500',
+    ):  # fmt: skip
+        assert argument in out.splitlines()
+    out = run('dist_train.sh', 'c.py', 8, PYTHON=python, PORT='1234').stdout
+    assert '--master_port=1234' in out.splitlines()
+
+
+def test_own_thread_count_is_kept(tmp_path):
+    python = fake_python(tmp_path)
+    done = run('dist_train.sh', 'c', 1, PYTHON=python, OMP_NUM_THREADS='5')
+    assert done.stdout.startswith('threads=5\n')
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A LeNet on six images, a relative path from ``tmp_path``."""
+    for index in range(6):
+        folder = tmp_path / 'images' / 'ab'[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((32, 32), 40 * index, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f'{index}.png')
+    pipeline = [
+        dict(type='LoadImageFromFile', color_type='grayscale'),
+        dict(type='PackInputs'),
+    ]
+    cfg = dict(
+        default_scope='mmpretrain',
+        model=dict(
+            type='ImageClassifier',
+            backbone=dict(type='LeNet5'),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(
+                type='LinearClsHead',
+                num_classes=2,
+                in_channels=120,
+                loss=dict(type='CrossEntropyLoss'),
+            ),
+            data_preprocessor=dict(mean=[127.0], std=[64.0], num_classes=2),
+        ),
+        train_dataloader=dict(
+            batch_size=1,
+            num_workers=0,
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            dataset=dict(
+                type='CustomDataset', data_root='images', pipeline=pipeline
+            ),
+        ),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
+    )
+    (tmp_path / 'small.py').write_text(Config(cfg).pretty_text)
+    return 'small.py'
+
+
+@pytest.mark.slow
+def test_two_cpu_processes_train(tmp_path, config):
+    done = run(
+        'dist_train.sh', config, 2, '--work-dir', 'out', cwd=tmp_path,
+        CUDA_VISIBLE_DEVICES='-1',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = done.stdout + done.stderr
+    assert '2 CPU processes by gloo' in text
+    # Six images for two processes of batch size one.
+    assert '[1][3/3]' in text
+    assert 'nan' not in text.split('[1][3/3]')[1].splitlines()[0]
+    assert (tmp_path / 'out' / 'epoch_1.pth').is_file()

@@ -1,0 +1,90 @@
+"""Parts of ``tools/setup_env.sh`` that need no installation."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / 'tools' / 'setup_env.sh'
+
+
+def bash(code, **env):
+    """Run shell code after sourcing the script."""
+    drop = ('PYTHON', 'VIRTUAL_ENV', 'CONDA_PREFIX')
+    clean = {k: v for k, v in os.environ.items() if k not in drop}
+    return subprocess.run(
+        ['bash', '-c', f'set -euo pipefail\n. "{SCRIPT}"\n{code}'],
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def fake_python(path, version):
+    """Write an interpreter that is too old or too new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        '#!/bin/sh\ncase "$2" in *python_version*) '
+        f'echo {version};; *) exit 1;; esac\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_unfit_interpreter_is_named(tmp_path):
+    python = fake_python(tmp_path / 'python', '3.8.1')
+    done = bash('setup_env tests', PYTHON=python)
+    assert done.returncode == 1
+    assert f'{python} is not Python 3.10 to 3.13 (3.8.1)' in done.stderr
+    assert 'PYTHON=/path/to/python3.12' in done.stderr
+
+
+def test_unfit_active_environment_is_named(tmp_path):
+    python = fake_python(tmp_path / 'bin' / 'python', '3.14.0')
+    done = bash('setup_env', VIRTUAL_ENV=str(tmp_path))
+    assert done.returncode == 1
+    assert f'{python} is not Python 3.10 to 3.13 (3.14.0)' in done.stderr
+
+
+def test_the_active_environment_is_taken():
+    done = bash('_lors_find_python; echo "$PYTHON"', VIRTUAL_ENV=sys.prefix)
+    if not (Path(sys.prefix) / 'bin' / 'python').exists():
+        pytest.skip('no bin/python in this prefix')
+    assert done.stdout.strip() == str(Path(sys.prefix) / 'bin' / 'python')
+
+
+def test_too_little_room_stops_before_anything_is_made():
+    base = getattr(sys, '_base_executable', sys.executable)
+    code = 'import os, sys; print(sys.prefix == sys.base_prefix and not '
+    code += 'os.path.isdir(sys.prefix + "/conda-meta"))'
+    bare = subprocess.run(
+        [base, '-c', f'import venv, ensurepip; {code}'],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if bare.stdout.strip() != 'True':
+        pytest.skip('no interpreter outside of an environment')
+    done = bash('setup_env', PYTHON=base, LORS_NEED_GB='99999999')
+    assert done.returncode == 1
+    assert 'takes about 99999999 GB' in done.stderr
+
+
+def test_missing_modules_by_import_name():
+    done = bash('_lors_missing json no_such_module', PYTHON=sys.executable)
+    assert done.stdout.strip() == 'no_such_module'
+
+
+def test_stamp_depends_on_the_extras():
+    code = '_lors_stamp tests; _lors_stamp tests; _lors_stamp tests,optional'
+    done = bash(code, PYTHON=sys.executable)
+    first, again, other = done.stdout.split()
+    assert first == again != other
+
+
+def test_host_kind_is_known():
+    done = bash('_lors_host_kind', PYTHON=sys.executable)
+    assert done.stdout.strip() in ('fork', 'original', 'none')
