@@ -106,15 +106,18 @@ _lors_pip() {
         "$PYTHON" -m pip install "$@" && return 0 || code=$?
     else
         local parent=$BASHPID
-        while sleep 30 && kill -0 "$parent" 2>/dev/null; do
+        while sleep 30 >/dev/null 2>&1 && kill -0 "$parent" 2>/dev/null; do
             _lors_say '  ... still at it'
         done &
         beat=$!
-        "$PYTHON" -m pip install --progress-bar off "$@" 2>&1 |
-            tee "$log" | awk '
-                /^ *(Collecting|Building wheel|Installing collected)/ {
-                    line = substr($0, 1, 75); print "    " line; fflush() }' ||
-            code=$?
+        (
+            set -o pipefail
+            "$PYTHON" -m pip install --progress-bar off "$@" 2>&1 |
+                tee "$log" | awk '
+                    /^ *(Collecting|Processing|Building wheel|Installing)/ ||
+                    /^ *Downloading .* MB\)/ {
+                        print "    " substr($0, 1, 75); fflush() }'
+        ) || code=$?
         kill "$beat" 2>/dev/null || true
         wait "$beat" 2>/dev/null || true
         [ "$code" -eq 0 ] && return 0
