@@ -3,6 +3,7 @@
 Importing this package is cheap: no torch, no Triton, no GPU. A config that
 says ``type='lors_plugin.X'`` imports what it needs by itself.
 """
+
 from .compat import install_mmcv_ext_fallback
 from .version import __version__
 

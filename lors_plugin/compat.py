@@ -2,6 +2,7 @@
 
 Nothing outside this file patches a host.
 """
+
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -45,7 +46,8 @@ def _missing_op(name):
         raise MissingOpError(
             f'mmcv was installed without compiled operators and "{name}" '
             'has no replacement here. Install a compiled mmcv for your torch '
-            'and GPU; `python -m lors_plugin.doctor` tells what is there.')
+            'and GPU; `python -m lors_plugin.doctor` tells what is there.'
+        )
 
     missing.__name__ = name
     return missing
@@ -56,8 +58,10 @@ def _nms(boxes, scores, iou_threshold, offset):
     if offset != 0:
         raise MissingOpError(
             'mmcv was installed without compiled operators and nms with '
-            f'offset={offset} has no replacement here; use offset=0.')
+            f'offset={offset} has no replacement here; use offset=0.'
+        )
     from torchvision.ops import nms
+
     return nms(boxes, scores, iou_threshold)
 
 
@@ -83,6 +87,7 @@ def register_safe_globals() -> None:
     import numpy as np
     import torch
     from mmengine.logging import HistoryBuffer
+
     if not hasattr(torch.serialization, 'add_safe_globals'):
         return
     core = getattr(np, '_core', None) or np.core
@@ -90,11 +95,13 @@ def register_safe_globals() -> None:
         type(np.dtype(name))
         for name in ('float64', 'float32', 'int64', 'int32', 'bool')
     }
-    torch.serialization.add_safe_globals([
-        HistoryBuffer,
-        np.ndarray,
-        np.dtype,
-        core.multiarray._reconstruct,
-        core.multiarray.scalar,
-        *dtypes,
-    ])
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            np.ndarray,
+            np.dtype,
+            core.multiarray._reconstruct,
+            core.multiarray.scalar,
+            *dtypes,
+        ]
+    )

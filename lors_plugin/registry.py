@@ -4,6 +4,7 @@ MMEngine imports this file by itself when a config names a type
 ``lors_plugin.X``, then the modules in ``locations``. An import error in this
 very file would be swallowed, so it imports nothing but MMEngine.
 """
+
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
@@ -12,10 +13,12 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='lors_plugin',
-    locations=['lors_plugin.models'])
+    locations=['lors_plugin.models'],
+)
 
 OPTIM_WRAPPERS = Registry(
     'optim_wrapper',
     parent=MMENGINE_OPTIM_WRAPPERS,
     scope='lors_plugin',
-    locations=['lors_plugin.engine.optim'])
+    locations=['lors_plugin.engine.optim'],
+)

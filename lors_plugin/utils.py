@@ -1,11 +1,15 @@
 """Small helpers that several parts of the package need."""
-from typing import List, Sequence, Union
+
+from collections.abc import Sequence
+from typing import Union
 
 
-def per_layer(name: str,
-              value: Union[int, Sequence[int]],
-              num_layers: int,
-              minimum: int = 1) -> List[int]:
+def per_layer(
+    name: str,
+    value: Union[int, Sequence[int]],
+    num_layers: int,
+    minimum: int = 1,
+) -> list[int]:
     """Spread one value over all layers, or check a list of values.
 
     Args:
@@ -24,16 +28,17 @@ def per_layer(name: str,
     if len(values) != num_layers:
         raise ValueError(
             f'{name}={values} has {len(values)} values for {num_layers} '
-            f'layers; give one value for all or exactly {num_layers}')
+            f'layers; give one value for all or exactly {num_layers}'
+        )
     if any(not isinstance(v, int) or v < minimum for v in values):
         raise ValueError(
-            f'{name}={value} must hold whole numbers of at least {minimum}')
+            f'{name}={value} must hold whole numbers of at least {minimum}'
+        )
     return values
 
 
 def check_divisible(name: str, value: int, by_name: str, by: int) -> int:
     """``value // by``, or an error that names both options."""
     if by < 1 or value % by:
-        raise ValueError(
-            f'{name}={value} must be divisible by {by_name}={by}')
+        raise ValueError(f'{name}={value} must be divisible by {by_name}={by}')
     return value // by

@@ -1,8 +1,9 @@
 # The quick start: a small LORS-AdaMixer for two CPU cores, trained from a
 # MobileNetV2 of ImageNet on a few aerial photos in some minutes.
 _base_ = [
-    '../_base_/models/adamixer_r50.py', '../_base_/datasets/tree_crowns.py',
-    'mmdet::_base_/default_runtime.py'
+    '../_base_/models/adamixer_r50.py',
+    '../_base_/datasets/tree_crowns.py',
+    'mmdet::_base_/default_runtime.py',
 ]
 
 model = dict(
@@ -13,8 +14,9 @@ model = dict(
         frozen_stages=1,
         norm_eval=True,
         init_cfg=dict(
-            type='Pretrained',
-            checkpoint='checkpoints/mobilenetv2_trunk.pth')),
+            type='Pretrained', checkpoint='checkpoints/mobilenetv2_trunk.pth'
+        ),
+    ),
     neck=dict(in_channels=[24, 32, 96, 320], out_channels=96),
     query_generator=dict(num_queries=60, embed_dims=96),
     decoder=dict(
@@ -27,7 +29,9 @@ model = dict(
         out_points=32,
         feedforward_channels=384,
         adaptive_ranks=8,
-        static_ranks=8))
+        static_ranks=8,
+    ),
+)
 
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=24, val_interval=2)
 val_cfg = dict(type='ValLoop')
@@ -38,22 +42,22 @@ optim_wrapper = dict(
     dtype='bfloat16',
     optimizer=dict(type='AdamW', lr=5e-4, weight_decay=1e-4),
     paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.2))),
-    clip_grad=dict(max_norm=1.0, norm_type=2))
+    clip_grad=dict(max_norm=1.0, norm_type=2),
+)
 
 param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=0.01,
-        by_epoch=False,
-        begin=0,
-        end=100),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
         type='CosineAnnealingLR',
         T_max=24,
         eta_min_ratio=0.02,
-        convert_to_iter_based=True)
+        convert_to_iter_based=True,
+    ),
 ]
 
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(interval=4, max_keep_ckpts=1, save_best='coco/bbox_mAP_50'))
+    checkpoint=dict(
+        interval=4, max_keep_ckpts=1, save_best='coco/bbox_mAP_50'
+    ),
+)

@@ -7,4 +7,6 @@ model = dict(
         in_points=64,
         adaptive_ranks=16,
         adaptive_groups=[1, 1, 2, 2, 3, 3],
-        static_ranks=8))
+        static_ranks=8,
+    )
+)

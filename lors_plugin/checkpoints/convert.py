@@ -1,13 +1,13 @@
 """State dicts of the original programs to this package, and back."""
+
 import re
-from typing import Dict
 
 import torch
 from torch import Tensor
 
 from .key_map import CONSTANT_KEY, CONSTANT_ROW, KEY_MAPS, find_rule
 
-StateDict = Dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 
 class ConversionError(ValueError):
@@ -21,13 +21,18 @@ def guess_source(state: StateDict) -> str:
         ConversionError: If the keys are of neither.
     """
     keys = ' '.join(state)
-    if 'common_parameter_generator' in keys:
+    if 'common_parameter_generator' in keys or 'mixing.channel_part' in keys:
         return 'lors'
-    if 'sampling_n_mixing' in keys or 'parameter_generator' in keys:
+    if (
+        'sampling_n_mixing' in keys
+        or 'decoder.mixing.0.generator' in keys
+        or ('parameter_generator.0' in keys)
+    ):
         return 'adamixer'
     raise ConversionError(
-        'the keys are of no program known here; the first ones: ' +
-        ', '.join(list(state)[:5]))
+        'the keys are of no program known here; the first ones: '
+        + ', '.join(list(state)[:5])
+    )
 
 
 def to_lors_plugin(state: StateDict, source: str) -> StateDict:
@@ -79,7 +84,8 @@ def to_original(state: StateDict, target: str) -> StateDict:
     content = state.get('query_generator.content.weight')
     if content is not None:
         converted[CONSTANT_KEY] = torch.tensor(CONSTANT_ROW).repeat(
-            len(content), 1)
+            len(content), 1
+        )
     return converted
 
 
@@ -115,9 +121,11 @@ def _missing_in_stages(state: StateDict) -> list:
         if key.startswith(('roi_head.', 'decoder.')):
             match = re.search(r'\.(\d+)(?=\.|$)', key)
             if match:
-                kind = key[:match.start(1)] + '{}' + key[match.end(1):]
+                kind = key[: match.start(1)] + '{}' + key[match.end(1) :]
                 stages.setdefault(kind, set()).add(int(match[1]))
     everything = set().union(*stages.values()) if stages else set()
     return sorted(
-        kind.format(stage) for kind, present in stages.items()
-        for stage in everything - present)
+        kind.format(stage)
+        for kind, present in stages.items()
+        for stage in everything - present
+    )

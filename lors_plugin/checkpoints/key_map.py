@@ -4,8 +4,9 @@ A rule is a pair of patterns in which ``{s}`` is the number of a stage,
 ``{i}`` another number and ``{p}`` the rest of the key. Rules work in both
 directions.
 """
+
 import re
-from typing import List, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 _FIELDS = {'s': r'(?P<s>\d+)', 'i': r'(?P<i>\d+)', 'p': r'(?P<p>.+)'}
 
@@ -19,6 +20,7 @@ class Rule(NamedTuple):
         stacked (bool): Whether the original stacks groups and parameter
             groups, (G K, rows, cols), where we have (G, K, rows, cols).
     """
+
     old: str
     new: str
     stacked: bool = False
@@ -38,12 +40,15 @@ _TRUNK = [
     Rule('backbone.{p}', 'backbone.{p}'),
     Rule('neck.lateral_convs.{i}.conv.{p}', 'neck.convs.{i}.{p}'),
     Rule('neck.gn_out.{p}', 'neck.norm.{p}'),
-    Rule('rpn_head.init_content_features.weight',
-         'query_generator.content.weight'),
+    Rule(
+        'rpn_head.init_content_features.weight',
+        'query_generator.content.weight',
+    ),
 ]
 
 _STAGE = [
-    Rule(_STAGE_OLD + old, _STAGE_NEW + new) for old, new in (
+    Rule(_STAGE_OLD + old, _STAGE_NEW + new)
+    for old, new in (
         ('iof_tau', 'attention.overlap_scale'),
         ('attention.attn.in_proj_weight', 'attention.qkv.weight'),
         ('attention.attn.in_proj_bias', 'attention.qkv.bias'),
@@ -59,36 +64,50 @@ _STAGE = [
 ]
 
 _ADAMIXER = [
-    Rule(_STAGE_OLD + 'sampling_n_mixing.sampling_offset_generator.0.{p}',
-         _STAGE_NEW + 'sampling.offsets.{p}'),
-    Rule(_STAGE_OLD + 'sampling_n_mixing.norm.{p}',
-         _STAGE_NEW + 'mixing_norm.{p}'),
     Rule(
-        _STAGE_OLD +
-        'sampling_n_mixing.adaptive_mixing.parameter_generator.0.{p}',
-        'decoder.mixing.{s}.generator.{p}'),
-    Rule(_STAGE_OLD + 'sampling_n_mixing.adaptive_mixing.out_proj.{p}',
-         'decoder.mixing.{s}.out_proj.{p}'),
+        _STAGE_OLD + 'sampling_n_mixing.sampling_offset_generator.0.{p}',
+        _STAGE_NEW + 'sampling.offsets.{p}',
+    ),
+    Rule(
+        _STAGE_OLD + 'sampling_n_mixing.norm.{p}',
+        _STAGE_NEW + 'mixing_norm.{p}',
+    ),
+    Rule(
+        _STAGE_OLD
+        + 'sampling_n_mixing.adaptive_mixing.parameter_generator.0.{p}',
+        'decoder.mixing.{s}.generator.{p}',
+    ),
+    Rule(
+        _STAGE_OLD + 'sampling_n_mixing.adaptive_mixing.out_proj.{p}',
+        'decoder.mixing.{s}.out_proj.{p}',
+    ),
 ]
 
 _LORS = [
-    Rule(_STAGE_OLD + 'sampling.sampling_offset_generator.0.{p}',
-         _STAGE_NEW + 'sampling.offsets.{p}'),
-    *(Rule('roi_head.adaptive_mixing.' + old, 'decoder.' + new, stacked)
-      for old, new, stacked in (
-          ('ml_parameters.{s}', 'mixing.channel_part.left.{s}', True),
-          ('mr_parameters.{s}', 'mixing.channel_part.right.{s}', True),
-          ('sl_parameters.{s}', 'mixing.spatial_part.left.{s}', True),
-          ('sr_parameters.{s}', 'mixing.spatial_part.right.{s}', True),
-          ('common_parameter_generator.{p}', 'mixing.generator.{p}', False),
-          ('private_parameter_generator.{s}.{p}',
-           'mixing.core_generators.{s}.{p}', False),
-          ('base_out_proj.weight', 'mixing.out_proj.weight', False),
-          ('out_weight_add_A.{s}', 'mixing.out_proj.down.{s}', False),
-          ('out_weight_add_B.{s}', 'mixing.out_proj.up.{s}', False),
-          ('out_weight_bias.{s}', 'mixing.out_proj.bias.{s}', False),
-          ('out_norm.{s}.{p}', 'stages.{s}.mixing_norm.{p}', False),
-      )),
+    Rule(
+        _STAGE_OLD + 'sampling.sampling_offset_generator.0.{p}',
+        _STAGE_NEW + 'sampling.offsets.{p}',
+    ),
+    *(
+        Rule('roi_head.adaptive_mixing.' + old, 'decoder.' + new, stacked)
+        for old, new, stacked in (
+            ('ml_parameters.{s}', 'mixing.channel_part.left.{s}', True),
+            ('mr_parameters.{s}', 'mixing.channel_part.right.{s}', True),
+            ('sl_parameters.{s}', 'mixing.spatial_part.left.{s}', True),
+            ('sr_parameters.{s}', 'mixing.spatial_part.right.{s}', True),
+            ('common_parameter_generator.{p}', 'mixing.generator.{p}', False),
+            (
+                'private_parameter_generator.{s}.{p}',
+                'mixing.core_generators.{s}.{p}',
+                False,
+            ),
+            ('base_out_proj.weight', 'mixing.out_proj.weight', False),
+            ('out_weight_add_A.{s}', 'mixing.out_proj.down.{s}', False),
+            ('out_weight_add_B.{s}', 'mixing.out_proj.up.{s}', False),
+            ('out_weight_bias.{s}', 'mixing.out_proj.bias.{s}', False),
+            ('out_norm.{s}.{p}', 'stages.{s}.mixing_norm.{p}', False),
+        )
+    ),
 ]
 
 KEY_MAPS = {
@@ -99,10 +118,10 @@ KEY_MAPS = {
 # The original keeps the position of the initial queries as a parameter that
 # is never trained: the whole image, whatever the file says.
 CONSTANT_KEY = 'rpn_head.init_proposal_bboxes.weight'
-CONSTANT_ROW = (0.5, 0.5, 1., 1.)
+CONSTANT_ROW = (0.5, 0.5, 1.0, 1.0)
 
 
-def find_rule(rules: List[Rule], key: str, reverse: bool = False):
+def find_rule(rules: list[Rule], key: str, reverse: bool = False):
     """The first rule that knows a key.
 
     Returns:

@@ -1,17 +1,30 @@
 """Everything that registers a model; imported when a config needs it."""
+
 from lors_plugin.compat import register_safe_globals
 
 from .dense_heads import InitialQueryGenerator
 from .detectors import AdaMixer
-from .layers import (AdaptiveMixing, AdaptiveSampling3D, BoxSelfAttention,
-                     LORSAdaptiveMixing, LowRankLinearStack)
+from .layers import (
+    AdaptiveMixing,
+    AdaptiveSampling3D,
+    BoxSelfAttention,
+    LORSAdaptiveMixing,
+    LowRankLinearStack,
+)
 from .necks import SharedNormChannelMapping
 from .roi_heads import AdaMixerDecoder, LORSAdaMixerDecoder
 
 register_safe_globals()
 
 __all__ = [
-    'AdaMixer', 'AdaMixerDecoder', 'AdaptiveMixing', 'AdaptiveSampling3D',
-    'BoxSelfAttention', 'InitialQueryGenerator', 'LORSAdaMixerDecoder',
-    'LORSAdaptiveMixing', 'LowRankLinearStack', 'SharedNormChannelMapping'
+    'AdaMixer',
+    'AdaMixerDecoder',
+    'AdaptiveMixing',
+    'AdaptiveSampling3D',
+    'BoxSelfAttention',
+    'InitialQueryGenerator',
+    'LORSAdaMixerDecoder',
+    'LORSAdaptiveMixing',
+    'LowRankLinearStack',
+    'SharedNormChannelMapping',
 ]

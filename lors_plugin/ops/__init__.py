@@ -4,6 +4,7 @@ One legend for all shapes: ``B`` images, ``N`` queries, ``G`` groups, ``P``
 sampled points a group, ``Q`` mixed points a group, ``C`` channels a group,
 ``K`` parameter groups, ``r`` rank, ``L`` levels.
 """
+
 from .adaptive_mixing import LowRank, adaptive_mixing
 from .sampling_3d import sampling_3d
 

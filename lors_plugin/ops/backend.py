@@ -1,4 +1,5 @@
 """Which implementation of an operator runs, decided in one place."""
+
 import os
 
 BACKENDS = ('auto', 'torch', 'reference')
@@ -25,5 +26,6 @@ def resolve_backend(requested: str = 'auto') -> str:
         name, source = os.environ.get(ENV_NAME, 'auto'), ENV_NAME
     if name not in BACKENDS:
         raise ValueError(
-            f'{source}={name!r} is no backend; choose one of {BACKENDS}')
+            f'{source}={name!r} is no backend; choose one of {BACKENDS}'
+        )
     return 'torch' if name == 'auto' else name

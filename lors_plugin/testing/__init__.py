@@ -1,13 +1,21 @@
 """Shared by tests and tools; nothing else in the package imports it."""
+
 from .golden import Errors, Golden, relative_error
 from .golden_detector import check_detector
-from .golden_ops import (check_adamixer_mixing, check_lors_mixing,
-                         check_sampling)
+from .golden_ops import (
+    check_adamixer_mixing,
+    check_lors_mixing,
+    check_sampling,
+)
 from .weights import randomize, rule_weight
 
 __all__ = [
-    'Errors', 'Golden', 'check_golden', 'randomize', 'relative_error',
-    'rule_weight'
+    'Errors',
+    'Golden',
+    'check_golden',
+    'randomize',
+    'relative_error',
+    'rule_weight',
 ]
 
 _CHECKS = {

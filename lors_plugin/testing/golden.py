@@ -1,7 +1,8 @@
 """Reading goldens: inputs, weights and outputs of the original programs."""
+
 import json
 from pathlib import Path
-from typing import Dict, Union
+from typing import Union
 
 import numpy as np
 import torch
@@ -9,19 +10,23 @@ from torch import Tensor
 
 from .weights import rule_weight
 
-Errors = Dict[str, float]
+Errors = dict[str, float]
 
 # Gradients this much smaller than the largest one are rounding noise.
 NOISE_FLOOR = 1e-8
+# What a right port must reach, relative to the largest value of an entry.
+TOLERANCE = 1e-4
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """Largest difference, relative to the largest reference value."""
     if value.shape != reference.shape:
-        raise ValueError(f'shape {tuple(value.shape)} is compared with '
-                         f'{tuple(reference.shape)}')
+        raise ValueError(
+            f'shape {tuple(value.shape)} is compared with '
+            f'{tuple(reference.shape)}'
+        )
     if not reference.numel():
-        return 0.
+        return 0.0
     scale = reference.abs().max().clamp(min=1e-30)
     return ((value.detach() - reference).abs().max() / scale).item()
 
@@ -42,6 +47,7 @@ class Golden:
         with np.load(path, allow_pickle=False) as file:
             self.arrays = {key: file[key] for key in file.files}
         self.kind = self._recognise()
+        self.notes = []
 
     def _recognise(self) -> str:
         names = set(self.arrays)
@@ -55,7 +61,8 @@ class Golden:
             return 'adamixer_mixing'
         raise ValueError(
             f'{self.path} is no golden of sampling, mixing or a detector; it '
-            f'holds {sorted(names)[:8]}')
+            f'holds {sorted(names)[:8]}'
+        )
 
     def __contains__(self, key: str) -> bool:
         return key in self.arrays
@@ -69,21 +76,26 @@ class Golden:
         key = next(key for key in keys if key in self.arrays)
         return json.loads(str(self.arrays[key]))
 
-    def original_weights(self) -> Dict[str, Tensor]:
+    def original_weights(self) -> dict[str, Tensor]:
         """The original state dict, from the file or by rule."""
         carried = {
-            k[2:]: self.tensor(k)
-            for k in self.arrays if k.startswith('w.')
+            k[2:]: self.tensor(k) for k in self.arrays if k.startswith('w.')
         }
         if carried:
             return carried
         keys = json.loads(self.path.with_suffix('.keys.json').read_text())
-        seed = int(self.arrays['seed']) if 'seed' in self else self.json(
-            'dims')['seed']
+        seed = (
+            int(self.arrays['seed'])
+            if 'seed' in self
+            else self.json('dims')['seed']
+        )
         return {
             key: torch.from_numpy(
                 np.asarray(
-                    rule_weight(key, entry['shape'], seed, entry['kind']) *
-                    np.float32(entry['scale'])))
-            for key, entry in keys.items() if entry['kind'] != 'keep'
+                    rule_weight(key, entry['shape'], seed, entry['kind'])
+                    * np.float32(entry['scale'])
+                )
+            )
+            for key, entry in keys.items()
+            if entry['kind'] != 'keep'
         }

@@ -1,4 +1,5 @@
 """Weights that hide nothing: by rule, or at random."""
+
 import zlib
 
 import numpy as np
@@ -43,5 +44,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             kind = 'norm' if 'norm' in key or 'bn' in key else 'other'
             value.copy_(
                 torch.from_numpy(
-                    np.asarray(rule_weight(key, value.shape, seed, kind))))
+                    np.asarray(rule_weight(key, value.shape, seed, kind))
+                )
+            )
     return model

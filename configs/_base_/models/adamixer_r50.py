@@ -5,7 +5,8 @@ model = dict(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
-        pad_size_divisor=32),
+        pad_size_divisor=32,
+    ),
     backbone=dict(
         type='ResNet',
         depth=50,
@@ -15,15 +16,18 @@ model = dict(
         norm_cfg=dict(type='BN', requires_grad=True),
         norm_eval=True,
         style='pytorch',
-        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50')),
+        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50'),
+    ),
     neck=dict(
         type='lors_plugin.SharedNormChannelMapping',
         in_channels=[256, 512, 1024, 2048],
-        out_channels=256),
+        out_channels=256,
+    ),
     query_generator=dict(
         type='lors_plugin.InitialQueryGenerator',
         num_queries=100,
-        embed_dims=256),
+        embed_dims=256,
+    ),
     decoder=dict(
         type='lors_plugin.AdaMixerDecoder',
         num_classes=80,
@@ -40,16 +44,21 @@ model = dict(
             use_sigmoid=True,
             gamma=2.0,
             alpha=0.25,
-            loss_weight=2.0),
+            loss_weight=2.0,
+        ),
         loss_bbox=dict(type='L1Loss', loss_weight=5.0),
-        loss_iou=dict(type='GIoULoss', loss_weight=2.0)),
+        loss_iou=dict(type='GIoULoss', loss_weight=2.0),
+    ),
     train_cfg=dict(
         assigner=dict(
             type='HungarianAssigner',
             match_costs=[
                 dict(type='FocalLossCost', weight=2.0),
                 dict(type='BBoxL1Cost', weight=5.0, box_format='xyxy'),
-                dict(type='IoUCost', iou_mode='giou', weight=2.0)
-            ])),
+                dict(type='IoUCost', iou_mode='giou', weight=2.0),
+            ],
+        )
+    ),
     # Detections of an image; as many as queries where nothing is given.
-    test_cfg=dict(max_per_img=None))
+    test_cfg=dict(max_per_img=None),
+)

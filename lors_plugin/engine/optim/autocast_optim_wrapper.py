@@ -1,4 +1,5 @@
 """Mixed-precision training on any device that autocast knows."""
+
 from contextlib import contextmanager
 from typing import Union
 
@@ -25,14 +26,16 @@ class AutocastOptimWrapper(OptimWrapper):
         **kwargs: See :class:`mmengine.optim.OptimWrapper`.
     """
 
-    def __init__(self,
-                 dtype: str = 'float16',
-                 loss_scale: Union[float, str] = 'dynamic',
-                 **kwargs) -> None:
+    def __init__(
+        self,
+        dtype: str = 'float16',
+        loss_scale: Union[float, str] = 'dynamic',
+        **kwargs,
+    ) -> None:
         if dtype not in DTYPES:
             raise ValueError(
-                f'optim_wrapper.dtype={dtype!r} must be one of '
-                f'{tuple(DTYPES)}')
+                f'optim_wrapper.dtype={dtype!r} must be one of {tuple(DTYPES)}'
+            )
         super().__init__(**kwargs)
         self.device_type = torch.device(get_device()).type
         self.dtype = DTYPES[dtype]
@@ -42,13 +45,16 @@ class AutocastOptimWrapper(OptimWrapper):
         self.loss_scaler = torch.amp.GradScaler(
             self.device_type,
             enabled=self.dtype == torch.float16,
-            **({} if dynamic else dict(init_scale=float(loss_scale))))
+            **({} if dynamic else dict(init_scale=float(loss_scale))),
+        )
 
     @contextmanager
     def optim_context(self, model: torch.nn.Module):
         """Autocast, inside what MMEngine does for accumulated steps."""
-        with super().optim_context(model), torch.autocast(
-                self.device_type, self.dtype):
+        with (
+            super().optim_context(model),
+            torch.autocast(self.device_type, self.dtype),
+        ):
             yield
 
     def backward(self, loss: Tensor, **kwargs) -> None:
@@ -67,7 +73,8 @@ class AutocastOptimWrapper(OptimWrapper):
     def state_dict(self) -> dict:
         """The optimizer's state and the scaler's."""
         return dict(
-            super().state_dict(), loss_scaler=self.loss_scaler.state_dict())
+            super().state_dict(), loss_scaler=self.loss_scaler.state_dict()
+        )
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take back what :meth:`state_dict` gave."""

@@ -1,5 +1,6 @@
 """The queries that the decoder starts from."""
-from typing import Optional, Tuple
+
+from typing import Optional
 
 import torch.nn.functional as F
 from mmengine.model import BaseModule
@@ -22,10 +23,12 @@ class InitialQueryGenerator(BaseModule):
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
-    def __init__(self,
-                 num_queries: int = 100,
-                 embed_dims: int = 256,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        num_queries: int = 100,
+        embed_dims: int = 256,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
         super().__init__(init_cfg)
         if num_queries < 1:
             raise ValueError(f'num_queries={num_queries} must be at least 1')
@@ -38,7 +41,7 @@ class InitialQueryGenerator(BaseModule):
         super().init_weights()
         nn.init.normal_(self.content.weight)
 
-    def forward(self, sizes: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Make queries for a batch.
 
         Args:
@@ -49,8 +52,10 @@ class InitialQueryGenerator(BaseModule):
             tuple[Tensor]: Contents (B, N, D) and boxes (x, y, z, r) of
             shape (B, N, 4).
         """
-        content = F.layer_norm(self.content.weight, (self.embed_dims, ))
+        content = F.layer_norm(self.content.weight, (self.embed_dims,))
         xyzr = boxes_from_sizes(sizes.to(content))
         batch = len(sizes)
-        return (content.expand(batch, -1, -1),
-                xyzr[:, None].repeat(1, self.num_queries, 1))
+        return (
+            content.expand(batch, -1, -1),
+            xyzr[:, None].repeat(1, self.num_queries, 1),
+        )

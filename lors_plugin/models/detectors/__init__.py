@@ -1,4 +1,5 @@
 """Detectors."""
+
 from .adamixer import AdaMixer
 
 __all__ = ['AdaMixer']

@@ -1,5 +1,6 @@
 """The detector: backbone, neck, queries, decoder."""
-from typing import List, Optional, Tuple
+
+from typing import Optional
 
 import torch
 from mmdet.models.detectors.base import BaseDetector
@@ -27,48 +28,60 @@ class AdaMixer(BaseDetector):
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
-    def __init__(self,
-                 backbone: dict,
-                 neck: dict,
-                 query_generator: dict,
-                 decoder: dict,
-                 train_cfg: Optional[dict] = None,
-                 test_cfg: Optional[dict] = None,
-                 data_preprocessor: Optional[dict] = None,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        backbone: dict,
+        neck: dict,
+        query_generator: dict,
+        decoder: dict,
+        train_cfg: Optional[dict] = None,
+        test_cfg: Optional[dict] = None,
+        data_preprocessor: Optional[dict] = None,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
         super().__init__(data_preprocessor, init_cfg)
         self.backbone = MMDET_MODELS.build(backbone)
         self.neck = MMDET_MODELS.build(neck)
         self.query_generator = MMDET_MODELS.build(query_generator)
         self.decoder = MMDET_MODELS.build(
-            dict(train_cfg=train_cfg, test_cfg=test_cfg, **decoder))
+            dict(train_cfg=train_cfg, test_cfg=test_cfg, **decoder)
+        )
         self._check_widths()
 
     def _check_widths(self) -> None:
         """Parts that were sized in different places must fit together."""
         for name, part, have, want in (
-            ('query_generator.embed_dims', self.query_generator, 'embed_dims',
-             'embed_dims'), ('neck.out_channels', self.neck, 'out_channels',
-                             'feat_channels')):
+            (
+                'query_generator.embed_dims',
+                self.query_generator,
+                'embed_dims',
+                'embed_dims',
+            ),
+            ('neck.out_channels', self.neck, 'out_channels', 'feat_channels'),
+        ):
             width = getattr(part, have, None)
             wanted = getattr(self.decoder, want)
             if width is not None and width != wanted:
-                raise ValueError(f'{name}={width} does not fit '
-                                 f'decoder.{want}={wanted}; make them equal')
+                raise ValueError(
+                    f'{name}={width} does not fit '
+                    f'decoder.{want}={wanted}; make them equal'
+                )
 
-    def extract_feat(self, batch_inputs: Tensor) -> List[Tensor]:
+    def extract_feat(self, batch_inputs: Tensor) -> list[Tensor]:
         """Levels of shape (B, F, H_l, W_l) of images (B, 3, H, W)."""
         return self.neck(self.backbone(batch_inputs))
 
-    def _decoder_inputs(self, batch_inputs: Tensor,
-                        batch_data_samples: Optional[list]) -> Tuple:
+    def _decoder_inputs(
+        self, batch_inputs: Tensor, batch_data_samples: Optional[list]
+    ) -> tuple:
         feats = self.extract_feat(batch_inputs)
         if batch_data_samples is None:
             shapes = [batch_inputs.shape[-2:]] * len(batch_inputs)
         else:
             shapes = [s.metainfo['img_shape'][:2] for s in batch_data_samples]
-        sizes = batch_inputs.new_tensor([(w, h) for h, w in shapes],
-                                        dtype=torch.float32)
+        sizes = batch_inputs.new_tensor(
+            [(w, h) for h, w in shapes], dtype=torch.float32
+        )
         content, xyzr = self.query_generator(sizes)
         return feats, content, xyzr
 
@@ -77,23 +90,25 @@ class AdaMixer(BaseDetector):
         inputs = self._decoder_inputs(batch_inputs, batch_data_samples)
         return self.decoder.loss(*inputs, batch_data_samples)
 
-    def predict(self,
-                batch_inputs: Tensor,
-                batch_data_samples: list,
-                rescale: bool = True) -> list:
+    def predict(
+        self,
+        batch_inputs: Tensor,
+        batch_data_samples: list,
+        rescale: bool = True,
+    ) -> list:
         """Data samples with ``pred_instances``, best first."""
         inputs = self._decoder_inputs(batch_inputs, batch_data_samples)
         results = self.decoder.predict(*inputs, batch_data_samples, rescale)
         return self.add_pred_to_datasample(batch_data_samples, results)
 
-    def _forward(self,
-                 batch_inputs: Tensor,
-                 batch_data_samples: Optional[list] = None) -> Tuple:
+    def _forward(
+        self, batch_inputs: Tensor, batch_data_samples: Optional[list] = None
+    ) -> tuple:
         """Raw output of all stages; see :meth:`AdaMixerDecoder.forward`."""
         inputs = self._decoder_inputs(batch_inputs, batch_data_samples)
         return self.decoder(*inputs)
 
-    def parse_losses(self, losses: dict) -> Tuple[Tensor, dict]:
+    def parse_losses(self, losses: dict) -> tuple[Tensor, dict]:
         """As in MMEngine, but what is logged is the mean over processes."""
         loss, log_vars = super().parse_losses(losses)
         if get_world_size() > 1:

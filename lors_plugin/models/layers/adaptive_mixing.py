@@ -1,5 +1,7 @@
 """Adaptive mixing as modules: one a stage, or one for all stages."""
-from typing import Optional, Sequence, Tuple, Union
+
+from collections.abc import Sequence
+from typing import Optional, Union
 
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
@@ -22,26 +24,31 @@ class MixingShape:
         out_points (int): ``Q``, mixed points a group.
     """
 
-    def __init__(self, feat_channels: int, num_groups: int, in_points: int,
-                 out_points: int) -> None:
+    def __init__(
+        self,
+        feat_channels: int,
+        num_groups: int,
+        in_points: int,
+        out_points: int,
+    ) -> None:
         self.groups = num_groups
-        self.width = check_divisible('feat_channels', feat_channels,
-                                     'num_groups', num_groups)
+        self.width = check_divisible(
+            'feat_channels', feat_channels, 'num_groups', num_groups
+        )
         self.in_points = in_points
         self.out_points = out_points
 
     @property
     def num_generated(self) -> int:
         """int: Numbers generated for one query, ``G (C C + Q P)``."""
-        return self.groups * (
-            self.width**2 + self.out_points * self.in_points)
+        return self.groups * (self.width**2 + self.out_points * self.in_points)
 
     @property
     def num_mixed(self) -> int:
         """int: Numbers after mixing, ``G Q C``."""
         return self.groups * self.out_points * self.width
 
-    def split(self, generated: Tensor) -> Tuple[Tensor, Tensor]:
+    def split(self, generated: Tensor) -> tuple[Tensor, Tensor]:
         """Cut the generator's output into the two kinds of matrices.
 
         Args:
@@ -52,10 +59,12 @@ class MixingShape:
             matrices (B, N, G, Q, P), both views.
         """
         generated = generated.unflatten(-1, (self.groups, -1))
-        channel = generated[..., :self.width**2]
-        spatial = generated[..., self.width**2:]
-        return (channel.unflatten(-1, (self.width, self.width)),
-                spatial.unflatten(-1, (self.out_points, self.in_points)))
+        channel = generated[..., : self.width**2]
+        spatial = generated[..., self.width**2 :]
+        return (
+            channel.unflatten(-1, (self.width, self.width)),
+            spatial.unflatten(-1, (self.out_points, self.in_points)),
+        )
 
 
 class AdaptiveMixing(BaseModule):
@@ -74,17 +83,20 @@ class AdaptiveMixing(BaseModule):
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
-    def __init__(self,
-                 embed_dims: int = 256,
-                 feat_channels: int = 256,
-                 num_groups: int = 4,
-                 in_points: int = 32,
-                 out_points: int = 128,
-                 backend: str = 'auto',
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        feat_channels: int = 256,
+        num_groups: int = 4,
+        in_points: int = 32,
+        out_points: int = 128,
+        backend: str = 'auto',
+        init_cfg: Optional[dict] = None,
+    ) -> None:
         super().__init__(init_cfg)
-        self.shape = MixingShape(feat_channels, num_groups, in_points,
-                                 out_points)
+        self.shape = MixingShape(
+            feat_channels, num_groups, in_points, out_points
+        )
         self.backend = backend
         self.generator = nn.Linear(embed_dims, self.shape.num_generated)
         self.out_proj = nn.Linear(self.shape.num_mixed, embed_dims)
@@ -144,47 +156,69 @@ class LORSAdaptiveMixing(BaseModule):
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
-    def __init__(self,
-                 num_stages: int = 6,
-                 embed_dims: int = 256,
-                 feat_channels: int = 256,
-                 num_groups: int = 2,
-                 in_points: int = 64,
-                 out_points: int = 128,
-                 adaptive_ranks: Union[int, Sequence[int]] = 16,
-                 adaptive_groups: Union[int, Sequence[int]] = 1,
-                 static_ranks: Union[int, Sequence[int]] = 8,
-                 generator_init: str = 'zero',
-                 fan_in: str = 'stacked',
-                 backend: str = 'auto',
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        num_stages: int = 6,
+        embed_dims: int = 256,
+        feat_channels: int = 256,
+        num_groups: int = 2,
+        in_points: int = 64,
+        out_points: int = 128,
+        adaptive_ranks: Union[int, Sequence[int]] = 16,
+        adaptive_groups: Union[int, Sequence[int]] = 1,
+        static_ranks: Union[int, Sequence[int]] = 8,
+        generator_init: str = 'zero',
+        fan_in: str = 'stacked',
+        backend: str = 'auto',
+        init_cfg: Optional[dict] = None,
+    ) -> None:
         super().__init__(init_cfg)
         if generator_init not in GENERATOR_INITS:
-            raise ValueError(f'generator_init={generator_init!r} must be one '
-                             f'of {GENERATOR_INITS}')
+            raise ValueError(
+                f'generator_init={generator_init!r} must be one '
+                f'of {GENERATOR_INITS}'
+            )
         adaptive_ranks = per_layer(
-            'adaptive_ranks', adaptive_ranks, num_stages, minimum=0)
-        adaptive_groups = per_layer('adaptive_groups', adaptive_groups,
-                                    num_stages)
+            'adaptive_ranks', adaptive_ranks, num_stages, minimum=0
+        )
+        adaptive_groups = per_layer(
+            'adaptive_groups', adaptive_groups, num_stages
+        )
         static_ranks = per_layer(
-            'static_ranks', static_ranks, num_stages, minimum=0)
+            'static_ranks', static_ranks, num_stages, minimum=0
+        )
         self.generator_init = generator_init
         self.backend = backend
-        self.shape = MixingShape(feat_channels, num_groups, in_points,
-                                 out_points)
+        self.shape = MixingShape(
+            feat_channels, num_groups, in_points, out_points
+        )
         width = self.shape.width
         self.generator = nn.Linear(embed_dims, self.shape.num_generated)
         self.channel_part = AdaptiveLowRankStack(
-            width, width, num_stages, adaptive_ranks, adaptive_groups,
-            num_groups, fan_in)
+            width,
+            width,
+            num_stages,
+            adaptive_ranks,
+            adaptive_groups,
+            num_groups,
+            fan_in,
+        )
         self.spatial_part = AdaptiveLowRankStack(
-            out_points, in_points, num_stages, adaptive_ranks,
-            adaptive_groups, num_groups, fan_in)
+            out_points,
+            in_points,
+            num_stages,
+            adaptive_ranks,
+            adaptive_groups,
+            num_groups,
+            fan_in,
+        )
         self.core_generators = nn.ModuleList(
             nn.Linear(embed_dims, 2 * size)
-            for size in self.channel_part.core_sizes)
-        self.out_proj = LowRankLinearStack(self.shape.num_mixed, embed_dims,
-                                           num_stages, static_ranks)
+            for size in self.channel_part.core_sizes
+        )
+        self.out_proj = LowRankLinearStack(
+            self.shape.num_mixed, embed_dims, num_stages, static_ranks
+        )
 
     def init_weights(self) -> None:
         """A fresh stack does the same in every stage."""
@@ -217,5 +251,6 @@ class LORSAdaptiveMixing(BaseModule):
             spatial,
             self.channel_part(channel_core, stage),
             self.spatial_part(spatial_core, stage),
-            backend=self.backend)
+            backend=self.backend,
+        )
         return self.out_proj(mixed.flatten(2), stage)

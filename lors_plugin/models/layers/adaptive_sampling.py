@@ -1,6 +1,8 @@
 """Adaptive 3D sampling as a module."""
+
 import math
-from typing import Optional, Sequence
+from collections.abc import Sequence
+from typing import Optional
 
 import torch
 from mmengine.model import BaseModule
@@ -23,11 +25,13 @@ class AdaptiveSampling3D(BaseModule):
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
-    def __init__(self,
-                 embed_dims: int = 256,
-                 num_groups: int = 4,
-                 num_points: int = 32,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        num_groups: int = 4,
+        num_points: int = 32,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
         super().__init__(init_cfg)
         self.num_groups = num_groups
         self.num_points = num_points
@@ -46,7 +50,7 @@ class AdaptiveSampling3D(BaseModule):
             bias[..., 0], bias[..., 1] = x.flatten(), y.flatten()
         else:
             nn.init.uniform_(bias[..., :2], -0.5, 0.5)
-        bias[..., 2] = -1.
+        bias[..., 2] = -1.0
 
     def points(self, content: Tensor, xyzr: Tensor) -> Tensor:
         """Sampling points.
@@ -66,8 +70,13 @@ class AdaptiveSampling3D(BaseModule):
         z = boxes[..., 2:3] + offsets[..., 2:]
         return torch.cat([xy, z], dim=-1)
 
-    def forward(self, feats: Sequence[Tensor], content: Tensor, xyzr: Tensor,
-                strides: Sequence[int]) -> Tensor:
+    def forward(
+        self,
+        feats: Sequence[Tensor],
+        content: Tensor,
+        xyzr: Tensor,
+        strides: Sequence[int],
+    ) -> Tensor:
         """Sample all levels.
 
         Args:

@@ -1,4 +1,5 @@
 """Self-attention among queries that knows how their boxes overlap."""
+
 from typing import Optional
 
 import torch
@@ -22,11 +23,13 @@ class BoxSelfAttention(BaseModule):
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
-    def __init__(self,
-                 embed_dims: int = 256,
-                 num_heads: int = 8,
-                 dropout: float = 0.,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        num_heads: int = 8,
+        dropout: float = 0.0,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
         super().__init__(init_cfg)
         check_divisible('embed_dims', embed_dims, 'num_heads', num_heads)
         self.num_heads = num_heads
@@ -34,7 +37,7 @@ class BoxSelfAttention(BaseModule):
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.overlap_scale = nn.Parameter(torch.empty(num_heads))
-        nn.init.uniform_(self.overlap_scale, 0., 4.)
+        nn.init.uniform_(self.overlap_scale, 0.0, 4.0)
 
     def init_weights(self) -> None:
         """Xavier, biases zero as in ``nn.MultiheadAttention``."""
@@ -42,7 +45,7 @@ class BoxSelfAttention(BaseModule):
         for linear in (self.qkv, self.proj):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        nn.init.uniform_(self.overlap_scale, 0., 4.)
+        nn.init.uniform_(self.overlap_scale, 0.0, 4.0)
 
     def forward(self, query: Tensor, overlap: Tensor) -> Tensor:
         """Attend, without the residual.
@@ -55,8 +58,10 @@ class BoxSelfAttention(BaseModule):
         Returns:
             Tensor: Shape (B, N, D).
         """
-        bias = self.overlap_scale[:, None, None] * torch.log(overlap +
-                                                             1e-7)[:, None]
+        bias = (
+            self.overlap_scale[:, None, None]
+            * torch.log(overlap + 1e-7)[:, None]
+        )
         qkv = self.qkv(query).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(
@@ -64,5 +69,6 @@ class BoxSelfAttention(BaseModule):
             k,
             v,
             attn_mask=bias.to(q.dtype),
-            dropout_p=self.dropout if self.training else 0.)
+            dropout_p=self.dropout if self.training else 0.0,
+        )
         return self.proj(out.transpose(1, 2).flatten(2))

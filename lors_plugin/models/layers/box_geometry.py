@@ -5,6 +5,7 @@
 runs in float32, also under autocast, since box coordinates of a large image
 need more digits than a half-precision number has.
 """
+
 import torch
 from torch import Tensor
 
@@ -20,8 +21,9 @@ def boxes_from_sizes(sizes: Tensor) -> Tensor:
     """
     width, height = sizes.unbind(-1)
     z = (width * height).sqrt().log2()
-    return torch.stack([width / 2, height / 2, z, (height / width).log2()],
-                       dim=-1)
+    return torch.stack(
+        [width / 2, height / 2, z, (height / width).log2()], dim=-1
+    )
 
 
 def decode_boxes(xyzr: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ def decode_boxes(xyzr: Tensor) -> Tensor:
 def box_sizes(xyzr: Tensor) -> Tensor:
     """Width and height in pixels, shape (..., 2), of boxes (..., 4)."""
     z, r = xyzr[..., 2:3], xyzr[..., 3:4]
-    return torch.cat([2**(z - r / 2), 2**(z + r / 2)], dim=-1)
+    return torch.cat([2 ** (z - r / 2), 2 ** (z + r / 2)], dim=-1)
 
 
 def refine_boxes(xyzr: Tensor, delta: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ def refine_boxes(xyzr: Tensor, delta: Tensor) -> Tensor:
         Tensor: (x, y, z, r), shape (..., 4), float32.
     """
     delta = delta.to(xyzr.dtype)
-    centre = xyzr[..., :2] + delta[..., :2] * 2**xyzr[..., 2:3]
+    centre = xyzr[..., :2] + delta[..., :2] * 2 ** xyzr[..., 2:3]
     return torch.cat([centre, xyzr[..., 2:] + delta[..., 2:]], dim=-1)
 
 
@@ -91,7 +93,7 @@ def box_position_encoding(xyzr: Tensor, width: int) -> Tensor:
     each = width // 4
     index = torch.arange(each, device=xyzr.device)
     exponent = 2 * index.div(2, rounding_mode='floor') / each
-    values = xyzr / xyzr.new_tensor([1000., 1000., 1., 1.])
+    values = xyzr / xyzr.new_tensor([1000.0, 1000.0, 1.0, 1.0])
     angle = values[..., None] / 10000**exponent
     code = torch.where(index % 2 == 0, angle.sin(), angle.cos())
     return code.flatten(-2)

@@ -5,8 +5,10 @@ Stacking <https://arxiv.org/abs/2403.04303>`_, sections 3.2 and 3.3. Two
 forms: :class:`LowRankLinearStack` for ordinary weights (static) and
 :class:`AdaptiveLowRankStack` for weights that are made from a query.
 """
+
 import math
-from typing import Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +41,16 @@ class LowRankLinearStack(BaseModule):
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
-    def __init__(self,
-                 in_features: int,
-                 out_features: int,
-                 num_layers: int,
-                 ranks: Union[int, Sequence[int]],
-                 groups: Union[int, Sequence[int]] = 1,
-                 bias: bool = True,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_layers: int,
+        ranks: Union[int, Sequence[int]],
+        groups: Union[int, Sequence[int]] = 1,
+        bias: bool = True,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
         super().__init__(init_cfg)
         ranks = per_layer('ranks', ranks, num_layers, minimum=0)
         groups = per_layer('groups', groups, num_layers)
@@ -55,11 +59,16 @@ class LowRankLinearStack(BaseModule):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         totals = [k * r for k, r in zip(groups, ranks)]
         self.down = nn.ParameterList(
-            torch.empty(total, in_features) for total in totals)
+            torch.empty(total, in_features) for total in totals
+        )
         self.up = nn.ParameterList(
-            torch.empty(out_features, total) for total in totals)
-        self.bias = nn.ParameterList(
-            torch.empty(out_features) for _ in totals) if bias else None
+            torch.empty(out_features, total) for total in totals
+        )
+        self.bias = (
+            nn.ParameterList(torch.empty(out_features) for _ in totals)
+            if bias
+            else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -95,9 +104,11 @@ class LowRankLinearStack(BaseModule):
 
     def extra_repr(self) -> str:
         ranks = [len(down) for down in self.down]
-        return (f'in_features={self.in_features}, '
-                f'out_features={self.out_features}, ranks={ranks}, '
-                f'bias={self.bias is not None}')
+        return (
+            f'in_features={self.in_features}, '
+            f'out_features={self.out_features}, ranks={ranks}, '
+            f'bias={self.bias is not None}'
+        )
 
 
 class AdaptiveLowRankStack(BaseModule):
@@ -123,15 +134,17 @@ class AdaptiveLowRankStack(BaseModule):
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
-    def __init__(self,
-                 rows: int,
-                 cols: int,
-                 num_layers: int,
-                 ranks: Union[int, Sequence[int]],
-                 groups: Union[int, Sequence[int]],
-                 copies: int = 1,
-                 fan_in: str = 'stacked',
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        num_layers: int,
+        ranks: Union[int, Sequence[int]],
+        groups: Union[int, Sequence[int]],
+        copies: int = 1,
+        fan_in: str = 'stacked',
+        init_cfg: Optional[dict] = None,
+    ) -> None:
         super().__init__(init_cfg)
         if fan_in not in FAN_INS:
             raise ValueError(f'fan_in={fan_in!r} must be one of {FAN_INS}')
@@ -141,10 +154,12 @@ class AdaptiveLowRankStack(BaseModule):
         self.fan_in = fan_in
         self.left = nn.ParameterList(
             torch.empty(copies, k, rows, r)
-            for k, r in zip(self.groups, self.ranks))
+            for k, r in zip(self.groups, self.ranks)
+        )
         self.right = nn.ParameterList(
             torch.empty(copies, k, r, cols)
-            for k, r in zip(self.groups, self.ranks))
+            for k, r in zip(self.groups, self.ranks)
+        )
         self.reset_parameters()
 
     @property
@@ -182,5 +197,7 @@ class AdaptiveLowRankStack(BaseModule):
         return LowRank(self.left[layer], core, self.right[layer])
 
     def extra_repr(self) -> str:
-        return (f'copies={self.copies}, ranks={self.ranks}, '
-                f'groups={self.groups}, fan_in={self.fan_in!r}')
+        return (
+            f'copies={self.copies}, ranks={self.ranks}, '
+            f'groups={self.groups}, fan_in={self.fan_in!r}'
+        )

@@ -1,4 +1,5 @@
 """Normalisations that keep float32 statistics under autocast."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +15,12 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(
-            at_least_float32(x), self.normalized_shape, self.weight, self.bias,
-            self.eps)
+            at_least_float32(x),
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+        )
 
 
 class GroupNorm(nn.GroupNorm):
@@ -23,5 +28,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(
-            at_least_float32(x), self.num_groups, self.weight, self.bias,
-            self.eps)
+            at_least_float32(x),
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+        )

@@ -1,4 +1,5 @@
 """Training targets and losses."""
+
 from .set_criterion import SetCriterion
 
 __all__ = ['SetCriterion']

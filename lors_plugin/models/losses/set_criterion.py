@@ -1,5 +1,6 @@
 """One-to-one matching and losses for the predictions of all stages."""
-from typing import List, Optional, Tuple
+
+from typing import Optional
 
 import torch
 from mmdet.registry import MODELS, TASK_UTILS
@@ -8,7 +9,8 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 LOSS_CLS = dict(
-    type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0)
+    type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0
+)
 LOSS_BBOX = dict(type='L1Loss', loss_weight=5.0)
 LOSS_IOU = dict(type='GIoULoss', loss_weight=2.0)
 ASSIGNER = dict(
@@ -16,8 +18,9 @@ ASSIGNER = dict(
     match_costs=[
         dict(type='FocalLossCost', weight=2.0),
         dict(type='BBoxL1Cost', weight=5.0, box_format='xyxy'),
-        dict(type='IoUCost', iou_mode='giou', weight=2.0)
-    ])
+        dict(type='IoUCost', iou_mode='giou', weight=2.0),
+    ],
+)
 
 
 class SetCriterion(nn.Module):
@@ -40,12 +43,14 @@ class SetCriterion(nn.Module):
             costs and weights of the losses.
     """
 
-    def __init__(self,
-                 num_classes: int,
-                 loss_cls: Optional[dict] = None,
-                 loss_bbox: Optional[dict] = None,
-                 loss_iou: Optional[dict] = None,
-                 assigner: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        loss_cls: Optional[dict] = None,
+        loss_bbox: Optional[dict] = None,
+        loss_iou: Optional[dict] = None,
+        assigner: Optional[dict] = None,
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.loss_cls = MODELS.build(loss_cls or LOSS_CLS)
@@ -53,8 +58,9 @@ class SetCriterion(nn.Module):
         self.loss_iou = MODELS.build(loss_iou or LOSS_IOU)
         self.assigner = TASK_UTILS.build(assigner or ASSIGNER)
 
-    def forward(self, cls_scores: Tensor, boxes: Tensor,
-                batch_data_samples: list) -> dict:
+    def forward(
+        self, cls_scores: Tensor, boxes: Tensor, batch_data_samples: list
+    ) -> dict:
         """Match and compare all stages with the ground truth.
 
         Args:
@@ -72,41 +78,48 @@ class SetCriterion(nn.Module):
             ValueError: If a label is not below ``num_classes``.
         """
         self._check_labels(batch_data_samples)
-        self._check_finite('predictions', cls_scores, boxes,
-                           batch_data_samples)
+        self._check_finite(
+            'predictions', cls_scores, boxes, batch_data_samples
+        )
         with torch.autocast(cls_scores.device.type, enabled=False):
             matched = [
                 self._match(stage, scores, corners, batch_data_samples)
                 for stage, (scores, corners) in enumerate(
-                    zip(cls_scores.detach(), boxes.detach()))
+                    zip(cls_scores.detach(), boxes.detach())
+                )
             ]
             avg_factor = self._avg_factor(matched[0], boxes)
             losses = {}
             for stage, index in enumerate(matched):
-                stage_losses = self._stage_losses(cls_scores[stage],
-                                                  boxes[stage], index,
-                                                  batch_data_samples,
-                                                  avg_factor)
+                stage_losses = self._stage_losses(
+                    cls_scores[stage],
+                    boxes[stage],
+                    index,
+                    batch_data_samples,
+                    avg_factor,
+                )
                 for name, value in stage_losses.items():
                     losses[f'stage{stage}_{name}'] = value
         self._check_losses(losses, batch_data_samples)
         return losses
 
-    def _match(self, stage: int, cls_scores: Tensor, boxes: Tensor,
-               samples: list) -> List[Tuple[Tensor, Tensor]]:
+    def _match(
+        self, stage: int, cls_scores: Tensor, boxes: Tensor, samples: list
+    ) -> list[tuple[Tensor, Tensor]]:
         """Indices of matched queries and of their boxes, for each image."""
         pairs = []
         for scores, corners, sample in zip(cls_scores, boxes, samples):
             try:
                 result = self.assigner.assign(
-                    pred_instances=InstanceData(
-                        scores=scores, bboxes=corners),
+                    pred_instances=InstanceData(scores=scores, bboxes=corners),
                     gt_instances=sample.gt_instances,
-                    img_meta=sample.metainfo)
+                    img_meta=sample.metainfo,
+                )
             except ValueError as error:
                 raise FloatingPointError(
                     f'matching costs of stage {stage} are not finite for '
-                    f'image {_name(sample)} ({error}). {_HINT}') from error
+                    f'image {_name(sample)} ({error}). {_HINT}'
+                ) from error
             queries = (result.gt_inds > 0).nonzero().squeeze(1)
             pairs.append((queries, result.gt_inds[queries] - 1))
         return pairs
@@ -115,34 +128,47 @@ class SetCriterion(nn.Module):
     def _avg_factor(pairs: list, like: Tensor) -> Tensor:
         """Mean number of boxes over processes; at least one in all."""
         total = like.new_tensor(
-            float(sum(len(queries) for queries, _ in pairs)))
+            float(sum(len(queries) for queries, _ in pairs))
+        )
         all_reduce(total)
-        return total.clamp(min=1.) / get_world_size()
+        return total.clamp(min=1.0) / get_world_size()
 
-    def _stage_losses(self, cls_scores: Tensor, boxes: Tensor, pairs: list,
-                      samples: list, avg_factor: Tensor) -> dict:
+    def _stage_losses(
+        self,
+        cls_scores: Tensor,
+        boxes: Tensor,
+        pairs: list,
+        samples: list,
+        avg_factor: Tensor,
+    ) -> dict:
         targets = torch.zeros_like(cls_scores)
         predicted, wanted, units = [], [], []
         for image, ((queries, index), sample) in enumerate(
-                zip(pairs, samples)):
+            zip(pairs, samples)
+        ):
             truth = sample.gt_instances
-            targets[image, queries, truth.labels[index]] = 1.
+            targets[image, queries, truth.labels[index]] = 1.0
             predicted.append(boxes[image, queries])
             wanted.append(truth.bboxes[index].to(boxes))
             height, width = sample.metainfo['img_shape'][:2]
             units.append(
-                boxes.new_tensor([width, height, width,
-                                  height]).expand(len(queries), 4))
+                boxes.new_tensor([width, height, width, height]).expand(
+                    len(queries), 4
+                )
+            )
         predicted, wanted = torch.cat(predicted), torch.cat(wanted)
         units = torch.cat(units)
         return dict(
             loss_cls=self.loss_cls(
                 cls_scores.flatten(0, 1),
                 targets.flatten(0, 1),
-                avg_factor=avg_factor),
+                avg_factor=avg_factor,
+            ),
             loss_bbox=self.loss_bbox(
-                predicted / units, wanted / units, avg_factor=avg_factor),
-            loss_iou=self.loss_iou(predicted, wanted, avg_factor=avg_factor))
+                predicted / units, wanted / units, avg_factor=avg_factor
+            ),
+            loss_iou=self.loss_iou(predicted, wanted, avg_factor=avg_factor),
+        )
 
     def _check_labels(self, samples: list) -> None:
         for sample in samples:
@@ -152,19 +178,22 @@ class SetCriterion(nn.Module):
                     f'image {_name(sample)} has the label '
                     f'{int(labels.max())}, but decoder.num_classes='
                     f'{self.num_classes} allows 0 to {self.num_classes - 1}; '
-                    'set num_classes to the number of classes of the data')
+                    'set num_classes to the number of classes of the data'
+                )
 
     @staticmethod
-    def _check_finite(what: str, cls_scores: Tensor, boxes: Tensor,
-                      samples: list) -> None:
-        finite = (
-            cls_scores.isfinite().flatten(2).all(-1)
-            & boxes.isfinite().flatten(2).all(-1))
+    def _check_finite(
+        what: str, cls_scores: Tensor, boxes: Tensor, samples: list
+    ) -> None:
+        finite = cls_scores.isfinite().flatten(2).all(
+            -1
+        ) & boxes.isfinite().flatten(2).all(-1)
         if not finite.all():
             stage, image = (~finite).nonzero()[0].tolist()
             raise FloatingPointError(
                 f'{what} of stage {stage} are not finite for image '
-                f'{_name(samples[image])}. {_HINT}')
+                f'{_name(samples[image])}. {_HINT}'
+            )
 
     @staticmethod
     def _check_losses(losses: dict, samples: list) -> None:
@@ -174,11 +203,14 @@ class SetCriterion(nn.Module):
             name = list(losses)[(~finite).nonzero()[0].item()]
             raise FloatingPointError(
                 f'{name} is not finite; images of the batch: '
-                f'{", ".join(_name(sample) for sample in samples)}. {_HINT}')
+                f'{", ".join(_name(sample) for sample in samples)}. {_HINT}'
+            )
 
 
-_HINT = ('Usual causes: a learning rate that is too high, no gradient '
-         'clipping, float16 without loss scaling, or broken annotations')
+_HINT = (
+    'Usual causes: a learning rate that is too high, no gradient '
+    'clipping, float16 without loss scaling, or broken annotations'
+)
 
 
 def _name(sample) -> str:

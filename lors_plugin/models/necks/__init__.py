@@ -1,4 +1,5 @@
 """Necks."""
+
 from .channel_mapping import SharedNormChannelMapping
 
 __all__ = ['SharedNormChannelMapping']

@@ -1,5 +1,7 @@
 """AdaMixer's neck: every level to one width, nothing else."""
-from typing import List, Optional, Sequence
+
+from collections.abc import Sequence
+from typing import Optional
 
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -32,18 +34,21 @@ class SharedNormChannelMapping(BaseModule):
         out_channels: int = 256,
         num_norm_groups: int = 32,
         init_cfg: Optional[dict] = dict(  # noqa: B006
-            type='Xavier', layer='Conv2d', distribution='uniform')
+            type='Xavier', layer='Conv2d', distribution='uniform'
+        ),
     ) -> None:
         super().__init__(init_cfg)
-        check_divisible('out_channels', out_channels, 'num_norm_groups',
-                        num_norm_groups)
+        check_divisible(
+            'out_channels', out_channels, 'num_norm_groups', num_norm_groups
+        )
         self.in_channels = list(in_channels)
         self.out_channels = out_channels
         self.convs = nn.ModuleList(
-            nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
+            nn.Conv2d(channels, out_channels, 1) for channels in in_channels
+        )
         self.norm = GroupNorm(num_norm_groups, out_channels)
 
-    def forward(self, feats: Sequence[Tensor]) -> List[Tensor]:
+    def forward(self, feats: Sequence[Tensor]) -> list[Tensor]:
         """Map all levels.
 
         Args:
@@ -61,7 +66,6 @@ class SharedNormChannelMapping(BaseModule):
             raise ValueError(
                 f'the backbone gives levels of {channels} channels but '
                 f'neck.in_channels={self.in_channels}; set '
-                f'neck.in_channels={channels} or other backbone.out_indices')
-        return [
-            self.norm(conv(feat)) for conv, feat in zip(self.convs, feats)
-        ]
+                f'neck.in_channels={channels} or other backbone.out_indices'
+            )
+        return [self.norm(conv(feat)) for conv, feat in zip(self.convs, feats)]

@@ -1,4 +1,5 @@
 """Decoders: stages of queries that refine boxes."""
+
 from .adamixer_decoder import AdaMixerDecoder
 from .lors_adamixer_decoder import LORSAdaMixerDecoder
 

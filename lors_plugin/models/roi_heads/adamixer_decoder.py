@@ -1,6 +1,8 @@
 """AdaMixer's decoder: stages, losses, detections."""
+
+from collections.abc import Sequence
 from functools import partial
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Optional, Union
 
 import torch
 from mmengine.config import ConfigDict
@@ -17,8 +19,13 @@ from ..layers.box_geometry import decode_boxes
 from ..losses import SetCriterion
 from .adamixer_stage import AdaMixerStage
 
-LORS_OPTIONS = ('adaptive_ranks', 'adaptive_groups', 'static_ranks',
-                'generator_init', 'fan_in')
+LORS_OPTIONS = (
+    'adaptive_ranks',
+    'adaptive_groups',
+    'static_ranks',
+    'generator_init',
+    'fan_in',
+)
 
 
 @MODELS.register_module()
@@ -59,34 +66,38 @@ class AdaMixerDecoder(BaseModule):
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
-    def __init__(self,
-                 num_classes: int,
-                 num_stages: int = 6,
-                 embed_dims: int = 256,
-                 feat_channels: Optional[int] = None,
-                 strides: Sequence[int] = (4, 8, 16, 32),
-                 num_groups: Union[int, Sequence[int]] = 4,
-                 in_points: Union[int, Sequence[int]] = 32,
-                 out_points: Union[int, Sequence[int]] = 128,
-                 num_heads: Union[int, Sequence[int]] = 8,
-                 feedforward_channels: Union[int, Sequence[int]] = 2048,
-                 num_cls_fcs: int = 1,
-                 num_reg_fcs: int = 1,
-                 dropout: float = 0.,
-                 loss_cls: Optional[dict] = None,
-                 loss_bbox: Optional[dict] = None,
-                 loss_iou: Optional[dict] = None,
-                 with_cp: bool = False,
-                 backend: str = 'auto',
-                 train_cfg: Optional[dict] = None,
-                 test_cfg: Optional[dict] = None,
-                 init_cfg: Optional[dict] = None,
-                 **unknown) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        num_stages: int = 6,
+        embed_dims: int = 256,
+        feat_channels: Optional[int] = None,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        num_groups: Union[int, Sequence[int]] = 4,
+        in_points: Union[int, Sequence[int]] = 32,
+        out_points: Union[int, Sequence[int]] = 128,
+        num_heads: Union[int, Sequence[int]] = 8,
+        feedforward_channels: Union[int, Sequence[int]] = 2048,
+        num_cls_fcs: int = 1,
+        num_reg_fcs: int = 1,
+        dropout: float = 0.0,
+        loss_cls: Optional[dict] = None,
+        loss_bbox: Optional[dict] = None,
+        loss_iou: Optional[dict] = None,
+        with_cp: bool = False,
+        backend: str = 'auto',
+        train_cfg: Optional[dict] = None,
+        test_cfg: Optional[dict] = None,
+        init_cfg: Optional[dict] = None,
+        **unknown,
+    ) -> None:
         super().__init__(init_cfg)
         self._refuse(unknown)
         if num_classes < 1 or num_stages < 1:
-            raise ValueError(f'num_classes={num_classes} and num_stages='
-                             f'{num_stages} must be at least 1')
+            raise ValueError(
+                f'num_classes={num_classes} and num_stages='
+                f'{num_stages} must be at least 1'
+            )
         check_divisible('embed_dims', embed_dims, 'the 4 numbers of a box', 4)
         self.num_classes = num_classes
         self.num_stages = num_stages
@@ -101,39 +112,64 @@ class AdaMixerDecoder(BaseModule):
         self.in_points = per_layer('in_points', in_points, num_stages)
         self.out_points = per_layer('out_points', out_points, num_stages)
         heads = per_layer('num_heads', num_heads, num_stages)
-        hidden = per_layer('feedforward_channels', feedforward_channels,
-                           num_stages)
-        self.stages = ModuleList([
-            AdaMixerStage(num_classes, embed_dims, self.num_groups[i],
-                          self.in_points[i], heads[i], hidden[i], num_cls_fcs,
-                          num_reg_fcs, dropout) for i in range(num_stages)
-        ])
+        hidden = per_layer(
+            'feedforward_channels', feedforward_channels, num_stages
+        )
+        self.stages = ModuleList(
+            [
+                AdaMixerStage(
+                    num_classes,
+                    embed_dims,
+                    self.num_groups[i],
+                    self.in_points[i],
+                    heads[i],
+                    hidden[i],
+                    num_cls_fcs,
+                    num_reg_fcs,
+                    dropout,
+                )
+                for i in range(num_stages)
+            ]
+        )
         self.mixing = self._build_mixing()
-        self.criterion = SetCriterion(num_classes, loss_cls, loss_bbox,
-                                      loss_iou,
-                                      ConfigDict(train_cfg
-                                                 or {}).get('assigner'))
+        self.criterion = SetCriterion(
+            num_classes,
+            loss_cls,
+            loss_bbox,
+            loss_iou,
+            ConfigDict(train_cfg or {}).get('assigner'),
+        )
 
     def _refuse(self, unknown: dict) -> None:
         """Say which options are wrong, and where they belong."""
         if not unknown:
             return
         lors = [name for name in unknown if name in LORS_OPTIONS]
-        hint = (f'{lors} belong to type="lors_plugin.LORSAdaMixerDecoder"'
-                if lors else 'see the docstring for the options there are')
-        raise TypeError(f'{type(self).__name__} has no option '
-                        f'{sorted(unknown)}: {hint}')
+        hint = (
+            f'{lors} belong to type="lors_plugin.LORSAdaMixerDecoder"'
+            if lors
+            else 'see the docstring for the options there are'
+        )
+        raise TypeError(
+            f'{type(self).__name__} has no option {sorted(unknown)}: {hint}'
+        )
 
     def _build_mixing(self) -> nn.Module:
         """What mixes sampled features; called with the stage's number."""
-        return PrivateMixing([
-            AdaptiveMixing(self.embed_dims, self.feat_channels, *sizes,
-                           self.backend)
-            for sizes in zip(self.num_groups, self.in_points, self.out_points)
-        ])
+        return PrivateMixing(
+            [
+                AdaptiveMixing(
+                    self.embed_dims, self.feat_channels, *sizes, self.backend
+                )
+                for sizes in zip(
+                    self.num_groups, self.in_points, self.out_points
+                )
+            ]
+        )
 
-    def forward(self, feats: Sequence[Tensor], content: Tensor,
-                xyzr: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, feats: Sequence[Tensor], content: Tensor, xyzr: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Run all stages.
 
         Args:
@@ -151,16 +187,25 @@ class AdaMixerDecoder(BaseModule):
             run = stage
             if self.with_cp and torch.is_grad_enabled():
                 run = partial(checkpoint, stage, use_reentrant=False)
-            cls_scores, xyzr, content = run(feats, content, xyzr.detach(),
-                                            self.strides,
-                                            partial(self.mixing, stage=index))
+            cls_scores, xyzr, content = run(
+                feats,
+                content,
+                xyzr.detach(),
+                self.strides,
+                partial(self.mixing, stage=index),
+            )
             scores.append(cls_scores)
             boxes.append(decode_boxes(xyzr))
             contents.append(content)
         return torch.stack(scores), torch.stack(boxes), torch.stack(contents)
 
-    def loss(self, feats: Sequence[Tensor], content: Tensor, xyzr: Tensor,
-             batch_data_samples: list) -> dict:
+    def loss(
+        self,
+        feats: Sequence[Tensor],
+        content: Tensor,
+        xyzr: Tensor,
+        batch_data_samples: list,
+    ) -> dict:
         """Losses of all stages, each with a matching of its own.
 
         Args:
@@ -174,12 +219,14 @@ class AdaMixerDecoder(BaseModule):
         cls_scores, boxes, _ = self(feats, content, xyzr)
         return self.criterion(cls_scores, boxes, batch_data_samples)
 
-    def predict(self,
-                feats: Sequence[Tensor],
-                content: Tensor,
-                xyzr: Tensor,
-                batch_data_samples: list,
-                rescale: bool = True) -> List[InstanceData]:
+    def predict(
+        self,
+        feats: Sequence[Tensor],
+        content: Tensor,
+        xyzr: Tensor,
+        batch_data_samples: list,
+        rescale: bool = True,
+    ) -> list[InstanceData]:
         """The best (query, class) pairs of the last stage, without NMS.
 
         Args:
@@ -194,8 +241,9 @@ class AdaMixerDecoder(BaseModule):
         """
         cls_scores, boxes, _ = self(feats, content, xyzr)
         results = []
-        for scores, corners, sample in zip(cls_scores[-1].sigmoid(),
-                                           boxes[-1], batch_data_samples):
+        for scores, corners, sample in zip(
+            cls_scores[-1].sigmoid(), boxes[-1], batch_data_samples
+        ):
             number = min(self.max_per_img or len(scores), scores.numel())
             scores, index = scores.flatten().topk(number)
             corners = corners[index // self.num_classes]
@@ -206,5 +254,7 @@ class AdaMixerDecoder(BaseModule):
                 InstanceData(
                     bboxes=corners,
                     scores=scores,
-                    labels=index % self.num_classes))
+                    labels=index % self.num_classes,
+                )
+            )
         return results

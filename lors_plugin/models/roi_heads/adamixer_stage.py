@@ -1,14 +1,19 @@
 """One stage of the decoder, in the order of the paper."""
+
 import math
-from typing import Callable, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Optional
 
 from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..layers import AdaptiveSampling3D, BoxSelfAttention, LayerNorm
-from ..layers.box_geometry import (box_position_encoding,
-                                   intersection_over_foreground, refine_boxes)
+from ..layers.box_geometry import (
+    box_position_encoding,
+    intersection_over_foreground,
+    refine_boxes,
+)
 
 CLS_PRIOR = 0.01
 
@@ -32,17 +37,19 @@ class AdaMixerStage(BaseModule):
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
-    def __init__(self,
-                 num_classes: int,
-                 embed_dims: int,
-                 num_groups: int,
-                 in_points: int,
-                 num_heads: int,
-                 feedforward_channels: int,
-                 num_cls_fcs: int,
-                 num_reg_fcs: int,
-                 dropout: float,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        embed_dims: int,
+        num_groups: int,
+        in_points: int,
+        num_heads: int,
+        feedforward_channels: int,
+        num_cls_fcs: int,
+        num_reg_fcs: int,
+        dropout: float,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
         super().__init__(init_cfg)
         self.embed_dims = embed_dims
         self.attention = BoxSelfAttention(embed_dims, num_heads, dropout)
@@ -53,7 +60,8 @@ class AdaMixerStage(BaseModule):
             embed_dims,
             feedforward_channels,
             act_cfg=dict(type='ReLU', inplace=True),
-            ffn_drop=dropout)
+            ffn_drop=dropout,
+        )
         self.ffn_norm = LayerNorm(embed_dims)
         self.cls_branch = self._branch(num_cls_fcs)
         self.fc_cls = nn.Linear(embed_dims, num_classes)
@@ -66,7 +74,7 @@ class AdaMixerStage(BaseModule):
             layers += [
                 nn.Linear(self.embed_dims, self.embed_dims),
                 LayerNorm(self.embed_dims),
-                nn.ReLU(inplace=True)
+                nn.ReLU(inplace=True),
             ]
         return nn.Sequential(*layers)
 
@@ -76,15 +84,20 @@ class AdaMixerStage(BaseModule):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
         super().init_weights()
-        nn.init.constant_(self.fc_cls.bias,
-                          -math.log((1 - CLS_PRIOR) / CLS_PRIOR))
+        nn.init.constant_(
+            self.fc_cls.bias, -math.log((1 - CLS_PRIOR) / CLS_PRIOR)
+        )
         nn.init.zeros_(self.fc_reg.weight)
         nn.init.zeros_(self.fc_reg.bias)
 
     def forward(
-            self, feats: Sequence[Tensor], content: Tensor, xyzr: Tensor,
-            strides: Sequence[int], mixing: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tuple[Tensor, Tensor, Tensor]:
+        self,
+        feats: Sequence[Tensor],
+        content: Tensor,
+        xyzr: Tensor,
+        strides: Sequence[int],
+        mixing: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Refine the queries once.
 
         Args:
@@ -101,8 +114,9 @@ class AdaMixerStage(BaseModule):
         """
         content = content + box_position_encoding(xyzr, self.embed_dims)
         overlap = intersection_over_foreground(xyzr)
-        content = self.attention_norm(content +
-                                      self.attention(content, overlap))
+        content = self.attention_norm(
+            content + self.attention(content, overlap)
+        )
 
         sampled = self.sampling(feats, content, xyzr, strides)
         content = self.mixing_norm(content + mixing(sampled, content))

@@ -1,5 +1,7 @@
 """AdaMixer's decoder with the mixing of all stages shared by LORS."""
-from typing import Sequence, Union
+
+from collections.abc import Sequence
+from typing import Union
 
 from torch import nn
 
@@ -36,17 +38,19 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
             all stages, since they share the mixing.
     """
 
-    def __init__(self,
-                 num_classes: int,
-                 num_stages: int = 6,
-                 adaptive_ranks: Union[int, Sequence[int]] = 16,
-                 adaptive_groups: Union[int, Sequence[int], None] = None,
-                 static_ranks: Union[int, Sequence[int]] = 8,
-                 generator_init: str = 'zero',
-                 fan_in: str = 'stacked',
-                 num_groups: Union[int, Sequence[int]] = 2,
-                 in_points: Union[int, Sequence[int]] = 64,
-                 **kwargs) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        num_stages: int = 6,
+        adaptive_ranks: Union[int, Sequence[int]] = 16,
+        adaptive_groups: Union[int, Sequence[int], None] = None,
+        static_ranks: Union[int, Sequence[int]] = 8,
+        generator_init: str = 'zero',
+        fan_in: str = 'stacked',
+        num_groups: Union[int, Sequence[int]] = 2,
+        in_points: Union[int, Sequence[int]] = 64,
+        **kwargs,
+    ) -> None:
         if adaptive_groups is None:
             adaptive_groups = [1, 1, 2, 2, 3, 3] if num_stages == 6 else 1
         self._lors = dict(
@@ -54,13 +58,15 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
             adaptive_groups=adaptive_groups,
             static_ranks=static_ranks,
             generator_init=generator_init,
-            fan_in=fan_in)
+            fan_in=fan_in,
+        )
         super().__init__(
             num_classes,
             num_stages=num_stages,
             num_groups=num_groups,
             in_points=in_points,
-            **kwargs)
+            **kwargs,
+        )
 
     def _build_mixing(self) -> nn.Module:
         shared = {}
@@ -70,7 +76,8 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
                 raise ValueError(
                     f'{name}={values} differs between stages, but all stages '
                     'of LORSAdaMixerDecoder share one mixing module; give '
-                    'one value, or use type="lors_plugin.AdaMixerDecoder"')
+                    'one value, or use type="lors_plugin.AdaMixerDecoder"'
+                )
             shared[name] = values[0]
         return LORSAdaptiveMixing(
             self.num_stages,
@@ -78,4 +85,5 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
             self.feat_channels,
             backend=self.backend,
             **shared,
-            **self._lors)
+            **self._lors,
+        )

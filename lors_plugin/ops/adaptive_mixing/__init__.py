@@ -1,4 +1,5 @@
 """Adaptive group mixing: the public function and its checks."""
+
 from typing import Optional
 
 from torch import Tensor
@@ -15,13 +16,15 @@ _PATHS = {
 }
 
 
-def adaptive_mixing(x: Tensor,
-                    channel: Tensor,
-                    spatial: Tensor,
-                    channel_low_rank: Optional[LowRank] = None,
-                    spatial_low_rank: Optional[LowRank] = None,
-                    eps: float = 1e-5,
-                    backend: str = 'auto') -> Tensor:
+def adaptive_mixing(
+    x: Tensor,
+    channel: Tensor,
+    spatial: Tensor,
+    channel_low_rank: Optional[LowRank] = None,
+    spatial_low_rank: Optional[LowRank] = None,
+    eps: float = 1e-5,
+    backend: str = 'auto',
+) -> Tensor:
     """Mix sampled features with matrices made from each query.
 
     AdaMixer, section 3.2 (adaptive channel mixing, then adaptive spatial
@@ -58,21 +61,25 @@ def adaptive_mixing(x: Tensor,
 
 def _check(x, channel, spatial, channel_low_rank, spatial_low_rank):
     if x.dim() != 5:
-        raise ValueError('x must have shape (B, N, G, P, C), '
-                         f'got {tuple(x.shape)}')
+        raise ValueError(
+            f'x must have shape (B, N, G, P, C), got {tuple(x.shape)}'
+        )
     *lead, num_points, width = x.shape
     if tuple(channel.shape) != (*lead, width, width):
         raise ValueError(
             f'channel must have shape {(*lead, width, width)} for x of '
-            f'shape {tuple(x.shape)}, got {tuple(channel.shape)}')
+            f'shape {tuple(x.shape)}, got {tuple(channel.shape)}'
+        )
     out_points = spatial.shape[-2]
     if tuple(spatial.shape) != (*lead, out_points, num_points):
         raise ValueError(
             f'spatial must have shape {(*lead, "Q", num_points)} for x of '
-            f'shape {tuple(x.shape)}, got {tuple(spatial.shape)}')
+            f'shape {tuple(x.shape)}, got {tuple(spatial.shape)}'
+        )
     for name, part, rows, cols in (
         ('channel_low_rank', channel_low_rank, width, width),
-        ('spatial_low_rank', spatial_low_rank, out_points, num_points)):
+        ('spatial_low_rank', spatial_low_rank, out_points, num_points),
+    ):
         if part is not None:
             _check_low_rank(name, part, lead, rows, cols)
 
@@ -80,10 +87,14 @@ def _check(x, channel, spatial, channel_low_rank, spatial_low_rank):
 def _check_low_rank(name, part, lead, rows, cols):
     batch, queries, groups = lead
     num, rank = part.left.shape[1], part.left.shape[-1]
-    wanted = LowRank((groups, num, rows, rank),
-                     (batch, queries, groups, num, rank, rank),
-                     (groups, num, rank, cols))
+    wanted = LowRank(
+        (groups, num, rows, rank),
+        (batch, queries, groups, num, rank, rank),
+        (groups, num, rank, cols),
+    )
     for field, want, have in zip(LowRank._fields, wanted, part):
         if tuple(have.shape) != want:
-            raise ValueError(f'{name}.{field} must have shape {want}, '
-                             f'got {tuple(have.shape)}')
+            raise ValueError(
+                f'{name}.{field} must have shape {want}, '
+                f'got {tuple(have.shape)}'
+            )

@@ -5,6 +5,7 @@ less than forming ``C x C`` matrices for every query, since there are fewer
 points than channels. The spatial side is formed: its matrices are small and
 ``Q`` is larger than ``P``. All parameter groups go through one product.
 """
+
 from typing import Optional
 
 import torch
@@ -13,10 +14,14 @@ from torch import Tensor
 from .reference import LowRank, norm_relu
 
 
-def adaptive_mixing_fused(x: Tensor, channel: Tensor, spatial: Tensor,
-                          channel_low_rank: Optional[LowRank],
-                          spatial_low_rank: Optional[LowRank],
-                          eps: float) -> Tensor:
+def adaptive_mixing_fused(
+    x: Tensor,
+    channel: Tensor,
+    spatial: Tensor,
+    channel_low_rank: Optional[LowRank],
+    spatial_low_rank: Optional[LowRank],
+    eps: float,
+) -> Tensor:
     """See :func:`lors_plugin.ops.adaptive_mixing`."""
     y = x @ channel
     if channel_low_rank is not None:

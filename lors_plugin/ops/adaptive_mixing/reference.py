@@ -1,4 +1,5 @@
 """The definition of adaptive mixing, to be read beside the papers."""
+
 from typing import NamedTuple, Optional
 
 import torch
@@ -14,6 +15,7 @@ class LowRank(NamedTuple):
         core (Tensor): Shape (B, N, G, K, r, r); made from each query.
         right (Tensor): Shape (G, K, r, cols); one for all queries.
     """
+
     left: Tensor
     core: Tensor
     right: Tensor
@@ -32,10 +34,14 @@ def norm_relu(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-2:], eps=eps).relu()
 
 
-def adaptive_mixing_reference(x: Tensor, channel: Tensor, spatial: Tensor,
-                              channel_low_rank: Optional[LowRank],
-                              spatial_low_rank: Optional[LowRank],
-                              eps: float) -> Tensor:
+def adaptive_mixing_reference(
+    x: Tensor,
+    channel: Tensor,
+    spatial: Tensor,
+    channel_low_rank: Optional[LowRank],
+    spatial_low_rank: Optional[LowRank],
+    eps: float,
+) -> Tensor:
     """See :func:`lors_plugin.ops.adaptive_mixing`."""
     if channel_low_rank is not None:
         channel = channel + channel_low_rank.product()

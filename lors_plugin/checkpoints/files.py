@@ -1,0 +1,95 @@
+"""Reading and writing checkpoint files safely."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Union
+
+import torch
+
+from .convert import ConversionError
+
+
+def load_checkpoint_file(path: Union[str, Path], trust: bool = False) -> dict:
+    """Read a checkpoint to the CPU.
+
+    Args:
+        path (str | Path): The file.
+        trust (bool): Allow a file to run code of its own while it is read,
+            as files of old programs that hold more than tensors need.
+
+    Returns:
+        dict: What the file holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ConversionError: If it is no checkpoint, or needs ``trust``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'the checkpoint {path} does not exist')
+    try:
+        content = torch.load(path, 'cpu', weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f'{path} holds more than tensors and plain values, or is damaged '
+            f'({str(error).splitlines()[0]}). If you trust where it comes '
+            'from, read it with --trust: it may then run code of its own'
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ConversionError(f'{path} cannot be read: {error}') from error
+    if not isinstance(content, dict):
+        raise ConversionError(
+            f'{path} holds a {type(content).__name__}, not a dictionary'
+        )
+    return content
+
+
+def save_checkpoint_file(content: dict, path: Union[str, Path]) -> None:
+    """Write a checkpoint beside its place, then rename.
+
+    A crash or a full disk leaves what was there before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        torch.save(content, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def weights_of(content: dict, ema: bool = True) -> dict:
+    """The state dict in a checkpoint, without wrappers' prefixes.
+
+    Args:
+        content (dict): A whole checkpoint or a bare state dict.
+        ema (bool): Prefer averaged weights, kept under ``ema_state_dict``
+            (MMEngine) or as ``ema_*`` buffers (old programs).
+
+    Returns:
+        dict[str, Tensor]: Keys as the bare model names them.
+    """
+    state = content.get('state_dict', content.get('model', content))
+    averaged = content.get('ema_state_dict')
+    if averaged and ema:
+        state = averaged
+    state = {
+        key.removeprefix('module.'): value
+        for key, value in state.items()
+        if key != 'steps'
+    }
+    return _without_ema_buffers(state, ema)
+
+
+def _without_ema_buffers(state: dict, ema: bool) -> dict:
+    """Old programs register a buffer ``ema_a_b`` for a weight ``a.b``."""
+    plain = {k: v for k, v in state.items() if not k.startswith('ema_')}
+    buffers = {'ema_' + k.replace('.', '_'): k for k in plain}
+    for key in state.keys() - plain.keys():
+        if key not in buffers:
+            plain[key] = state[key]
+        elif ema:
+            plain[buffers[key]] = state[key]
+    return plain

@@ -1,0 +1,78 @@
+"""Gradients where a ReLU sits on its kink.
+
+Forward values of two correct float32 programs differ by rounding, about
+5e-6 here. A pre-activation smaller than that may have either sign, so one
+program lets its gradient through and the other does not: the outputs agree
+and the gradients differ by one element. :class:`Kinks` finds such elements
+and can put chosen ones on the other side, which tells rounding from error.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_RELUS = (
+    torch.relu,
+    torch.relu_,
+    torch.nn.functional.relu,
+    Tensor.relu,
+    Tensor.relu_,
+)
+
+
+class Element(NamedTuple):
+    """One pre-activation: size, number of the ReLU call, flat index."""
+
+    value: float
+    call: int
+    index: int
+
+
+class _MaskedReLU(torch.autograd.Function):
+    """The values of ReLU, the gradient of a given mask."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
+
+
+class Kinks(TorchFunctionMode):
+    """Watch every ReLU while active; flip the gradient of some elements.
+
+    Args:
+        width (float): How close to zero counts as on the kink.
+        flipped (Sequence[Element]): Elements to put on the other side.
+    """
+
+    def __init__(
+        self, width: float, flipped: tuple[Element, ...] = ()
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.flipped = flipped
+        self.found: list[Element] = []
+        self._calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        x = args[0] if args else None
+        if func not in _RELUS or not isinstance(x, Tensor):
+            return func(*args, **(kwargs or {}))
+        call, self._calls = self._calls, self._calls + 1
+        flat = x.detach().flatten()
+        near = ((flat.abs() < self.width) & (flat != 0)).nonzero().flatten()
+        self.found += [
+            Element(flat[i].abs().item(), call, i.item()) for i in near
+        ]
+        flips = [e.index for e in self.flipped if e.call == call]
+        if not flips:
+            return func(*args, **(kwargs or {}))
+        mask = flat > 0
+        mask[flips] = ~mask[flips]
+        return _MaskedReLU.apply(x, mask.view_as(x).to(x.dtype))

@@ -1,0 +1,91 @@
+"""Run the port on goldens of the original programs.
+
+A golden is an .npz file with inputs, weights and outputs of the original
+AdaMixer or LORS: of sampling, of mixing or of a whole detector, of any size.
+Prints the largest relative error of each entry; the exit code is 1 when one
+is above the tolerance and 2 when a file cannot be checked.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+
+import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
+
+warnings.filterwarnings('ignore')
+
+
+def parse_args(argv=None):
+    """Read the command line."""
+    from lors_plugin.ops.backend import BACKENDS
+
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('golden', nargs='+', metavar='FILE.npz')
+    parser.add_argument(
+        '--tolerance',
+        type=float,
+        default=1e-4,
+        help='largest allowed relative error (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--backend',
+        choices=BACKENDS,
+        default='auto',
+        help='implementation of the operators (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--worst',
+        type=int,
+        metavar='N',
+        help='print only the N largest errors of each file',
+    )
+    return parser.parse_args(argv)
+
+
+def report(golden, errors, tolerance, worst=None):
+    """Print a table; return whether all errors are within the tolerance."""
+    width = max(len(name) for name in errors)
+    bad = {k: v for k, v in errors.items() if not v <= tolerance}
+    rows = list(errors.items())
+    if worst is not None:
+        rows = sorted(rows, key=lambda row: -row[1])[:worst]
+    print(f'{golden.path} ({golden.kind}, {len(errors)} entries)')
+    for name, error in rows:
+        mark = '  <-- above the tolerance' if name in bad else ''
+        print(f'  {name:<{width}}  {error:.2e}{mark}')
+    for note in golden.notes:
+        print(f'  note: {note}')
+    verdict = f'{len(bad)} above' if bad else 'all within'
+    print(
+        f'  largest error {max(errors.values()):.2e}: {verdict} '
+        f'{tolerance:.0e}'
+    )
+    return not bad
+
+
+def main(argv=None):
+    """Check all files."""
+    args = parse_args(argv)
+    os.environ['LORS_PLUGIN_BACKEND'] = args.backend
+    from lors_plugin.testing import Golden, check_golden
+
+    status = 0
+    for path in args.golden:
+        try:
+            golden = Golden(path)
+            errors = check_golden(golden)
+        except (OSError, ValueError, KeyError) as error:
+            sys.stderr.write(f'error: {path} cannot be checked: {error}\n')
+            status = 2
+            continue
+        if not report(golden, errors, args.tolerance, args.worst):
+            status = status or 1
+    return status
+
+
+if __name__ == '__main__':
+    sys.exit(main())
