@@ -14,7 +14,7 @@
 # and its bin directory stands first on the PATH.
 
 LORS_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-LORS_NEED_GB="${LORS_NEED_GB:-6}"
+LORS_NEED_GB="${LORS_NEED_GB:-7}"
 
 _lors_say() { printf '[setup %4ss] %s\n' "$((SECONDS - _lors_start))" "$*"; }
 

@@ -74,7 +74,8 @@ def user_errors(step, debug, kinds=(ValueError, FileNotFoundError)):
     except kinds as error:
         if debug:
             raise
-        if os.environ.get('RANK', '0') == '0':
+        rank = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
+        if rank == '0':
             text = str(error.args[0]) if error.args else str(error)
             if isinstance(error, OSError):
                 text = str(error)
@@ -175,7 +176,10 @@ def prepare_distributed(cfg, debug=False):
             broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False),
         )
-    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
+    kind = str(wrapper.get('type', 'MMDistributedDataParallel'))
+    if 'DistributedDataParallel' in kind:
+        wrapper = dict(wrapper, device_ids=None)
+    cfg.model_wrapper_cfg = wrapper
     print_log(
         'CUDA is not available: '
         f'{torch.distributed.get_world_size()} CPU processes by gloo',
