@@ -48,31 +48,45 @@ class Kinks(TorchFunctionMode):
 
     Args:
         width (float): How close to zero counts as on the kink.
+        limit (int): How many elements to remember, the nearest ones.
         flipped (Sequence[Element]): Elements to put on the other side.
     """
 
     def __init__(
-        self, width: float, flipped: tuple[Element, ...] = ()
+        self, width: float, limit: int, flipped: tuple[Element, ...] = ()
     ) -> None:
         super().__init__()
         self.width = width
+        self.limit = limit
         self.flipped = flipped
-        self.found: list[Element] = []
+        self._found: list[Element] = []
         self._calls = 0
+
+    def nearest(self) -> list[Element]:
+        """The elements within ``width`` of their kink, nearest first."""
+        return sorted(self._found)[: self.limit]
+
+    def _remember(self, x: Tensor, call: int) -> None:
+        size = x.detach().flatten().abs()
+        # An exact zero, as after another ReLU, is the same in any program.
+        size[size == 0] = torch.inf
+        values, index = size.topk(min(self.limit, len(size)), largest=False)
+        self._found += [
+            Element(value, call, i)
+            for value, i in zip(values.tolist(), index.tolist())
+            if value < self.width
+        ]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         x = args[0] if args else None
         if func not in _RELUS or not isinstance(x, Tensor):
             return func(*args, **(kwargs or {}))
         call, self._calls = self._calls, self._calls + 1
-        flat = x.detach().flatten()
-        near = ((flat.abs() < self.width) & (flat != 0)).nonzero().flatten()
-        self.found += [
-            Element(flat[i].abs().item(), call, i.item()) for i in near
-        ]
+        if x.requires_grad:
+            self._remember(x, call)
         flips = [e.index for e in self.flipped if e.call == call]
         if not flips:
             return func(*args, **(kwargs or {}))
-        mask = flat > 0
+        mask = x.detach().flatten() > 0
         mask[flips] = ~mask[flips]
         return _MaskedReLU.apply(x, mask.view_as(x).to(x.dtype))
