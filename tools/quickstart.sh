@@ -66,7 +66,7 @@ done
 [[ "$seed" =~ ^[0-9]{1,9}$ ]] || wrong_usage "--seed wants a number: $seed"
 case "$work_dir" in
     '' | /*) ;;
-    *) work_dir="$PWD/$work_dir" ;;
+    *) work_dir="$PWD/${work_dir#./}" ;;
 esac
 
 here="$(dirname "${BASH_SOURCE[0]}")"

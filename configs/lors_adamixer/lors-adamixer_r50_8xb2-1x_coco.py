@@ -6,7 +6,6 @@ model = dict(
         num_groups=2,
         in_points=64,
         adaptive_ranks=16,
-        adaptive_groups=[1, 1, 2, 2, 3, 3],
         static_ranks=8,
     )
 )

@@ -25,8 +25,9 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
         adaptive_ranks (int | Sequence[int]): Rank of the private part of
             the generated matrices, one value or one a stage; 0 for none.
         adaptive_groups (int | Sequence[int], optional): Parameter groups
-            ``K``, one value or one a stage. Defaults to the paper's 1 1 2 2
-            3 3 for six stages and to 1 otherwise.
+            ``K``, one value or one a stage. By default they grow from 1 to
+            3 with depth: the paper's 1 1 2 2 3 3 for six stages, 1 1 2 3
+            for four.
         static_ranks (int | Sequence[int]): Rank of the private part of the
             output projection, one value or one a stage; 0 for none.
         generator_init (str): 'zero', as the original program, or 'kaiming',
@@ -52,7 +53,9 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
         **kwargs,
     ) -> None:
         if adaptive_groups is None:
-            adaptive_groups = [1, 1, 2, 2, 3, 3] if num_stages == 6 else 1
+            adaptive_groups = [
+                1 + 3 * i // num_stages for i in range(num_stages)
+            ]
         self._lors = dict(
             adaptive_ranks=adaptive_ranks,
             adaptive_groups=adaptive_groups,
