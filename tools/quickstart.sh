@@ -66,7 +66,7 @@ done
 [[ "$seed" =~ ^[0-9]{1,9}$ ]] || wrong_usage "--seed wants a number: $seed"
 case "$work_dir" in
     '' | /*) ;;
-    *) work_dir="$PWD/${work_dir#./}" ;;
+    *) work_dir="$PWD/$work_dir" ;;
 esac
 
 here="$(dirname "${BASH_SOURCE[0]}")"
@@ -203,6 +203,7 @@ next_step 'environment'
 setup_env || fail 'the environment could not be set up (see above)'
 [ -f "$config" ] || fail "$config is missing: is this checkout complete?"
 mkdir -p "$work_dir" || fail "cannot make $work_dir"
+work_dir="$(cd "$work_dir" && pwd)"
 device="$("$PYTHON" -c 'import torch
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else
       f"CPU, {torch.get_num_threads()} threads")')" ||
@@ -258,5 +259,7 @@ What to do next
   train on COCO                     bash tools/dist_train.sh
               configs/lors_adamixer/lors-adamixer_r50_8xb2-1x_coco.py GPUS
   read                              docs/en/get_started.md
-  use this environment              source $(dirname "$PYTHON")/activate
 TEXT
+activate="$(dirname "$PYTHON")/activate"
+[ ! -f "$activate" ] ||
+    printf '  use this environment              source %s\n' "$activate"
