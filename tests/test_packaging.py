@@ -70,6 +70,17 @@ def test_place_mim_items_without_a_model_index(
     assert [p.name for p in (tmp_path / '.mim').iterdir()] == ['configs']
 
 
+def test_every_module_is_in_a_package(setup_script):
+    """A folder without ``__init__.py`` would be left out of the wheel."""
+    _, keywords = setup_script
+    folders = {
+        '.'.join(path.relative_to(ROOT).parts[:-1])
+        for path in (ROOT / 'lors_plugin').rglob('*.py')
+        if '.mim' not in path.parts
+    }
+    assert sorted(folders - set(keywords['packages'])) == []
+
+
 @pytest.mark.slow
 def test_wheel_holds_configs_and_tools(tmp_path):
     source = tmp_path / 'source'
