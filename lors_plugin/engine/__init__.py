@@ -1,0 +1,1 @@
+"""What happens around a model at run time: checks, optimiser wrappers."""
