@@ -13,6 +13,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 export MPLBACKEND="${MPLBACKEND:-Agg}"
 
 "$PYTHON" -m lors_plugin.doctor
+# Without a path among the arguments, pytest takes all of tests (pyproject.toml).
 code=0
-"$PYTHON" -m pytest tests "$@" || code=$?
+"$PYTHON" -m pytest "$@" || code=$?
 exit "$code"
