@@ -1,0 +1,232 @@
+"""What several test files share: a detector small enough for any test."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def merge(config, changes):
+    """``config`` with entries of ``changes`` replaced, nested ones too."""
+    config = dict(config)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(config.get(key), dict)
+        config[key] = merge(config[key], value) if both else value
+    return config
+
+
+TINY = dict(
+    type='lors_plugin.AdaMixer',
+    data_preprocessor=dict(
+        type='DetDataPreprocessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_size_divisor=32,
+    ),
+    backbone=dict(
+        type='ResNet',
+        depth=18,
+        base_channels=8,
+        frozen_stages=1,
+        norm_eval=True,
+    ),
+    neck=dict(
+        type='lors_plugin.SharedNormChannelMapping',
+        in_channels=[8, 16, 32, 64],
+        out_channels=32,
+        num_norm_groups=8,
+    ),
+    query_generator=dict(
+        type='lors_plugin.InitialQueryGenerator', num_queries=7, embed_dims=32
+    ),
+    decoder=dict(
+        num_classes=3,
+        num_stages=3,
+        embed_dims=32,
+        num_groups=2,
+        in_points=4,
+        out_points=6,
+        num_heads=4,
+        feedforward_channels=48,
+    ),
+)
+DECODERS = dict(
+    adamixer=dict(type='lors_plugin.AdaMixerDecoder'),
+    lors=dict(
+        type='lors_plugin.LORSAdaMixerDecoder',
+        adaptive_ranks=3,
+        adaptive_groups=[1, 2, 3],
+        static_ranks=2,
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config():
+    """Config of a tiny detector: ``tiny_config('lors', decoder={...})``."""
+
+    def make(kind='lors', **changes):
+        config = merge(deepcopy(TINY), dict(decoder=DECODERS[kind]))
+        return merge(config, changes)
+
+    return make
+
+
+@pytest.fixture
+def build():
+    """Build a model config as MMDetection's tools do."""
+    from mmengine.registry import DefaultScope
+
+    from lors_plugin.registry import MODELS
+
+    def make(config):
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            return MODELS.build(deepcopy(config))
+
+    return make
+
+
+@pytest.fixture
+def tiny_detector(build, tiny_config):
+    """A tiny detector with random weights everywhere."""
+    from lors_plugin.testing import randomize
+
+    def make(kind='lors', seed=0, **changes):
+        return randomize(build(tiny_config(kind, **changes)), seed)
+
+    return make
+
+
+@pytest.fixture
+def tiny_decoder(build, tiny_config):
+    """The decoder alone, with random weights everywhere."""
+    from lors_plugin.testing import randomize
+
+    def make(kind='lors', seed=0, **changes):
+        decoder = tiny_config(kind, decoder=changes)['decoder']
+        return randomize(build(decoder), seed)
+
+    return make
+
+
+@pytest.fixture
+def decoder_inputs():
+    """Features, contents and boxes of a batch of 64 x 96 images."""
+    import torch
+
+    from lors_plugin.models.layers.box_geometry import boxes_from_sizes
+
+    def make(
+        batch=2,
+        queries=7,
+        embed_dims=32,
+        feat_channels=32,
+        strides=(4, 8, 16, 32),
+        height=64,
+        width=96,
+    ):
+        feats = [
+            torch.randn(batch, feat_channels, height // s, width // s)
+            for s in strides
+        ]
+        content = torch.randn(batch, queries, embed_dims)
+        sizes = torch.tensor([[width, height]] * batch).float()
+        xyzr = boxes_from_sizes(sizes)[:, None].repeat(1, queries, 1)
+        return feats, content, xyzr + 0.3 * torch.randn(batch, queries, 4)
+
+    return make
+
+
+@pytest.fixture
+def make_samples():
+    """Data samples with random boxes: ``make_samples([2, 0], classes=3)``.
+
+    ``shapes`` are the unpadded sizes (height, width), one or one an image.
+    """
+    import torch
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    def make(counts=(3, 2), classes=3, shapes=(64, 96), scale=1.0, seed=0):
+        rng = torch.Generator().manual_seed(seed)
+        if isinstance(shapes[0], int):
+            shapes = [shapes] * len(counts)
+        samples = []
+        for i, (count, (height, width)) in enumerate(zip(counts, shapes)):
+            size = torch.tensor([width, height] * 2).float()
+            corners = torch.rand(count, 2, 2, generator=rng).sort(1).values
+            boxes = corners.flatten(1).clamp(0.0, 0.9)
+            boxes[:, 2:] += 0.1
+            labels = torch.randint(classes, (count,), generator=rng)
+            meta = dict(
+                img_id=i,
+                img_path=f'images/number{i}.jpg',
+                img_shape=(height, width),
+                ori_shape=(round(height / scale), round(width / scale)),
+                batch_input_shape=(height, width),
+                scale_factor=(scale, scale),
+            )
+            samples.append(
+                DetDataSample(
+                    gt_instances=InstanceData(
+                        bboxes=boxes * size, labels=labels
+                    ),
+                    metainfo=meta,
+                )
+            )
+        return samples
+
+    return make
+
+
+@pytest.fixture
+def load_config():
+    """The model of a config file, without pretrained weights."""
+
+    def make(path):
+        from mmengine.config import Config
+
+        import lors_plugin  # noqa: F401
+
+        config = Config.fromfile(ROOT / path)
+        remove_pretrained(config.model)
+        return config
+
+    return make
+
+
+def remove_pretrained(config):
+    """Take every ``init_cfg`` that loads a file out of a config."""
+    if isinstance(config, dict):
+        init = config.get('init_cfg')
+        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+            config['init_cfg'] = None
+        if 'pretrained' in config:
+            config['pretrained'] = None
+        for value in config.values():
+            remove_pretrained(value)
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            remove_pretrained(value)
+
+
+@pytest.fixture
+def goldens():
+    """Directory of the goldens."""
+    return Path(__file__).parent / 'data' / 'goldens'
+
+
+@pytest.fixture
+def root():
+    """Root of the checkout."""
+    return ROOT
