@@ -24,7 +24,8 @@ def per_layer(
     Raises:
         ValueError: If the list has another length or a value is too small.
     """
-    values = [value] * num_layers if isinstance(value, int) else list(value)
+    a_list = isinstance(value, Sequence) and not isinstance(value, str)
+    values = list(value) if a_list else [value] * num_layers
     if len(values) != num_layers:
         raise ValueError(
             f'{name}={values} has {len(values)} values for {num_layers} '

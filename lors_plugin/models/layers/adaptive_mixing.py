@@ -216,6 +216,9 @@ class LORSAdaptiveMixing(BaseModule):
             nn.Linear(embed_dims, 2 * size)
             for size in self.channel_part.core_sizes
         )
+        for linear in self.core_generators:
+            # Of rank 0: never gets a gradient, so nobody may wait for one.
+            linear.requires_grad_(linear.out_features > 0)
         self.out_proj = LowRankLinearStack(
             self.shape.num_mixed, embed_dims, num_stages, static_ranks
         )

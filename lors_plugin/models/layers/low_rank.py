@@ -21,6 +21,14 @@ from lors_plugin.utils import per_layer
 FAN_INS = ('stacked', 'matrix')
 
 
+def _factor(*shape: int) -> nn.Parameter:
+    """A parameter; one of rank 0 takes no part in training.
+
+    It would never get a gradient, for which several processes wait.
+    """
+    return nn.Parameter(torch.empty(shape), requires_grad=0 not in shape)
+
+
 class LowRankLinearStack(BaseModule):
     """One linear layer for each layer of a stack: LORS^T.
 
@@ -59,10 +67,10 @@ class LowRankLinearStack(BaseModule):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         totals = [k * r for k, r in zip(groups, ranks)]
         self.down = nn.ParameterList(
-            torch.empty(total, in_features) for total in totals
+            _factor(total, in_features) for total in totals
         )
         self.up = nn.ParameterList(
-            torch.empty(out_features, total) for total in totals
+            _factor(out_features, total) for total in totals
         )
         self.bias = (
             nn.ParameterList(torch.empty(out_features) for _ in totals)
@@ -153,11 +161,11 @@ class AdaptiveLowRankStack(BaseModule):
         self.copies = copies
         self.fan_in = fan_in
         self.left = nn.ParameterList(
-            torch.empty(copies, k, rows, r)
+            _factor(copies, k, rows, r)
             for k, r in zip(self.groups, self.ranks)
         )
         self.right = nn.ParameterList(
-            torch.empty(copies, k, r, cols)
+            _factor(copies, k, r, cols)
             for k, r in zip(self.groups, self.ranks)
         )
         self.reset_parameters()
