@@ -75,7 +75,7 @@ class SetCriterion(nn.Module):
         Raises:
             FloatingPointError: If a prediction, a matching cost or a loss
                 is not finite; names the stage and the image.
-            ValueError: If a label is not below ``num_classes``.
+            ValueError: If a label is negative or not below ``num_classes``.
         """
         self._check_labels(batch_data_samples)
         self._check_finite(
@@ -173,12 +173,13 @@ class SetCriterion(nn.Module):
     def _check_labels(self, samples: list) -> None:
         for sample in samples:
             labels = sample.gt_instances.labels
-            if len(labels) and int(labels.max()) >= self.num_classes:
+            wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+            if len(wrong):
                 raise ValueError(
-                    f'image {_name(sample)} has the label '
-                    f'{int(labels.max())}, but decoder.num_classes='
-                    f'{self.num_classes} allows 0 to {self.num_classes - 1}; '
-                    'set num_classes to the number of classes of the data'
+                    f'image {_name(sample)} has the label {int(wrong[0])}, '
+                    f'but decoder.num_classes={self.num_classes} allows 0 to '
+                    f'{self.num_classes - 1}; set num_classes to the number '
+                    'of classes of the data'
                 )
 
     @staticmethod

@@ -11,6 +11,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lors_plugin.ops.backend import BACKENDS
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible, per_layer
 
@@ -97,6 +98,10 @@ class AdaMixerDecoder(BaseModule):
             raise ValueError(
                 f'num_classes={num_classes} and num_stages='
                 f'{num_stages} must be at least 1'
+            )
+        if backend not in BACKENDS:
+            raise ValueError(
+                f'backend={backend!r} is no backend; choose one of {BACKENDS}'
             )
         check_divisible('embed_dims', embed_dims, 'the 4 numbers of a box', 4)
         self.num_classes = num_classes
