@@ -98,11 +98,12 @@ def build():
 
 @pytest.fixture
 def tiny_detector(build, tiny_config):
-    """A tiny detector with random weights everywhere."""
+    """A tiny detector with random weights everywhere, ready to train."""
     from lors_plugin.testing import randomize
 
     def make(kind='lors', seed=0, **changes):
-        return randomize(build(tiny_config(kind, **changes)), seed)
+        # BN goes into eval mode where `train` is called, not when built.
+        return randomize(build(tiny_config(kind, **changes)), seed).train()
 
     return make
 
