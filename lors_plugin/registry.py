@@ -5,6 +5,7 @@ MMEngine imports this file by itself when a config names a type
 very file would be swallowed, so it imports nothing but MMEngine.
 """
 
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
@@ -21,4 +22,11 @@ OPTIM_WRAPPERS = Registry(
     parent=MMENGINE_OPTIM_WRAPPERS,
     scope='lors_plugin',
     locations=['lors_plugin.engine.optim'],
+)
+
+HOOKS = Registry(
+    'hook',
+    parent=MMENGINE_HOOKS,
+    scope='lors_plugin',
+    locations=['lors_plugin.engine.hooks'],
 )

@@ -2,7 +2,7 @@ _base_ = [
     '../_base_/models/adamixer_r50.py',
     'mmdet::_base_/datasets/coco_detection.py',
     'mmdet::_base_/schedules/schedule_1x.py',
-    'mmdet::_base_/default_runtime.py',
+    '../_base_/default_runtime.py',
 ]
 
 optim_wrapper = dict(

@@ -3,7 +3,7 @@
 _base_ = [
     '../_base_/models/adamixer_r50.py',
     '../_base_/datasets/tree_crowns.py',
-    'mmdet::_base_/default_runtime.py',
+    '../_base_/default_runtime.py',
 ]
 
 model = dict(

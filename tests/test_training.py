@@ -1,0 +1,282 @@
+"""Training as users start it: several processes, resuming, mixed precision.
+
+Each test runs the real tools on a small data set in processes of their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CONFIG = """
+_base_ = '{base}'
+
+data_root = '{data}/'
+metainfo = dict(classes=('box', 'disc'))
+model = dict(
+    backbone=dict(depth=18, base_channels=8, frozen_stages=0, init_cfg=None),
+    neck=dict(in_channels=[8, 16, 32, 64], out_channels=32),
+    query_generator=dict(num_queries=12, embed_dims=32),
+    decoder=dict(
+        num_classes=2, num_stages=3, embed_dims=32, in_points=8,
+        out_points=12, num_heads=4, feedforward_channels=64, {lors}))
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='RandomFlip', prob={flip}),
+    dict(type='PackDetInputs'),
+]
+dataset = dict(
+    data_root=data_root,
+    metainfo=metainfo,
+    ann_file='train.json',
+    data_prefix=dict(img='images/'))
+train_dataloader = dict(
+    batch_size=4,
+    num_workers={workers},
+    persistent_workers={workers} > 0,
+    sampler=dict(shuffle={shuffle}),
+    batch_sampler=None,
+    dataset=dict(
+        filter_cfg=dict(_delete_=True, filter_empty_gt=False),
+        pipeline=train_pipeline,
+        **dataset))
+val_dataloader = dict(
+    num_workers=0, persistent_workers=False, dataset=dict(**dataset))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'train.json')
+test_evaluator = val_evaluator
+
+train_cfg = dict(max_epochs=2, val_interval=10)
+optim_wrapper = dict(optimizer=dict({optimizer}))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=3)]
+default_hooks = dict(
+    logger=dict(interval=1), checkpoint=dict(save_last=True))
+custom_hooks = [dict(type='SaveRankHook')]
+custom_imports = dict(imports=['save_rank_hook'])
+env_cfg = dict(mp_cfg=dict(mp_start_method='fork'))
+"""
+
+# What a rank holds at the end; MMEngine itself saves that of rank 0 only.
+HOOK = """
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class SaveRankHook(Hook):
+    def after_train(self, runner):
+        model = runner.model
+        if is_model_wrapper(model):
+            assert not model.find_unused_parameters
+            model = model.module
+        torch.save(model.state_dict(),
+                   f'{runner.work_dir}/rank{get_rank()}.pth')
+"""
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Eight pictures; the third, and with it one batch, has no boxes."""
+    root = tmp_path_factory.mktemp('shapes')
+    (root / 'images').mkdir()
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(8):
+        picture = Image.new('RGB', (96, 64), tuple(rng.integers(0, 90, 3)))
+        draw = ImageDraw.Draw(picture)
+        for _ in range(0 if i in (1, 3) else 1 + i % 3):
+            w, h = rng.integers(16, 40, 2).tolist()
+            x, y = (rng.random(2) * (96 - w, 64 - h)).astype(int).tolist()
+            kind = int(rng.integers(2))
+            shape = draw.ellipse if kind else draw.rectangle
+            colour = tuple(rng.integers(120, 255, 3).tolist())
+            shape((x, y, x + w, y + h), fill=colour)
+            annotations.append(
+                dict(
+                    id=len(annotations),
+                    image_id=i,
+                    category_id=kind,
+                    bbox=[x, y, w, h],
+                    area=w * h,
+                    iscrowd=0,
+                )
+            )
+        name = f'{i}.png'
+        picture.save(root / 'images' / name)
+        images.append(dict(id=i, file_name=name, width=96, height=64))
+    categories = [dict(id=0, name='box'), dict(id=1, name='disc')]
+    (root / 'train.json').write_text(
+        json.dumps(
+            dict(images=images, annotations=annotations, categories=categories)
+        )
+    )
+    (root / 'save_rank_hook.py').write_text(HOOK)
+    return root
+
+
+def write_config(
+    path,
+    data,
+    kind='lors',
+    flip=0.0,
+    shuffle=False,
+    workers=0,
+    optimizer='lr=1e-3',
+):
+    base = {
+        'lors': 'lors_adamixer/lors-adamixer_r50_8xb2-1x_coco.py',
+        'adamixer': 'adamixer/adamixer_r50_8xb2-1x_coco.py',
+    }[kind]
+    lors = 'adaptive_ranks=4, static_ranks=2' if kind == 'lors' else ''
+    path.write_text(
+        CONFIG.format(
+            base=ROOT / 'configs' / base,
+            data=data,
+            lors=lors,
+            flip=flip,
+            shuffle=shuffle,
+            workers=workers,
+            optimizer=optimizer,
+        )
+    )
+    return path
+
+
+def run(command, data, fails=False):
+    env = dict(
+        os.environ,
+        PYTHONPATH=f'{ROOT}{os.pathsep}{data}',
+        OMP_NUM_THREADS='1',
+        CUDA_VISIBLE_DEVICES='',
+    )
+    env.pop('RANK', None)
+    result = subprocess.run(
+        [str(c) for c in command],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    output = result.stdout + result.stderr
+    assert (result.returncode != 0) == fails, output[-6000:]
+    return output
+
+
+def train(config, work_dir, data, *args, **kwargs):
+    command = [sys.executable, ROOT / 'tools' / 'train.py', config]
+    command += ['--work-dir', work_dir, *args]
+    return run(command, data, **kwargs)
+
+
+def weights(work_dir, name='rank0.pth'):
+    return torch.load(Path(work_dir) / name, weights_only=True)
+
+
+def logged(work_dir, key='loss'):
+    (path,) = Path(work_dir).glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['lors', 'adamixer'])
+def test_two_processes_do_what_one_does(kind, data, tmp_path):
+    """Same global batch: same losses, same weights, on both ranks.
+
+    Image 1 and 3 have no boxes, so the first batch of rank 1 is empty. Plain
+    SGD, since Adam turns the rounding of a zero gradient into a whole step.
+    """
+    sgd = "_delete_=True, type='SGD', lr=0.01"
+    config = write_config(tmp_path / 'config.py', data, kind, optimizer=sgd)
+    seed = ['--cfg-options', 'randomness.seed=3']
+    train(config, tmp_path / 'one', data, *seed)
+    two = tmp_path / 'two'
+    command = ['bash', ROOT / 'tools' / 'dist_train.sh', config, 2]
+    command += ['--work-dir', two, *seed, 'train_dataloader.batch_size=2']
+    run(command, data)
+
+    first, second = weights(two, 'rank0.pth'), weights(two, 'rank1.pth')
+    alone = weights(tmp_path / 'one')
+    assert first.keys() == alone.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+        torch.testing.assert_close(
+            value, alone[key], rtol=1e-3, atol=1e-5, msg=key
+        )
+    for key in ('loss', 'stage2_loss_cls', 'stage0_loss_iou'):
+        together = logged(two, key)
+        assert len(together) == 4
+        np.testing.assert_allclose(
+            together, logged(tmp_path / 'one', key), rtol=1e-4
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0, 1])
+def test_resuming_changes_nothing(workers, data, tmp_path):
+    """Two epochs, or one and one more: equal to the last bit.
+
+    With shuffling, flips, workers that persist, and no seed in the config.
+    """
+    config = write_config(
+        tmp_path / 'config.py', data, flip=0.5, shuffle=True, workers=workers
+    )
+    train(config, tmp_path / 'whole', data)
+    parts = tmp_path / 'parts'
+    parts.mkdir()
+    first = tmp_path / 'whole' / 'epoch_1.pth'
+    train(config, parts, data, '--resume', first)
+    whole, resumed = weights(tmp_path / 'whole'), weights(parts)
+    start = torch.load(first, weights_only=False)['state_dict']
+    assert any(not torch.equal(start[k], whole[k]) for k in whole)
+    for key, value in whole.items():
+        assert torch.equal(value, resumed[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_mixed_precision_learns(dtype, data, tmp_path):
+    """Losses stay finite and near those of float32; flips are seeded."""
+    config = write_config(tmp_path / 'config.py', data)
+    seed = ['--cfg-options', 'randomness.seed=3']
+    train(config, tmp_path / 'half', data, '--amp', dtype, *seed)
+    train(config, tmp_path / 'full', data, *seed)
+    half, full = logged(tmp_path / 'half'), logged(tmp_path / 'full')
+    assert len(half) == 4
+    # A step of float16 may be skipped while its loss scale is found.
+    np.testing.assert_allclose(half[0], full[0], rtol=2e-2)
+    np.testing.assert_allclose(half, full, rtol=0.15)
+    moved = weights(tmp_path / 'half')
+    assert all(v.isfinite().all() for v in moved.values())
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_stops_with_its_name(data, tmp_path):
+    """A learning rate far too high: an error, not a crash in the matcher."""
+    config = write_config(tmp_path / 'config.py', data)
+    output = train(
+        config,
+        tmp_path / 'out',
+        data,
+        '--cfg-options',
+        'optim_wrapper.optimizer.lr=1e12',
+        'optim_wrapper.clip_grad=None',
+        fails=True,
+    )
+    assert 'FloatingPointError' in output
+    assert 'stage' in output
+    assert 'images/' in output
