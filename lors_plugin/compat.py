@@ -77,12 +77,30 @@ def has_compiled_ops() -> bool:
     return spec is not None and not isinstance(spec.loader, _ExtFallback)
 
 
+def _history_method(owner, name):
+    """What ``getattr`` may do in a checkpoint: find a method of a history."""
+    from pickle import UnpicklingError
+
+    from mmengine.logging import HistoryBuffer
+
+    if owner is not HistoryBuffer or name not in _HISTORY_METHODS:
+        raise UnpicklingError(f'getattr({owner!r}, {name!r}) is not allowed')
+    return getattr(owner, name)
+
+
+_HISTORY_METHODS = ('min', 'max', 'current', 'mean')
+# The unpickler of torch finds stand-ins by these names.
+_history_method.__module__ = 'builtins'
+_history_method.__name__ = _history_method.__qualname__ = 'getattr'
+
+
 def register_safe_globals() -> None:
     """Let ``torch.load(weights_only=True)`` read MMEngine's checkpoints.
 
     From torch 2.6 on that is the default, and MMEngine 0.10.7 cannot resume
     from its own files, which hold the log history. Naming those few harmless
-    classes keeps the safe loading; nothing else becomes loadable.
+    classes keeps the safe loading; nothing else becomes loadable. A history
+    refers to its own methods by ``getattr``, which may do just that here.
     """
     import numpy as np
     import torch
@@ -98,6 +116,7 @@ def register_safe_globals() -> None:
     torch.serialization.add_safe_globals(
         [
             HistoryBuffer,
+            _history_method,
             np.ndarray,
             np.dtype,
             core.multiarray._reconstruct,
