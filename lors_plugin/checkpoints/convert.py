@@ -46,8 +46,8 @@ def to_lors_plugin(state: StateDict, source: str) -> StateDict:
         dict[str, Tensor]: Keys of this package.
 
     Raises:
-        ConversionError: If keys are unknown, or a stage lacks weights that
-            another stage has; lists all of them.
+        ConversionError: If keys are unknown or missing; lists all of them.
+            Which weights the backbone needs is not known here.
     """
     state = {k: v for k, v in state.items() if k != CONSTANT_KEY}
     rules = KEY_MAPS[source]
@@ -93,7 +93,10 @@ def _num_groups(state: StateDict) -> int:
     """``G``, which the stacked factors of LORS hide."""
 
     def first(name):
-        return next(v for k, v in state.items() if name in k)
+        for key, value in state.items():
+            if name in key:
+                return value
+        raise ConversionError(f'missing keys: there is no {name}')
 
     width = first('ml_parameters').shape[1]
     out_points = first('sl_parameters').shape[1]
@@ -104,7 +107,13 @@ def _num_groups(state: StateDict) -> int:
 
 def _check_complete(state: StateDict, rules: list, reverse: bool) -> None:
     unknown = [k for k in state if find_rule(rules, k, reverse) is None]
-    missing = _missing_in_stages(state)
+    missing = sorted(
+        {
+            *_missing_in_stages(state),
+            *_missing_kinds(state, rules, reverse),
+            *_missing_halves(state, rules, reverse),
+        }
+    )
     problems = []
     if unknown:
         problems.append(f'{len(unknown)} unknown keys: ' + ', '.join(unknown))
@@ -115,7 +124,7 @@ def _check_complete(state: StateDict, rules: list, reverse: bool) -> None:
 
 
 def _missing_in_stages(state: StateDict) -> list:
-    """Keys that most stages have and one lacks."""
+    """Keys that some stages have and one lacks."""
     stages = {}
     for key in state:
         if key.startswith(('roi_head.', 'decoder.')):
@@ -123,9 +132,40 @@ def _missing_in_stages(state: StateDict) -> list:
             if match:
                 kind = key[: match.start(1)] + '{}' + key[match.end(1) :]
                 stages.setdefault(kind, set()).add(int(match[1]))
-    everything = set().union(*stages.values()) if stages else set()
-    return sorted(
+    number = 1 + max(map(max, stages.values()), default=-1)
+    return [
         kind.format(stage)
         for kind, present in stages.items()
-        for stage in everything - present
-    )
+        for stage in set(range(number)) - present
+    ]
+
+
+def _missing_kinds(state: StateDict, rules: list, reverse: bool) -> list:
+    """Kinds of keys that a whole detector has and this one lacks."""
+    if not any(key.startswith('backbone.') for key in state):
+        return []  # a part of a detector
+    found = [find_rule(rules, key, reverse) for key in state]
+    used = {match[0] for match in found if match}
+    return [
+        rule.new if reverse else rule.old
+        for rule in rules
+        if rule not in used and not rule.optional
+    ]
+
+
+def _missing_halves(state: StateDict, rules: list, reverse: bool) -> list:
+    """Weights without their bias and the reverse, behind the backbone."""
+    missing = []
+    for key in state:
+        stem, _, name = key.rpartition('.')
+        other = dict(weight='bias', bias='weight').get(name)
+        match = find_rule(rules, key, reverse)
+        if (
+            other
+            and match
+            and match[0].old.endswith('{p}')
+            and not match[0].old.startswith('backbone.')
+            and f'{stem}.{other}' not in state
+        ):
+            missing.append(f'{stem}.{other}')
+    return missing

@@ -7,6 +7,8 @@ from typing import Union
 
 import torch
 
+from lors_plugin.compat import register_safe_globals
+
 from .convert import ConversionError
 
 
@@ -28,6 +30,7 @@ def load_checkpoint_file(path: Union[str, Path], trust: bool = False) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'the checkpoint {path} does not exist')
+    register_safe_globals()
     try:
         content = torch.load(path, 'cpu', weights_only=not trust)
     except pickle.UnpicklingError as error:
@@ -35,6 +38,10 @@ def load_checkpoint_file(path: Union[str, Path], trust: bool = False) -> dict:
             f'{path} holds more than tensors and plain values, or is damaged '
             f'({str(error).splitlines()[0]}). If you trust where it comes '
             'from, read it with --trust: it may then run code of its own'
+        ) from error
+    except (ImportError, AttributeError) as error:
+        raise ConversionError(
+            f'{path} needs a program that is not installed: {error}'
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ConversionError(f'{path} cannot be read: {error}') from error
@@ -63,18 +70,20 @@ def save_checkpoint_file(content: dict, path: Union[str, Path]) -> None:
 def weights_of(content: dict, ema: bool = True) -> dict:
     """The state dict in a checkpoint, without wrappers' prefixes.
 
+    MMEngine writes averaged weights as the ``state_dict``, so that they are
+    what everybody loads, and the plain ones as ``ema_state_dict``.
+
     Args:
         content (dict): A whole checkpoint or a bare state dict.
-        ema (bool): Prefer averaged weights, kept under ``ema_state_dict``
-            (MMEngine) or as ``ema_*`` buffers (old programs).
+        ema (bool): Prefer averaged weights where there are any; old
+            programs have them as ``ema_*`` buffers.
 
     Returns:
         dict[str, Tensor]: Keys as the bare model names them.
     """
     state = content.get('state_dict', content.get('model', content))
-    averaged = content.get('ema_state_dict')
-    if averaged and ema:
-        state = averaged
+    if not ema:
+        state = content.get('ema_state_dict') or state
     state = {
         key.removeprefix('module.'): value
         for key, value in state.items()

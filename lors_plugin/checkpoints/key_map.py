@@ -24,6 +24,7 @@ class Rule(NamedTuple):
     old: str
     new: str
     stacked: bool = False
+    optional: bool = False
 
     def translate(self, key: str, reverse: bool = False) -> Optional[str]:
         """The key on the other side, or None where the rule is another's."""
@@ -47,7 +48,7 @@ _TRUNK = [
 ]
 
 _STAGE = [
-    Rule(_STAGE_OLD + old, _STAGE_NEW + new)
+    Rule(_STAGE_OLD + old, _STAGE_NEW + new, optional='_fcs' in old)
     for old, new in (
         ('iof_tau', 'attention.overlap_scale'),
         ('attention.attn.in_proj_weight', 'attention.qkv.weight'),
