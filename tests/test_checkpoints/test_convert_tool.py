@@ -1,0 +1,118 @@
+"""``tools/convert_checkpoint.py``."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+from torch.testing import assert_close
+
+from lors_plugin.checkpoints import to_lors_plugin
+from lors_plugin.testing import Golden
+
+
+@pytest.fixture
+def tool(root):
+    path = root / 'tools' / 'convert_checkpoint.py'
+    spec = importlib.util.spec_from_file_location('convert_checkpoint', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *args: module.main([str(arg) for arg in args])
+
+
+@pytest.fixture
+def original(goldens):
+    golden = Golden(goldens / 'lors_detector_small.npz')
+    return golden.original_weights()
+
+
+def test_converts_and_back(tool, original, tmp_path, capsys):
+    src, dst, back = (tmp_path / f'{n}.pth' for n in ('src', 'dst', 'back'))
+    meta = dict(CLASSES=('tree', 'house'), epoch=12)
+    torch.save(dict(meta=meta, state_dict=original, optimizer=dict(a=1)), src)
+    assert tool(src, dst) == 0
+    wanted = to_lors_plugin(original, 'lors')
+    assert f'{len(wanted)} weights conv' in capsys.readouterr().out
+    content = torch.load(dst, weights_only=True)
+    assert sorted(content) == ['meta', 'state_dict']
+    assert content['meta'] == meta
+    assert_close(content['state_dict'], wanted, rtol=0, atol=0)
+
+    assert tool(dst, back, '--reverse') == 0
+    content = torch.load(back, weights_only=True)
+    assert content['meta'] == meta
+    for key, value in original.items():
+        assert_close(content['state_dict'][key], value, rtol=0, atol=0)
+
+
+def test_unknown_and_missing_keys_write_nothing(
+    tool, original, tmp_path, capsys
+):
+    src, dst = tmp_path / 'src.pth', tmp_path / 'dst.pth'
+    original['extra.weight'] = torch.zeros(1)
+    missing = 'roi_head.bbox_head.1.fc_cls.bias'
+    del original[missing]
+    torch.save(dict(state_dict=original), src)
+    assert tool(src, dst) == 1
+    error = capsys.readouterr().err
+    assert 'unknown keys: extra.weight' in error
+    assert f'missing keys: {missing}' in error
+    assert 'nothing was written' in error
+    assert [p.name for p in tmp_path.iterdir()] == ['src.pth']
+
+
+@pytest.mark.parametrize(
+    ('option', 'value'), [((), 2.0), (('--no-ema',), 1.0)]
+)
+def test_averaged_weights(tool, original, tmp_path, option, value):
+    src, dst = tmp_path / 'src.pth', tmp_path / 'dst.pth'
+    key = 'rpn_head.init_content_features.weight'
+    plain = dict(original, **{key: torch.full((20, 64), 1.0)})
+    mean = dict(original, **{key: torch.full((20, 64), 2.0)})
+    swapped = {f'module.{k}': v for k, v in plain.items()}
+    swapped['steps'] = torch.tensor(7)
+    torch.save(dict(state_dict=mean, ema_state_dict=swapped), src)
+    assert tool(src, dst, *option) == 0
+    state = torch.load(dst, weights_only=True)['state_dict']
+    assert (state['query_generator.content.weight'] == value).all()
+    assert 'steps' not in state
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        ('none.pth', None, 'does not exist'),
+        ('broken.pth', b'PK\x03\x04broken', 'broken.pth'),
+    ],
+)
+def test_files_that_cannot_be_read(
+    tool, tmp_path, capsys, name, content, message
+):
+    src, dst = tmp_path / name, tmp_path / 'dst.pth'
+    if content:
+        src.write_bytes(content)
+    assert tool(src, dst) == 1
+    assert message in capsys.readouterr().err
+    assert not dst.exists()
+
+
+def test_checkpoint_of_a_training_in_a_fresh_process(
+    root, tiny_detector, tmp_path
+):
+    """History buffers are read without anything of MMEngine imported."""
+    src, dst = tmp_path / 'epoch_1.pth', tmp_path / 'dst.pth'
+    hub = dict(log_scalars=dict(loss=HistoryBuffer([1.0], [1])))
+    state = tiny_detector('lors').state_dict()
+    torch.save(dict(state_dict=state, message_hub=hub), src)
+    command = [sys.executable, root / 'tools' / 'convert_checkpoint.py']
+    done = subprocess.run(
+        [*command, src, dst, '--reverse'],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    back = torch.load(dst, weights_only=True)['state_dict']
+    assert_close(to_lors_plugin(back, 'lors'), dict(state), rtol=0, atol=0)
