@@ -1,0 +1,337 @@
+"""The port against what the original programs computed.
+
+Also that the checks would notice if it were wrong.
+"""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lors_plugin.models.layers import AdaptiveMixing, low_rank
+from lors_plugin.models.layers.adaptive_mixing import MixingShape
+from lors_plugin.ops.backend import ENV_NAME
+from lors_plugin.testing import Golden, check_golden, golden_detector
+from lors_plugin.testing.golden import TOLERANCE, relative_error
+from lors_plugin.testing.golden_detector import _detection_error, _norm_error
+
+FILES = sorted((Path(__file__).parents[1] / 'data/goldens').glob('*.npz'))
+MIXING = ['adamixer_mixing_small', 'lors_mixing_small', 'lors_mixing_by_rule']
+DETECTORS = ['adamixer_detector_small', 'lors_detector_small']
+
+
+def test_all_goldens_are_here():
+    stems = {path.stem for path in FILES}
+    assert {*MIXING, *DETECTORS, 'sampling_3d_small'} <= stems
+
+
+@pytest.mark.parametrize('backend', ['torch', 'reference'])
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_port_agrees(path, backend, monkeypatch):
+    monkeypatch.setenv(ENV_NAME, backend)
+    golden = Golden(path)
+    errors = check_golden(golden)
+    bad = {key: error for key, error in errors.items() if not error < 1e-4}
+    assert not bad
+    if path.stem != 'lors_detector_small':
+        assert not golden.notes
+        return
+    assert len(golden.notes) == 1
+    assert golden.notes[0].startswith('ReLU call 23 ')
+
+
+def test_every_entry_is_compared(goldens):
+    """All of the file but its inputs and an accuracy that is no loss."""
+    golden = Golden(goldens / 'adamixer_detector_small.npz')
+    inputs = ('img', 'seed', 'config', 'gt_', 'w.')
+    wanted = {
+        key
+        for key in golden.arrays
+        if not key.startswith(inputs) and 'pos_acc' not in key
+    }
+    wanted.remove('grad_norms')
+    wanted |= {f'grad_norm {key}' for key in golden.json('grad_norms')}
+    errors, _ = golden_detector._run(golden, ())
+    assert set(errors) == wanted
+
+
+def largest(path):
+    return max(check_golden(Golden(path)).values())
+
+
+@pytest.fixture
+def change_weights(monkeypatch):
+    """Let every golden hand out weights that went through a function."""
+    plain = Golden.original_weights
+
+    def change(function):
+        monkeypatch.setattr(
+            Golden, 'original_weights', lambda self: function(plain(self))
+        )
+
+    return change
+
+
+def swap_keys(first, second):
+    def function(state):
+        swapped = dict(state)
+        for key in state:
+            if first in key:
+                other = key.replace(first, second)
+                swapped[key], swapped[other] = state[other], state[key]
+        return swapped
+
+    return function
+
+
+@pytest.fixture
+def no_kinks(monkeypatch):
+    """Searching for kinks takes long and cannot help here."""
+    monkeypatch.setattr(golden_detector, 'MAX_KINKS', 0)
+
+
+@pytest.mark.parametrize('part', ['fc_reg', 'ffn.', 'iof_tau'])
+@pytest.mark.parametrize('name', DETECTORS)
+def test_swapped_stages_are_noticed(
+    name, part, goldens, change_weights, no_kinks
+):
+    change_weights(swap_keys(f'bbox_head.0.{part}', f'bbox_head.1.{part}'))
+    assert largest(goldens / f'{name}.npz') > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    'part', ['out_weight_bias', 'ml_parameters', 'out_norm']
+)
+def test_swapped_private_parts_are_noticed(part, goldens, change_weights):
+    change_weights(
+        lambda state: (
+            {
+                key.replace(f'{part}.0', f'{part}.x')
+                .replace(f'{part}.1', f'{part}.0')
+                .replace(f'{part}.x', f'{part}.1'): value
+                for key, value in state.items()
+            }
+            if part != 'ml_parameters'
+            else dict(
+                state,
+                **{
+                    key: value.flip(0)
+                    for key, value in state.items()
+                    if part in key
+                },
+            )
+        )
+    )
+    path = goldens / 'lors_mixing_small.npz'
+    assert largest(path) > 10 * TOLERANCE
+
+
+def transposed(self, generated):
+    generated = generated.unflatten(-1, (self.groups, -1))
+    channel = generated[..., : self.width**2]
+    spatial = generated[..., self.width**2 :]
+    spatial = spatial.unflatten(-1, (self.in_points, self.out_points))
+    channel = channel.unflatten(-1, (self.width, self.width))
+    return channel, spatial.transpose(-1, -2)
+
+
+def other_order(self, generated):
+    generated = generated.unflatten(-1, (self.groups, -1))
+    number = self.out_points * self.in_points
+    spatial, channel = generated[..., :number], generated[..., number:]
+    return (
+        channel.unflatten(-1, (self.width, self.width)),
+        spatial.unflatten(-1, (self.out_points, self.in_points)),
+    )
+
+
+def channel_transposed(self, generated, split=MixingShape.split):
+    channel, spatial = split(self, generated)
+    return channel.transpose(-1, -2), spatial
+
+
+@pytest.mark.parametrize(
+    'split', [transposed, other_order, channel_transposed]
+)
+@pytest.mark.parametrize('name', MIXING)
+def test_other_matrices_are_noticed(name, split, goldens, monkeypatch):
+    monkeypatch.setattr(MixingShape, 'split', split)
+    assert largest(goldens / f'{name}.npz') > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_other_matrices_in_a_detector_are_noticed(
+    name, goldens, monkeypatch, no_kinks
+):
+    monkeypatch.setattr(MixingShape, 'split', transposed)
+    assert largest(goldens / f'{name}.npz') > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize('name', [*MIXING[1:], DETECTORS[1]])
+def test_swapped_cores_are_noticed(name, goldens, monkeypatch, no_kinks):
+    """The cores of S before those of M, as a port might do."""
+    forward = low_rank.AdaptiveLowRankStack.forward
+
+    def other(self, core, layer):
+        return forward(self, core.flip(-1), layer)
+
+    monkeypatch.setattr(low_rank.AdaptiveLowRankStack, 'forward', other)
+    assert largest(goldens / f'{name}.npz') > 10 * TOLERANCE
+
+
+def test_other_level_weights_are_noticed(goldens, monkeypatch):
+    from lors_plugin.ops.sampling_3d import reference
+
+    weights = reference.level_weights
+    monkeypatch.setattr(
+        reference,
+        'level_weights',
+        lambda z, strides: weights(z * 1.001, strides),
+    )
+    assert largest(goldens / 'sampling_3d_small.npz') > TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ('name', 'key', 'factor'),
+    [
+        ('adamixer', 'decoder.stages.1.ffn.layers.1.weight', 1.01),
+        ('lors', 'decoder.mixing.generator.weight', 1.001),
+        ('lors', 'neck.convs.2.weight', 0.99),
+    ],
+)
+def test_wrong_gradient_is_not_explained_away(
+    name, key, factor, goldens, monkeypatch
+):
+    """A gradient that is a little off, with kinks to blame it on."""
+    build = golden_detector.build_detector
+
+    def wrong(golden):
+        model = build(golden)
+        model.get_parameter(key).register_hook(lambda grad: factor * grad)
+        return model
+
+    monkeypatch.setattr(golden_detector, 'build_detector', wrong)
+    monkeypatch.setattr(golden_detector, 'MAX_KINKS', 3)
+    error = largest(goldens / f'{name}_detector_small.npz')
+    assert error == pytest.approx(abs(factor - 1), rel=0.1)
+
+
+def test_wrong_loss_is_noticed(goldens, monkeypatch, no_kinks):
+    from lors_plugin.models.losses import SetCriterion
+
+    factor = SetCriterion._avg_factor
+    monkeypatch.setattr(
+        SetCriterion, '_avg_factor', staticmethod(lambda *a: factor(*a) + 1e-3)
+    )
+    path = goldens / 'adamixer_detector_small.npz'
+    assert largest(path) > TOLERANCE
+
+
+def test_missing_gradient_counts_as_zero(goldens, monkeypatch):
+    forward = AdaptiveMixing.forward
+    monkeypatch.setattr(
+        AdaptiveMixing,
+        'forward',
+        lambda self, x, query: forward(self, x, query.detach()),
+    )
+    errors = check_golden(Golden(goldens / 'adamixer_mixing_small.npz'))
+    assert errors['out'] < TOLERANCE
+    assert errors['grad_query'] > 0.1
+    assert errors['grad decoder.mixing.0.generator.weight'] < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    'arrays',
+    [dict(logits=np.zeros(2)), dict(upstream=np.zeros(1)), {}],
+    ids=['other', 'part', 'empty'],
+)
+def test_unknown_kind(tmp_path, arrays):
+    path = tmp_path / 'other.npz'
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match='other.npz is no golden'):
+        Golden(path)
+
+
+def test_relative_error():
+    reference = torch.tensor([1.0, -4.0])
+    assert relative_error(torch.tensor([1.2, -4.0]), reference) == (
+        pytest.approx(0.05)
+    )
+    assert relative_error(torch.zeros(0), torch.zeros(0)) == 0
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(torch.ones(2), torch.zeros(2)) > 1
+    nan = relative_error(torch.tensor([float('nan'), -4.0]), reference)
+    assert not nan < TOLERANCE
+    with pytest.raises(ValueError, match='shape .1,. is compared with .2,.'):
+        relative_error(torch.zeros(1), reference)
+
+
+def test_detections_are_paired_one_to_one():
+    rows = torch.tensor(
+        [
+            [0.0, 0, 10, 10, 0.9, 2],
+            [5, 5, 20, 20, 0.9, 1],
+            [5, 5, 20, 20, 0.5, 0],
+        ]
+    )
+    assert _detection_error(rows[[1, 0, 2]], rows) == 0
+    assert _detection_error(rows[[1, 1, 2]], rows) > 0.1
+    other = rows.clone()
+    other[2, 5] = 3
+    assert _detection_error(other, rows) >= 1
+    other = rows.clone()
+    other[0, 3] = 11
+    assert _detection_error(other, rows) == pytest.approx(0.05)
+    with pytest.raises(ValueError, match='detections are compared'):
+        _detection_error(rows[:2], rows)
+
+
+def test_norms_of_gradients():
+    grad = torch.randn(1000)
+    norm = grad.double().norm().item()
+    assert _norm_error(grad, norm, 0) < 1e-6
+    assert _norm_error(grad, norm * 1.001, 0) == pytest.approx(1e-3, rel=0.1)
+    assert _norm_error(torch.zeros(3), 1e-9, 1e-8) < TOLERANCE
+    assert _norm_error(torch.zeros(3), 1e-3, 1e-8) == 1
+
+
+@pytest.fixture
+def tool(root):
+    path = root / 'tools' / 'analysis_tools' / 'check_golden.py'
+    spec = importlib.util.spec_from_file_location('check_golden', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *args: module.main([str(arg) for arg in args])
+
+
+def test_tool(tool, goldens, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(ENV_NAME, 'auto')
+    good = goldens / 'adamixer_mixing_small.npz'
+    assert tool(good, '--backend', 'reference') == 0
+    assert 'all within 1e-04' in capsys.readouterr().out
+    assert tool(good, '--tolerance', 1e-12) == 1
+    assert 'above the tolerance' in capsys.readouterr().out
+
+    arrays = dict(np.load(good))
+    arrays['grad_x'] = arrays['grad_x'] * np.float32(1.001)
+    bad = tmp_path / 'bad.npz'
+    np.savez(bad, **arrays)
+    assert tool(good, bad, '--worst', 2) == 1
+    out = capsys.readouterr().out
+    assert out.count('above the tolerance') == 1
+    assert 'grad_x' in out
+
+    other = tmp_path / 'other.npz'
+    np.savez(other, a=1)
+    assert tool(other, good) == 2
+    assert 'cannot be checked' in capsys.readouterr().err
+    assert tool(tmp_path / 'none.npz') == 2
+
+
+def test_weights_by_rule_need_their_keys(goldens, tmp_path, tool):
+    name = 'lors_mixing_by_rule.npz'
+    shutil.copy(goldens / name, tmp_path / name)
+    assert tool(tmp_path / name) == 2
