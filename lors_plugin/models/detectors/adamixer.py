@@ -6,9 +6,22 @@ import torch
 from mmdet.models.detectors.base import BaseDetector
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.dist import all_reduce, get_world_size
-from torch import Tensor
+from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
+
+
+def _freeze_behind_outputs(backbone: nn.Module) -> None:
+    """Train no layer that comes after the last output.
+
+    MobileNetV2 always ends in a convolution for classifiers, and ResNet has
+    the stages behind ``out_indices`` too. They never get a gradient, for
+    which several processes would wait.
+    """
+    names = getattr(backbone, 'res_layers', getattr(backbone, 'layers', None))
+    if isinstance(names, list) and hasattr(backbone, 'out_indices'):
+        for name in names[max(backbone.out_indices) + 1 :]:
+            getattr(backbone, name).requires_grad_(False)
 
 
 @MODELS.register_module()
@@ -41,6 +54,7 @@ class AdaMixer(BaseDetector):
     ) -> None:
         super().__init__(data_preprocessor, init_cfg)
         self.backbone = MMDET_MODELS.build(backbone)
+        _freeze_behind_outputs(self.backbone)
         self.neck = MMDET_MODELS.build(neck)
         self.query_generator = MMDET_MODELS.build(query_generator)
         self.decoder = MMDET_MODELS.build(
