@@ -69,6 +69,46 @@ def test_all_trained_parameters_get_gradients(
             assert (param.grad is not None) == param.requires_grad, name
 
 
+BACKBONES = {
+    'fewer_levels': (
+        dict(out_indices=(0, 1, 2)),
+        [8, 16, 32],
+        (4, 8, 16),
+        'layer4.',
+    ),
+    'mobile': (
+        dict(
+            type='MobileNetV2',
+            widen_factor=0.25,
+            out_indices=(1, 2, 4, 6),
+        ),
+        [8, 8, 24, 80],
+        (4, 8, 16, 32),
+        'conv2.',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_layers_behind_the_last_output_are_not_trained(
+    name, tiny_config, build, make_samples
+):
+    """Several processes would wait for their gradients for ever."""
+    backbone, channels, strides, unused = BACKBONES[name]
+    config = tiny_config(
+        neck=dict(in_channels=channels), decoder=dict(strides=strides)
+    )
+    kept = {} if 'type' in backbone else config['backbone']
+    config['backbone'] = dict(kept, **backbone)
+    detector = build(config).train()
+    losses = detector.loss(images(), make_samples())
+    sum(losses.values()).backward()
+    for key, param in detector.named_parameters():
+        assert (param.grad is not None) == param.requires_grad, key
+        if key.startswith('backbone.' + unused):
+            assert not param.requires_grad, key
+
+
 @pytest.mark.parametrize(
     ('batch', 'height', 'width'), [(1, 32, 32), (3, 96, 64), (2, 160, 224)]
 )
