@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lors_plugin.engine.optim import AutocastOptimWrapper
+from lors_plugin.engine.optim.autocast_optim_wrapper import _check_bfloat16
 
 DTYPES = ['float16', 'bfloat16']
 
@@ -155,3 +156,9 @@ def test_built_from_a_config():
     assert isinstance(wrapper, AutocastOptimWrapper)
     assert wrapper.dtype == torch.bfloat16
     assert wrapper.clip_grad_kwargs == dict(max_norm=1.0)
+
+
+def test_gpu_without_bfloat16_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match='7.0.*--amp float16'):
+        _check_bfloat16((7, 0))
+    _check_bfloat16((8, 0))

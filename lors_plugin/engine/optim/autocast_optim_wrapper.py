@@ -39,6 +39,8 @@ class AutocastOptimWrapper(OptimWrapper):
         super().__init__(**kwargs)
         self.device_type = torch.device(get_device()).type
         self.dtype = DTYPES[dtype]
+        if self.device_type == 'cuda' and dtype == 'bfloat16':
+            _check_bfloat16(torch.cuda.get_device_capability())
         dynamic = loss_scale == 'dynamic'
         self._fixed_scale = None if dynamic else float(loss_scale)
         # torch before 2.3 had scalers for CUDA only; we need 2.4.
@@ -83,3 +85,13 @@ class AutocastOptimWrapper(OptimWrapper):
         if scaler:
             self.loss_scaler.load_state_dict(scaler)
         super().load_state_dict(state_dict)
+
+
+def _check_bfloat16(capability: tuple[int, int]) -> None:
+    """Autocast would refuse or emulate it below compute capability 8.0."""
+    if capability < (8, 0):
+        raise ValueError(
+            'this GPU has no bfloat16 (compute capability '
+            f'{capability[0]}.{capability[1]}, 8.0 is needed); set '
+            "optim_wrapper.dtype='float16', or train with --amp float16"
+        )
