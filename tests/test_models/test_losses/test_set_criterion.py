@@ -259,6 +259,27 @@ def test_autocast_changes_nothing(criterion, make_samples, dtype):
     assert_close(losses, wanted, rtol=0, atol=0)
 
 
+def test_no_autocast_inside(criterion, make_samples, monkeypatch):
+    """Whatever losses and costs a config names."""
+    seen = []
+    for part, name in (
+        (criterion.assigner, 'assign'),
+        (criterion.loss_cls, 'forward'),
+        (criterion.loss_bbox, 'forward'),
+        (criterion.loss_iou, 'forward'),
+    ):
+
+        def spy(*args, function=getattr(part, name), **kwargs):
+            seen.append(torch.is_autocast_enabled('cpu'))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(part, name, spy)
+    with torch.autocast('cpu', torch.bfloat16):
+        criterion(*make_predictions(2), make_samples())
+    assert len(seen) == STAGES * (2 + 3)
+    assert not any(seen)
+
+
 def test_other_losses_and_costs(make_samples):
     criterion = SetCriterion(
         CLASSES,
