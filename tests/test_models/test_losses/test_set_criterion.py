@@ -262,18 +262,21 @@ def test_autocast_changes_nothing(criterion, make_samples, dtype):
 def test_no_autocast_inside(criterion, make_samples, monkeypatch):
     """Whatever losses and costs a config names."""
     seen = []
+
+    def spy_on(function):
+        def spy(*args, **kwargs):
+            seen.append(torch.is_autocast_enabled('cpu'))
+            return function(*args, **kwargs)
+
+        return spy
+
     for part, name in (
         (criterion.assigner, 'assign'),
         (criterion.loss_cls, 'forward'),
         (criterion.loss_bbox, 'forward'),
         (criterion.loss_iou, 'forward'),
     ):
-
-        def spy(*args, function=getattr(part, name), **kwargs):
-            seen.append(torch.is_autocast_enabled('cpu'))
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(part, name, spy)
+        monkeypatch.setattr(part, name, spy_on(getattr(part, name)))
     with torch.autocast('cpu', torch.bfloat16):
         criterion(*make_predictions(2), make_samples())
     assert len(seen) == STAGES * (2 + 3)
