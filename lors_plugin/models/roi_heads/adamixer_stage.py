@@ -80,10 +80,14 @@ class AdaMixerStage(BaseModule):
 
     def init_weights(self) -> None:
         """Xavier for all linears, then what each part asks for."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
         super().init_weights()
+        for module in self.modules():
+            # Offsets start from a grid, not from random directions.
+            if (
+                isinstance(module, nn.Linear)
+                and module is not self.sampling.offsets
+            ):
+                nn.init.xavier_uniform_(module.weight)
         nn.init.constant_(
             self.fc_cls.bias, -math.log((1 - CLS_PRIOR) / CLS_PRIOR)
         )
