@@ -312,7 +312,8 @@ def test_tool(tool, goldens, tmp_path, capsys, monkeypatch):
     good = goldens / 'adamixer_mixing_small.npz'
     assert tool(good, '--backend', 'reference') == 0
     assert 'all within 1e-04' in capsys.readouterr().out
-    assert tool(good, '--tolerance', 1e-12) == 1
+    # With the threads of the original the port agrees to the last bit.
+    assert tool(good, '--tolerance=-1') == 1
     assert 'above the tolerance' in capsys.readouterr().out
 
     arrays = dict(np.load(good))
