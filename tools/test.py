@@ -127,7 +127,7 @@ def main(argv=None):
     try:
         runner = build_runner(cfg, args.debug)
         with user_errors('', args.debug):
-            check_checkpoint(runner.model, args.checkpoint)
+            check_checkpoint(runner.model, args.checkpoint, trust=args.trust)
         if args.out:
             runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
         runner.test()

@@ -47,6 +47,12 @@ def add_common_arguments(parser):
         help='job launcher',
     )
     parser.add_argument(
+        '--trust',
+        action='store_true',
+        help='allow checkpoints to run code of their own while they are '
+        'read; only for files from people you trust',
+    )
+    parser.add_argument(
         '--debug',
         action='store_true',
         help='show the whole traceback of a mistake in the config',
@@ -114,6 +120,8 @@ def load_config(args):
     elif cfg.get('work_dir') is None:
         cfg.work_dir = f'./work_dirs/{Path(args.config).stem}'
     register_safe_globals()
+    if args.trust:  # where the Runner reads the file again
+        os.environ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'] = '1'
     set_host_defaults(cfg)
     return cfg
 

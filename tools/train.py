@@ -118,12 +118,12 @@ def apply_args(cfg, args):
         check_checkpoint_path(cfg.load_from, field)
 
 
-def check_start(runner, cfg):
+def check_start(runner, cfg, trust=False):
     """Check that the checkpoint to start from belongs to the model."""
     if not cfg.get('load_from'):
         return
     share = 0.0 if cfg.get('resume') else 0.5
-    fit = check_checkpoint(runner.model, cfg.load_from, share)
+    fit = check_checkpoint(runner.model, cfg.load_from, share, trust)
     if not fit.complete:
         print_log(
             f'load_from: {fit.describe()}\nThe rest keeps its '
@@ -144,7 +144,7 @@ def main(argv=None):
     try:
         runner = build_runner(cfg, args.debug)
         with user_errors('', args.debug):
-            check_start(runner, cfg)
+            check_start(runner, cfg, args.trust)
         runner.train()
     finally:
         finish_distributed()

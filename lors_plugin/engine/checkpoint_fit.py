@@ -4,14 +4,22 @@ MMEngine loads what fits and logs the rest, so a model that was loaded with
 the weights of another architecture runs, and its results look like a bug.
 """
 
+import contextlib
 import dataclasses
 import math
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
+from unittest import mock
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
+
+from lors_plugin.checkpoints import load_checkpoint_file
+from lors_plugin.compat import register_safe_globals
 
 
 @dataclasses.dataclass
@@ -64,28 +72,60 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def read_state_dict(path: str) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Forbid every ``torch.load`` to run code of a file."""
+    with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD='1'):
+        os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)
+        yield
+
+
+def _read_checkpoint(path: str, trust: bool) -> dict:
+    """Read a file or, by MMEngine, what an address names.
+
+    MMEngine reads an unsafe file all the same, with a warning.
+    """
+    if '://' not in path:
+        return load_checkpoint_file(path, trust)
+    register_safe_globals()
+    with contextlib.nullcontext() if trust else _weights_only():
+        return CheckpointLoader.load_checkpoint(
+            path, map_location='cpu', logger='silent'
+        )
+
+
+def read_state_dict(path: str, trust: bool = False) -> dict[str, Tensor]:
     """Read the weights of a checkpoint file.
 
     With an EMA, MMEngine stores the averaged weights as ``state_dict``.
 
     Args:
-        path (str): A file or anything else that MMEngine loads from.
+        path (str): A file or an address that MMEngine loads from.
+        trust (bool): Allow the file to run code of its own while it is
+            read. Defaults to False.
 
     Returns:
         dict[str, Tensor]: The weights, without the prefix of a parallel
         wrapper.
 
     Raises:
-        ValueError: If there is none or the file cannot be read.
+        ValueError: If there is none, or the file cannot be read or not
+            without ``trust``.
     """
     try:
-        content = CheckpointLoader.load_checkpoint(
-            path, map_location='cpu', logger='silent'
-        )
+        content = _read_checkpoint(path, trust)
     except FileNotFoundError:
         raise
     except Exception as error:
+        if not trust and UnpicklingError in map(
+            type, (error, error.__cause__)
+        ):
+            raise ValueError(
+                f'{path} holds more than weights and plain values, or is '
+                'damaged; nothing was loaded. If you trust where it comes '
+                'from, add --trust: the file may then run code of its own\n'
+                f'({error})'
+            ) from error
         raise ValueError(
             f'{path} cannot be read as a checkpoint '
             f'({type(error).__name__}: {error}); was its download or its '
@@ -154,7 +194,10 @@ def check_checkpoint_path(path: str, field: str) -> None:
 
 
 def check_checkpoint(
-    model: nn.Module, path: str, max_unmatched: float = 0.0
+    model: nn.Module,
+    path: str,
+    max_unmatched: float = 0.0,
+    trust: bool = False,
 ) -> CheckpointFit:
     """Check that a checkpoint belongs to a model.
 
@@ -164,6 +207,8 @@ def check_checkpoint(
         max_unmatched (float): Share of the model that may be left as it is,
             0 for testing and resuming; fine-tuning for other classes leaves
             the classifiers. Defaults to 0.
+        trust (bool): Allow the file to run code of its own while it is
+            read. Defaults to False.
 
     Returns:
         CheckpointFit: The comparison, for the log.
@@ -171,7 +216,8 @@ def check_checkpoint(
     Raises:
         ValueError: If it does not.
     """
-    fit = compare(unwrapped(model).state_dict(), read_state_dict(path))
+    file = read_state_dict(path, trust)
+    fit = compare(unwrapped(model).state_dict(), file)
     if fit.complete or 0 < fit.unmatched_share <= max_unmatched:
         return fit
     remedy = (

@@ -1,6 +1,9 @@
+import os
+
 import pytest
 import torch
 from mmengine.model import BaseTTAModel
+from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from lors_plugin.engine.checkpoint_fit import (
@@ -107,6 +110,29 @@ def test_files_that_are_no_checkpoints(tmp_path):
     torch.save(dict(meta={}), path)
     with pytest.raises(ValueError, match='holds no weights'):
         read_state_dict(str(path))
+
+
+class Code:
+    def __reduce__(self):
+        return os.makedirs, ('ran', 0o777, True)
+
+
+@pytest.mark.parametrize('address', ['{}', 'http://host/{}'])
+def test_code_in_a_file_needs_trust(tmp_path, monkeypatch, address):
+    """At an address too, where MMEngine reads without asking."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        CheckpointLoader,
+        'load_checkpoint',
+        lambda path, **_: torch.load('a.pth', weights_only=False),
+    )
+    save('a.pth', make_model().state_dict(), extra=Code())
+    path = address.format('a.pth')
+    with pytest.raises(ValueError, match=r'a\.pth holds more than .*--trust'):
+        read_state_dict(path)
+    assert not (tmp_path / 'ran').exists()
+    assert len(read_state_dict(path, trust=True)) == 9
+    assert (tmp_path / 'ran').exists()
 
 
 def test_missing_file_names_the_field():
