@@ -93,8 +93,8 @@ class BuildPyWithMim(build_py):
 setup(
     name='lors-plugin',
     version=read_version(),
-    description='LORS, AdaMixer, RepAdapter and ParameterNet for MMDetection '
-    'and MMPretrain',
+    description='AdaMixer and LORS (low-rank residual structure) for '
+    'MMDetection',
     long_description=read_readme(),
     long_description_content_type='text/markdown',
     author='lors_plugin contributors',

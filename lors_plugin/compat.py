@@ -94,6 +94,21 @@ _history_method.__module__ = 'builtins'
 _history_method.__name__ = _history_method.__qualname__ = 'getattr'
 
 
+def _renamed(function, module):
+    """A stand-in for ``function`` under the module of another NumPy.
+
+    NumPy 2 moved ``numpy.core`` to ``numpy._core``; files hold the name of
+    the version that wrote them.
+    """
+
+    def stand_in(*args):
+        return function(*args)
+
+    stand_in.__module__ = module
+    stand_in.__name__ = stand_in.__qualname__ = function.__name__
+    return stand_in
+
+
 def register_safe_globals() -> None:
     """Let ``torch.load(weights_only=True)`` read MMEngine's checkpoints.
 
@@ -106,9 +121,9 @@ def register_safe_globals() -> None:
     import torch
     from mmengine.logging import HistoryBuffer
 
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        return
     core = getattr(np, '_core', None) or np.core
+    makers = (core.multiarray._reconstruct, core.multiarray.scalar)
+    spellings = ('numpy.core.multiarray', 'numpy._core.multiarray')
     dtypes = {
         type(np.dtype(name))
         for name in ('float64', 'float32', 'int64', 'int32', 'bool')
@@ -119,8 +134,13 @@ def register_safe_globals() -> None:
             _history_method,
             np.ndarray,
             np.dtype,
-            core.multiarray._reconstruct,
-            core.multiarray.scalar,
+            *makers,
+            *(
+                _renamed(maker, module)
+                for maker in makers
+                for module in spellings
+                if module != maker.__module__
+            ),
             *dtypes,
         ]
     )

@@ -1,4 +1,7 @@
 _base_ = 'mmdet::_base_/default_runtime.py'
 
+# Lets other launchers than ours import MMDetection without compiled operators.
+custom_imports = dict(imports=['lors_plugin'], allow_failed_imports=False)
+
 # A resumed training goes on exactly as if it had not stopped.
 default_hooks = dict(epoch_seed=dict(type='lors_plugin.EpochSeedHook'))

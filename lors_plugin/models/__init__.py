@@ -5,6 +5,7 @@ from lors_plugin.compat import register_safe_globals
 from .dense_heads import InitialQueryGenerator
 from .detectors import AdaMixer
 from .layers import (
+    AdaptiveLowRankStack,
     AdaptiveMixing,
     AdaptiveSampling3D,
     BoxSelfAttention,
@@ -12,13 +13,15 @@ from .layers import (
     LowRankLinearStack,
 )
 from .necks import SharedNormChannelMapping
-from .roi_heads import AdaMixerDecoder, LORSAdaMixerDecoder
+from .roi_heads import AdaMixerDecoder, AdaMixerStage, LORSAdaMixerDecoder
 
 register_safe_globals()
 
 __all__ = [
     'AdaMixer',
     'AdaMixerDecoder',
+    'AdaMixerStage',
+    'AdaptiveLowRankStack',
     'AdaptiveMixing',
     'AdaptiveSampling3D',
     'BoxSelfAttention',

@@ -1,6 +1,9 @@
 """A resumed training sees what an uninterrupted one would have seen."""
 
 import random
+from collections.abc import Callable
+from functools import partial
+from typing import Optional
 
 import numpy as np
 import torch
@@ -35,7 +38,7 @@ class EpochSeedHook(Hook):
             sampler = getattr(owner, 'sampler', None)
             if hasattr(sampler, 'seed'):
                 sampler.seed = _base_seed(runner)
-        loader.worker_init_fn = _seed_worker
+        loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seed this process, and with it the workers that it will start."""
@@ -56,9 +59,16 @@ def _seed_process(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _seed_worker(worker: int) -> None:
-    """``torch.initial_seed`` differs between workers and epochs."""
+def _init_worker(configured: Optional[Callable], worker: int) -> None:
+    """Do what was configured, then seed by worker and epoch.
+
+    The loader draws a new base seed for its workers every epoch, from the
+    random numbers of the process that were seeded for that epoch.
+    """
     seed = torch.initial_seed()
+    if configured is not None:
+        configured(worker)
+    torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 

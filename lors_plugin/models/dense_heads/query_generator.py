@@ -55,8 +55,8 @@ class InitialQueryGenerator(BaseModule):
 
     def init_weights(self) -> None:
         """Standard normal contents."""
-        super().init_weights()
         nn.init.normal_(self.content.weight)
+        super().init_weights()
 
     def forward(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Make queries for a batch.

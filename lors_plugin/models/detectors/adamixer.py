@@ -14,14 +14,30 @@ from lors_plugin.registry import MODELS
 def _freeze_behind_outputs(backbone: nn.Module) -> None:
     """Train no layer that comes after the last output.
 
-    MobileNetV2 always ends in a convolution for classifiers, and ResNet has
-    the stages behind ``out_indices`` too. They never get a gradient, for
-    which several processes would wait.
+    MobileNetV2 always ends in a convolution for classifiers, and ResNet,
+    Swin, PVT or ConvNeXt have the stages behind ``out_indices`` too. They
+    never get a gradient, for which several processes would wait.
     """
-    names = getattr(backbone, 'res_layers', getattr(backbone, 'layers', None))
-    if isinstance(names, list) and hasattr(backbone, 'out_indices'):
-        for name in names[max(backbone.out_indices) + 1 :]:
-            getattr(backbone, name).requires_grad_(False)
+    outputs = getattr(backbone, 'out_indices', ())
+    last = max(outputs, default=-1)
+    if last < 0:
+        return
+    for name in ('res_layers', 'layers', 'stages', 'downsample_layers'):
+        parts = getattr(backbone, name, ())
+        if isinstance(parts, (list, tuple, nn.ModuleList)):
+            for part in parts[last + 1 :]:
+                part = (
+                    getattr(backbone, part, None)
+                    if isinstance(part, str)
+                    else part
+                )
+                part.requires_grad_(False)
+    if 'Swin' in type(backbone).__name__:
+        # The output of a stage is taken before it is made smaller.
+        after = getattr(backbone, 'out_after_downsample', False)
+        shrink = getattr(backbone.stages[last], 'downsample', None)
+        if shrink is not None and not after:
+            shrink.requires_grad_(False)
 
 
 @MODELS.register_module()
@@ -55,6 +71,9 @@ class AdaMixer(BaseDetector):
         super().__init__(data_preprocessor, init_cfg)
         self.backbone = MMDET_MODELS.build(backbone)
         _freeze_behind_outputs(self.backbone)
+        # Some backbones freeze their first stages only here, which is too
+        # late once the model is wrapped for several processes.
+        self.backbone.train(self.backbone.training)
         self.neck = MMDET_MODELS.build(neck)
         self.query_generator = MMDET_MODELS.build(query_generator)
         self.decoder = MMDET_MODELS.build(
@@ -85,10 +104,28 @@ class AdaMixer(BaseDetector):
         """Levels of shape (B, F, H_l, W_l) of images (B, 3, H, W)."""
         return self.neck(self.backbone(batch_inputs))
 
+    def _check_levels(self, image: Tensor, feats: list[Tensor]) -> None:
+        """The levels must be those that ``decoder.strides`` says."""
+        height, width = image.shape[-2:]
+        strides = self.decoder.strides
+        fits = len(feats) == len(strides) and all(
+            abs(feat.shape[2] - height / stride) <= 1
+            and abs(feat.shape[3] - width / stride) <= 1
+            for feat, stride in zip(feats, strides)
+        )
+        if not fits:
+            real = [round(width / feat.shape[3]) for feat in feats]
+            raise ValueError(
+                f'decoder.strides={tuple(strides)} does not fit the '
+                f'{len(feats)} levels of the neck, whose strides are {real}; '
+                f'set decoder.strides={tuple(real)}'
+            )
+
     def _decoder_inputs(
         self, batch_inputs: Tensor, batch_data_samples: Optional[list]
     ) -> tuple:
         feats = self.extract_feat(batch_inputs)
+        self._check_levels(batch_inputs, feats)
         if batch_data_samples is None:
             shapes = [batch_inputs.shape[-2:]] * len(batch_inputs)
         else:

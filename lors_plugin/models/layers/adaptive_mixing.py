@@ -7,6 +7,7 @@ from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
 from lors_plugin.ops import adaptive_mixing
+from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible, per_layer
 
 from .low_rank import AdaptiveLowRankStack, LowRankLinearStack
@@ -67,6 +68,7 @@ class MixingShape:
         )
 
 
+@MODELS.register_module()
 class AdaptiveMixing(BaseModule):
     """Adaptive channel and spatial mixing of one AdaMixer stage.
 
@@ -129,6 +131,7 @@ class PrivateMixing(ModuleList):
         return self[stage](x, query)
 
 
+@MODELS.register_module()
 class LORSAdaptiveMixing(BaseModule):
     """Adaptive mixing whose stages share all but a low-rank part.
 

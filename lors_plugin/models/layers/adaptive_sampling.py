@@ -9,10 +9,12 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from lors_plugin.ops import sampling_3d
+from lors_plugin.registry import MODELS
 
 from .box_geometry import box_sizes
 
 
+@MODELS.register_module()
 class AdaptiveSampling3D(BaseModule):
     """Each query chooses where it looks, in the plane and in scale.
 

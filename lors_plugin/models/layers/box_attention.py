@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible
 
 
+@MODELS.register_module()
 class BoxSelfAttention(BaseModule):
     """Multi-head self-attention with a bias from box geometry.
 

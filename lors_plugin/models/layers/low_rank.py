@@ -16,6 +16,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from lors_plugin.ops import LowRank
+from lors_plugin.registry import MODELS
 from lors_plugin.utils import per_layer
 
 FAN_INS = ('stacked', 'matrix')
@@ -29,6 +30,7 @@ def _factor(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape), requires_grad=0 not in shape)
 
 
+@MODELS.register_module()
 class LowRankLinearStack(BaseModule):
     """One linear layer for each layer of a stack: LORS^T.
 
@@ -119,6 +121,7 @@ class LowRankLinearStack(BaseModule):
         )
 
 
+@MODELS.register_module()
 class AdaptiveLowRankStack(BaseModule):
     """Static factors of the low-rank part of generated matrices: LORS^A.
 

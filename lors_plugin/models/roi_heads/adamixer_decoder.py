@@ -253,7 +253,9 @@ class AdaMixerDecoder(BaseModule):
             scores, index = scores.flatten().topk(number)
             corners = corners[index // self.num_classes]
             if rescale:
-                scale = corners.new_tensor(sample.metainfo['scale_factor'])
+                scale = corners.new_tensor(
+                    sample.metainfo.get('scale_factor', (1.0, 1.0))
+                )
                 corners = corners / scale.repeat(2)
             results.append(
                 InstanceData(

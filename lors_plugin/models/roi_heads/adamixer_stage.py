@@ -8,6 +8,8 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from lors_plugin.registry import MODELS
+
 from ..layers import AdaptiveSampling3D, BoxSelfAttention, LayerNorm
 from ..layers.box_geometry import (
     box_position_encoding,
@@ -18,6 +20,7 @@ from ..layers.box_geometry import (
 CLS_PRIOR = 0.01
 
 
+@MODELS.register_module()
 class AdaMixerStage(BaseModule):
     """Attend, sample, mix, think, and move the boxes.
 
