@@ -3,6 +3,7 @@
 Nothing outside this file patches a host.
 """
 
+import codecs
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -132,6 +133,8 @@ def register_safe_globals() -> None:
         [
             HistoryBuffer,
             _history_method,
+            # Scalars of NumPy need it; torch allows it itself from 2.5 on.
+            codecs.encode,
             np.ndarray,
             np.dtype,
             *makers,
