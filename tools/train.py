@@ -10,6 +10,7 @@ import sys
 
 import torch
 from mmengine.logging import print_log
+from mmengine.runner import find_latest_checkpoint
 from tool_utils import (
     add_common_arguments,
     build_runner,
@@ -120,10 +121,21 @@ def apply_args(cfg, args):
 
 def check_start(runner, cfg, trust=False):
     """Check that the checkpoint to start from belongs to the model."""
-    if not cfg.get('load_from'):
+    path = cfg.get('load_from')
+    if cfg.get('resume') and not path:
+        path = find_latest_checkpoint(cfg.work_dir)
+        if path is None:
+            print_log(
+                f'--resume: no checkpoint in {cfg.work_dir}; training starts '
+                'from the beginning',
+                logger='current',
+            )
+            return
+        check_checkpoint_path(path, f'{cfg.work_dir}/last_checkpoint')
+    if not path:
         return
     share = 0.0 if cfg.get('resume') else 0.5
-    fit = check_checkpoint(runner.model, cfg.load_from, share, trust)
+    fit = check_checkpoint(runner.model, path, share, trust)
     if not fit.complete:
         print_log(
             f'load_from: {fit.describe()}\nThe rest keeps its '
