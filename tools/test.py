@@ -56,7 +56,7 @@ def parse_args(argv=None):
         '--tta',
         action='store_true',
         help='test-time augmentation by tta_model and tta_pipeline of the '
-        'config',
+        'config, or else by horizontal flip',
     )
     add_common_arguments(parser)
     return parser.parse_args(argv)
@@ -101,8 +101,6 @@ def apply_args(cfg, args):
         raise ValueError(f'--out {args.out}: must end in .pkl or .pickle')
     if args.show or args.show_dir:
         apply_visualization(cfg, args)
-    if args.tta:
-        apply_tta(cfg)
 
 
 def dump_metric(cfg, path):
@@ -123,6 +121,9 @@ def main(argv=None):
     with user_errors('', args.debug):
         apply_args(cfg, args)
     check_config(cfg, ['test'], args.debug)
+    if args.tta:  # from here on `model` is the wrapper
+        with user_errors('', args.debug):
+            apply_tta(cfg)
     prepare_distributed(cfg, args.debug)
     try:
         runner = build_runner(cfg, args.debug)

@@ -219,15 +219,67 @@ def innermost_dataset(dataset):
     return dataset
 
 
-def apply_tta(cfg):
-    """Wrap the model and replace the pipeline for test-time augmentation."""
-    missing = [k for k in ('tta_model', 'tta_pipeline') if k not in cfg]
-    if missing:
+TTA_MODELS = dict(
+    mmdet=dict(
+        type='DetTTAModel',
+        tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
+    ),
+    mmpretrain=dict(type='AverageClsScoreTTA'),
+)
+
+
+def flip_pipeline(pipeline, host):
+    """Return a test pipeline that makes each image and its mirror image.
+
+    Args:
+        pipeline (list[dict]): It ends with packing.
+        host (str): 'mmdet' or 'mmpretrain'.
+
+    Returns:
+        list[dict]: The last step is ``TestTimeAug``.
+    """
+    *steps, pack = deepcopy(pipeline)
+    if not str(getattr(pack['type'], '__name__', pack['type'])).endswith(
+        ('PackDetInputs', 'PackInputs')
+    ):
         raise ValueError(
-            f'--tta: the config has no {" and no ".join(missing)}. Which '
-            'views are made and how they are merged decides the result, so '
-            'there is no default: define both in the config'
+            f'--tta: the test pipeline ends with {pack["type"]} and not with '
+            'packing; define tta_pipeline in the config'
+        )
+    if host == 'mmdet':
+        meta_keys = pack.get('meta_keys') or (
+            'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'
+        )  # fmt: skip
+        extra = ('flip', 'flip_direction')
+        pack['meta_keys'] = tuple(dict.fromkeys((*meta_keys, *extra)))
+    flips = [dict(type='RandomFlip', prob=p) for p in (1.0, 0.0)]
+    return [*steps, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+
+
+def apply_tta(cfg):
+    """Wrap the model and replace the pipeline for test-time augmentation.
+
+    What the config does not define is what the host's own tool takes: the
+    image and its mirror image, merged by NMS or by the mean score.
+    """
+    host = host_of(cfg)
+    dataset = innermost_dataset(cfg.test_dataloader.dataset)
+    missing = [k for k in ('tta_model', 'tta_pipeline') if k not in cfg]
+    if missing and host is None:
+        raise ValueError(
+            f'--tta: the config has no {" and no ".join(missing)}, and only '
+            'default_scope mmdet and mmpretrain have a default'
+        )
+    if 'tta_model' in missing:
+        cfg.tta_model = deepcopy(TTA_MODELS[host])
+    if 'tta_pipeline' in missing:
+        cfg.tta_pipeline = flip_pipeline(dataset.pipeline, host)
+    if missing:
+        print_log(
+            f'--tta: the config has no {" and no ".join(missing)}; taking '
+            f'the default of {host}, horizontal flip and '
+            f'{cfg.tta_model.type}',
+            logger='current',
         )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset = innermost_dataset(cfg.test_dataloader.dataset)
     dataset.pipeline = deepcopy(cfg.tta_pipeline)

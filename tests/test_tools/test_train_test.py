@@ -65,9 +65,6 @@ def test_user_mistakes_before_anything_is_built(tools, classification, fails):
     assert 'CHECKPOINT: the checkpoint file none.pth' in text
 
     Path('x.pth').write_bytes(b'')
-    text = fails(test.main, classification, 'x.pth', '--tta')
-    assert 'no tta_model and no tta_pipeline' in text
-
     text = fails(test.main, classification, 'x.pth', '--out', 'out.json')
     assert 'must end in .pkl' in text
 
@@ -137,21 +134,3 @@ def test_auto_scale_lr_needs_a_base(tools):
     train, _ = tools
     with pytest.raises(ValueError, match='base_batch_size'):
         train.apply_auto_scale_lr(Config(dict()))
-
-
-def test_tta_wraps_model_and_innermost_pipeline(tools):
-    from tool_utils import apply_tta
-
-    dataset = dict(dataset=dict(dataset=dict(pipeline=['old'])))
-    cfg = Config(
-        dict(
-            model=dict(type='A'),
-            tta_model=dict(type='B'),
-            tta_pipeline=['new'],
-            test_dataloader=dict(dataset=dataset),
-        )
-    )
-    apply_tta(cfg)
-    assert cfg.model.to_dict() == dict(type='B', module=dict(type='A'))
-    inner = cfg.test_dataloader.dataset.dataset.dataset
-    assert inner.pipeline == ['new']
