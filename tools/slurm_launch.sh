@@ -9,6 +9,8 @@ slurm_launch() {
     if [ -z "${GPUS_PER_NODE:-}" ]; then
         GPUS_PER_NODE=$((GPUS < 8 ? GPUS : 8))
     fi
+    # All tasks of a job agree on a port, two jobs on a node rarely do.
+    export MASTER_PORT="${PORT:-${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-$$} % 20000))}}"
     # Several options in one variable, as OpenMMLab's scripts take them.
     read -r -a extra <<<"${SRUN_ARGS:-}"
     PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" exec srun \

@@ -7,7 +7,8 @@ if [ "$#" -lt 4 ]; then
 Usage: bash tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of tools/test.py]
 
 Environment: GPUS (8), GPUS_PER_NODE (8 or GPUS, whichever is smaller),
-CPUS_PER_TASK (5), SRUN_ARGS (more options for srun), PYTHON (python).
+CPUS_PER_TASK (5), SRUN_ARGS (more options for srun), PYTHON (python),
+PORT (MASTER_PORT, or else one by the number of the job).
 USAGE
     exit 2
 fi

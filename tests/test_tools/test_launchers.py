@@ -17,6 +17,7 @@ ECHO = '#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done\n'
 def run(script, *args, cwd=None, **env):
     """Run a launcher and return the finished process."""
     drop = ('PORT', 'NNODES', 'NODE_RANK', 'MASTER_ADDR', 'OMP_NUM_THREADS')
+    drop += ('MASTER_PORT', 'SLURM_JOB_ID')
     clean = {k: v for k, v in os.environ.items() if k not in drop}
     clean['PYTHON'] = sys.executable
     return subprocess.run(
@@ -81,6 +82,21 @@ def test_slurm_with_few_gpus(tmp_path):
     done = run('slurm_train.sh', *'pjcw', GPUS='2', PATH=path)
     assert '--gres=gpu:2' in done.stdout
     assert '--ntasks-per-node=2' in done.stdout
+
+
+@pytest.mark.parametrize('script', ['slurm_train.sh', 'slurm_test.sh'])
+def test_slurm_port(tmp_path, script):
+    fake(tmp_path / 'srun', '#!/bin/sh\necho "$MASTER_PORT"\n')
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+
+    def port(**env):
+        return int(run(script, *'pjcw', PATH=path, **env).stdout)
+
+    assert port(PORT='1234', MASTER_PORT='5678', SLURM_JOB_ID='3') == 1234
+    assert port(MASTER_PORT='5678', SLURM_JOB_ID='3') == 5678
+    assert port(SLURM_JOB_ID='1020003') == 20003
+    assert 20000 <= port() < 40000
+    assert 'PORT (' in run(script).stderr
 
 
 def fake_python(tmp_path):
