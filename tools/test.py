@@ -120,7 +120,7 @@ def main(argv=None):
     cfg = load_config(args)
     with user_errors('', args.debug):
         apply_args(cfg, args)
-    check_config(cfg, ['test'], args.debug)
+    check_config(cfg, ['test'], args)
     if args.tta:  # from here on `model` is the wrapper
         with user_errors('', args.debug):
             apply_tta(cfg)

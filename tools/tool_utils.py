@@ -19,6 +19,7 @@ from lors_plugin.engine.preflight import (
     check_classes,
     check_data_paths,
     host_of,
+    type_name,
 )
 
 EXIT_USER_ERROR = 2
@@ -51,6 +52,12 @@ def add_common_arguments(parser):
         action='store_true',
         help='allow checkpoints to run code of their own while they are '
         'read; only for files from people you trust',
+    )
+    parser.add_argument(
+        '--no-checks',
+        action='store_true',
+        help='do not compare the classes of model, data and annotation '
+        'files, for a class-agnostic head for example',
     )
     parser.add_argument(
         '--debug',
@@ -143,11 +150,12 @@ def set_host_defaults(cfg):
                     loader.setdefault('persistent_workers', True)
 
 
-def check_config(cfg, phases, debug=False):
+def check_config(cfg, phases, args):
     """Check data paths and classes, see :mod:`lors_plugin.engine`."""
-    with user_errors('', debug):
+    with user_errors('', args.debug):
         check_data_paths(cfg, phases)
-        check_classes(cfg, phases)
+        if not args.no_checks:
+            check_classes(cfg, phases)
 
 
 def prepare_distributed(cfg, debug=False):
@@ -239,9 +247,7 @@ def flip_pipeline(pipeline, host):
         list[dict]: The last step is ``TestTimeAug``.
     """
     *steps, pack = deepcopy(pipeline)
-    if not str(getattr(pack['type'], '__name__', pack['type'])).endswith(
-        ('PackDetInputs', 'PackInputs')
-    ):
+    if type_name(pack['type']) not in ('PackDetInputs', 'PackInputs'):
         raise ValueError(
             f'--tta: the test pipeline ends with {pack["type"]} and not with '
             'packing; define tta_pipeline in the config'

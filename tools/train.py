@@ -26,6 +26,7 @@ from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
 )
+from lors_plugin.engine.preflight import type_name
 
 AUTOCAST = 'lors_plugin.AutocastOptimWrapper'
 
@@ -69,7 +70,7 @@ def apply_amp(cfg, dtype):
         dtype (str): 'float16', 'bfloat16' or 'auto'.
     """
     wrapper = cfg.optim_wrapper
-    kind = str(wrapper.get('type', 'OptimWrapper')).rsplit('.', 1)[-1]
+    kind = type_name(wrapper.get('type', 'OptimWrapper'))
     if kind in ('AmpOptimWrapper', 'AutocastOptimWrapper'):
         if dtype != 'auto':
             wrapper.dtype = dtype
@@ -81,7 +82,7 @@ def apply_amp(cfg, dtype):
         return
     if kind != 'OptimWrapper':
         raise ValueError(
-            f'--amp does not know optim_wrapper.type={wrapper.type}; set '
+            f'--amp does not know optim_wrapper.type={kind}; set '
             'mixed precision in the config'
         )
     if dtype == 'auto':
@@ -151,7 +152,7 @@ def main(argv=None):
     with user_errors('', args.debug):
         apply_args(cfg, args)
     phases = ['train', 'val'] if cfg.get('val_cfg') is not None else ['train']
-    check_config(cfg, phases, args.debug)
+    check_config(cfg, phases, args)
     prepare_distributed(cfg, args.debug)
     try:
         runner = build_runner(cfg, args.debug)

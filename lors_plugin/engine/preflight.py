@@ -16,7 +16,19 @@ from typing import Any, Optional
 DOWNLOADABLE = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 HOSTS = {'mmdet': 'mmdet', 'mmpretrain': 'mmpretrain', 'mmcls': 'mmpretrain'}
 
+_NO_CHECKS = (
+    '. If it is meant to be so, as with a class-agnostic head, --no-checks '
+    'turns this check off'
+)
+
 ClassLookup = Callable[[dict], Optional[Sequence[str]]]
+
+
+def type_name(kind: Any) -> str:
+    """Return the bare name of a ``type``: a text with or without scope, or,
+    in the new style of configs, a class.
+    """
+    return str(getattr(kind, '__name__', kind)).rsplit('.', 1)[-1]
 
 
 def host_of(cfg: dict) -> Optional[str]:
@@ -79,7 +91,7 @@ def _joined(path: str, data_root: Optional[str]) -> Path:
 
 def _missing_in_dataset(field: str, dataset: dict) -> list[tuple[str, Path]]:
     """Return field and path of everything that a data set lacks."""
-    name = str(dataset.get('type')).rsplit('.', 1)[-1]
+    name = type_name(dataset.get('type'))
     if dataset.get('download', name in DOWNLOADABLE):
         return []
     root = dataset.get('data_root')
@@ -203,14 +215,18 @@ def dataset_classes(dataset: dict) -> Optional[Sequence[str]]:
 
 
 def _classes_in_use(
-    dataset: dict, scope: Optional[str], lookup: ClassLookup
+    field: str, dataset: dict, scope: Optional[str], lookup: ClassLookup
 ) -> tuple[Optional[list[str]], str]:
     """Return the classes a data set will have and where they come from."""
     classes = (dataset.get('metainfo') or {}).get('classes')
     if isinstance(classes, str):
         path = Path(classes)
         if not path.is_file():
-            return None, ''
+            raise ValueError(
+                f'`{field}.metainfo.classes={classes!r}` is a text and no '
+                f'such file exists; a single class needs a comma: '
+                f'({classes!r},)'
+            )
         return path.read_text(encoding='utf-8').split('\n'), str(path)
     if classes is not None:
         return list(classes), 'metainfo.classes'
@@ -271,7 +287,7 @@ def check_classes(
     host = host_of(cfg)
     heads = model_num_classes(cfg.get('model') or {})
     for field, dataset in _dataloaders(cfg, phases):
-        classes, origin = _classes_in_use(dataset, host, lookup)
+        classes, origin = _classes_in_use(field, dataset, host, lookup)
         ann_file = dataset.get('ann_file')
         path = _joined(str(ann_file or ''), dataset.get('data_root'))
         categories, kind = None, 'categories'
@@ -291,7 +307,7 @@ def check_classes(
                     f'{name}={count}, but {field} has {len(classes)} '
                     f'classes by {origin}: {_shorten(classes)}.\n'
                     f'Set one to fit the other, for example --cfg-options '
-                    f'{name}={len(classes)}'
+                    f'{name}={len(classes)}{_NO_CHECKS}'
                 )
 
 
@@ -306,13 +322,13 @@ def _check_names(field, classes, origin, categories, path):
             f'{_shorten(categories)}.\n'
             'Their boxes would be left out silently. Set '
             f'{field}.metainfo=dict(classes=(...)) to names of the file, '
-            'in the config, for each data set'
+            f'in the config, for each data set{_NO_CHECKS}'
         )
 
 
 def _folder_classes(dataset: dict) -> Optional[list[str]]:
     """Return the class folders of a classification data set."""
-    name = str(dataset.get('type')).rsplit('.', 1)[-1]
+    name = type_name(dataset.get('type'))
     prefix = dataset.get('data_prefix') or ''
     if isinstance(prefix, dict):
         prefix = prefix.get('img_path', '')

@@ -123,6 +123,7 @@ def test_wrong_number_of_classes_names_both_sides(cfg):
     assert 'train_dataloader.dataset has 3 classes' in text
     assert 'cat, dog, bird' in text
     assert '--cfg-options model.decoder.num_classes=3' in text
+    assert '--no-checks' in text
 
 
 def test_without_metainfo_the_annotation_file_counts(cfg):
@@ -140,6 +141,33 @@ def test_class_names_absent_in_the_annotation_file(cfg):
     assert '1 of 3 classes by metainfo.classes' in text
     assert 'brid' in text
     assert '3 categories: cat, dog, bird' in text
+
+
+def test_forgotten_comma_of_a_single_class(cfg, tmp_path):
+    cfg.train_dataloader.dataset.metainfo.classes = 'tree'
+    with pytest.raises(ValueError) as error:
+        check_classes(cfg, PHASES, no_classes)
+    assert str(error.value) == (
+        "`train_dataloader.dataset.metainfo.classes='tree'` is a text and "
+        "no such file exists; a single class needs a comma: ('tree',)"
+    )
+    names = tmp_path / 'names.txt'
+    names.write_text('\n'.join(NAMES))
+    cfg.train_dataloader.dataset.metainfo.classes = str(names)
+    check_classes(cfg, PHASES, no_classes)
+
+
+def test_type_name():
+    assert preflight.type_name('mmdet.CocoDataset') == 'CocoDataset'
+    assert preflight.type_name(Config) == 'Config'
+
+
+def test_class_types_of_new_style_configs(tmp_path):
+    class CIFAR10:
+        pass
+
+    dataset = dict(type=CIFAR10, data_root=str(tmp_path / 'not_yet'))
+    check_data_paths(dict(train_dataloader=dict(dataset=dataset)), ['train'])
 
 
 def test_forgotten_metainfo_of_a_coco_dataset(cfg):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 
 pytestmark = pytest.mark.usefixtures('in_tmp_path')
 
@@ -74,6 +75,18 @@ def test_user_mistakes_before_anything_is_built(tools, classification, fails):
     assert not Path('work_dirs').exists()
 
 
+def test_no_checks_allows_other_numbers_of_classes(
+    tools, classification, fails
+):
+    train, test = tools
+    argv = ['--work-dir', 'w', '--cfg-options', 'model.head.num_classes=7']
+    assert '--no-checks' in fails(train.main, classification, *argv)
+    assert train.main([classification, '--no-checks', *argv]) == 0
+    argv = ['w/epoch_1.pth', *argv]
+    assert '--no-checks' in fails(test.main, classification, *argv)
+    assert test.main([classification, '--no-checks', *argv]) == 0
+
+
 def test_mistakes_in_the_model(tools, classification, fails):
     train, test = tools
     options = ['--cfg-options', 'model.neck.foo=1']
@@ -125,6 +138,13 @@ def test_amp_where_the_config_decides(tools):
     cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper')))
     train.apply_amp(cfg, 'auto')
     assert cfg.optim_wrapper.to_dict() == dict(type='AmpOptimWrapper')
+    cfg = Config(dict(optim_wrapper=dict(type=OptimWrapper)))
+    train.apply_amp(cfg, 'bfloat16')
+    assert cfg.optim_wrapper.type == 'lors_plugin.AutocastOptimWrapper'
+    cfg = Config(dict(optim_wrapper=dict(type=AmpOptimWrapper)))
+    train.apply_amp(cfg, 'float16')
+    assert cfg.optim_wrapper.type is AmpOptimWrapper
+    assert cfg.optim_wrapper.dtype == 'float16'
     cfg = Config(dict(optim_wrapper=dict(type='ApexOptimWrapper')))
     with pytest.raises(ValueError, match='ApexOptimWrapper'):
         train.apply_amp(cfg, 'auto')
