@@ -18,7 +18,11 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from lors_plugin.checkpoints import load_checkpoint_file
+from lors_plugin.checkpoints import (
+    ConversionError,
+    guess_source,
+    load_checkpoint_file,
+)
 from lors_plugin.compat import register_safe_globals
 
 
@@ -176,6 +180,23 @@ def compare(
     )
 
 
+def is_original(file: dict[str, Tensor]) -> bool:
+    """Whether a state dict is one of the original programs.
+
+    Args:
+        file (dict[str, Tensor]): The file's.
+
+    Returns:
+        bool: True for one that ``tools/convert_checkpoint.py`` knows.
+    """
+    heads = {k: v for k, v in file.items() if k.startswith('roi_head.')}
+    try:
+        guess_source(heads)
+    except ConversionError:
+        return False
+    return True
+
+
 def check_checkpoint_path(path: str, field: str) -> None:
     """Check that a local checkpoint file exists.
 
@@ -218,7 +239,9 @@ def check_checkpoint(
     """
     file = read_state_dict(path, trust)
     fit = compare(unwrapped(model).state_dict(), file)
-    if fit.complete or 0 < fit.unmatched_share <= max_unmatched:
+    original = is_original(file)
+    enough = 0 < fit.unmatched_share <= max_unmatched and not original
+    if fit.complete or enough:
         return fit
     remedy = (
         'Use the config that the checkpoint was trained with.'
@@ -226,6 +249,11 @@ def check_checkpoint(
         else 'Fine-tuning needs a checkpoint of the same architecture; to '
         'start from a backbone, use its init_cfg instead of load_from.'
     )
+    if original:  # even if the backbone would be loaded
+        remedy = (
+            'It has the layout of the original program; convert it: python '
+            f'tools/convert_checkpoint.py {path} converted.pth'
+        )
     raise ValueError(
         f'{path} does not fit the model of this config: {fit.describe()}\n'
         f'{remedy}'

@@ -6,6 +6,7 @@ from mmengine.model import BaseTTAModel
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from lors_plugin.checkpoints import to_original
 from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
@@ -65,6 +66,28 @@ def test_another_architecture_is_refused(tmp_path):
     assert 'does not fit' in text
     assert '0.weight' in text
     assert 'config that the checkpoint was trained with' in text
+
+
+@pytest.mark.parametrize('share', [0.0, 0.5])
+@pytest.mark.parametrize('kind', ['adamixer', 'lors'])
+def test_files_of_the_original_programs(tmp_path, tiny_detector, kind, share):
+    model = tiny_detector(kind)
+    state = model.state_dict()
+    path = save(tmp_path / 'a', to_original(state, kind))
+    convert = rf'tools/convert_checkpoint\.py {path} '
+    with pytest.raises(ValueError, match=convert):
+        check_checkpoint(model, path, share)
+
+    other = {k: v[..., :0] for k, v in state.items() if v.dim()}
+    own = save(tmp_path / 'b', other)
+    with pytest.raises(ValueError, match='does not fit') as error:
+        check_checkpoint(model, own, share)
+    assert 'convert_checkpoint' not in str(error.value)
+
+    other = {'roi_head.bbox_head.0.fc_cls.weight': torch.zeros(1)}
+    with pytest.raises(ValueError, match='does not fit') as error:
+        check_checkpoint(model, save(tmp_path / 'c', other), share)
+    assert 'convert_checkpoint' not in str(error.value)
 
 
 def test_other_shapes_are_named_with_both_sizes(tmp_path):
