@@ -102,9 +102,32 @@ def test_triton_is_imported_lazily():
     assert offenders(paths, is_wrong, top_level_only=True) == []
 
 
-def test_backbones_and_adapters_never_import_mmdet():
+def imports_of_mmdet():
+    """What is wrong in the folders that do without MMDetection."""
     paths = sources('lors_plugin/models/backbones', 'lors_plugin/adapters')
-    assert offenders(paths, lambda n: below(n, 'mmdet')) == []
+    return offenders(paths, lambda n: below(n, 'mmdet'))
+
+
+def test_imports_of_mmdet_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], 'ROOT', tmp_path)
+    for name, text in (
+        ('models/backbones/a.py', 'from mmdet.registry import MODELS'),
+        ('models/backbones/b.py', 'import mmdet_like\nimport mmpretrain'),
+        ('models/necks/c.py', 'import mmdet'),
+        ('adapters/deep/d.py', 'def f():\n    import mmdet'),
+    ):
+        path = tmp_path / 'lors_plugin' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert imports_of_mmdet() == [
+        'lors_plugin/models/backbones/a.py: mmdet.registry',
+        'lors_plugin/models/backbones/a.py: mmdet.registry.MODELS',
+        'lors_plugin/adapters/deep/d.py: mmdet',
+    ]
+
+
+def test_backbones_and_adapters_never_import_mmdet():
+    assert imports_of_mmdet() == []
 
 
 def test_layers_know_ops_and_no_host_model():

@@ -85,6 +85,24 @@ def test_stamp_depends_on_the_extras():
     assert first == again != other
 
 
-def test_host_kind_is_known():
-    done = bash('_lors_host_kind', PYTHON=sys.executable)
-    assert done.stdout.strip() in ('fork', 'original', 'none')
+@pytest.mark.parametrize(
+    ('installed', 'kind'),
+    [
+        (['onedl-mmengine', 'onedl-mmcv'], 'fork'),
+        (['mmengine', 'MMCV', 'mmdet'], 'original'),
+        (['onedl_mmcv_x', 'mmcls', 'torch'], 'none'),
+        ([], 'none'),
+    ],
+)
+def test_host_kind_by_distributions(tmp_path, installed, kind):
+    """By an interpreter that sees no other packages than these."""
+    for name in installed:
+        folder = tmp_path / f'{name}-1.0.dist-info'
+        folder.mkdir()
+        (folder / 'METADATA').write_text(f'Name: {name}\nVersion: 1.0\n')
+    python = tmp_path / 'python'
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    python.chmod(0o755)
+    path = str(tmp_path)
+    done = bash('_lors_host_kind', PYTHON=str(python), PYTHONPATH=path)
+    assert done.stdout.strip() == kind, done.stderr
