@@ -1,7 +1,6 @@
 """Rules that hold for the whole repository."""
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
@@ -223,22 +222,6 @@ def test_files_can_be_read_at_a_sitting(folder):
         if (count := len(path.read_text('utf-8').splitlines())) > 400
     }
     assert long == {}
-
-
-def test_import_is_cheap():
-    heavy = ('torch', 'triton', 'numpy', 'mmengine', 'mmcv', 'mmdet')
-    code = (
-        'import sys, lors_plugin\n'
-        f'print([m for m in {heavy!r} if m in sys.modules])'
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == '[]'
 
 
 def test_test_paths_follow_the_sources():

@@ -38,7 +38,7 @@ def test_port_agrees(path, backend, monkeypatch):
     assert not bad
     # Which side a value 1e-6 from zero falls on is up to the machine: on the
     # one where this was written it is one element of the LORS detector.
-    assert len(golden.notes) <= 3
+    assert len(golden.notes) <= (3 if golden.kind == 'detector' else 0)
 
 
 def test_every_entry_is_compared(goldens):

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models import mobilenet_v2
 
 FOLDER = Path(__file__).parents[2] / 'tools' / 'model_converters'
 
@@ -18,7 +19,14 @@ def tool(monkeypatch):
 def trunk(tool):
     """Random weights, with normalisations that are not the identity."""
     torch.manual_seed(0)
-    state = tool.PlainTrunk().state_dict()
+    state = {}
+    # The plain names number the layers of a block through.
+    for i, module in enumerate(mobilenet_v2(weights=None).features):
+        prefix = f'features.{i}.' + 'conv.' * hasattr(module, 'conv')
+        leaves = [m for m in module.modules() if not list(m.children())]
+        for position, leaf in enumerate(leaves):
+            for key, value in leaf.state_dict().items():
+                state[f'{prefix}{position}.{key}'] = value
     for key, value in state.items():
         if key.endswith(('running_var', 'running_mean', 'bias')):
             value.uniform_(0.5, 1.5)

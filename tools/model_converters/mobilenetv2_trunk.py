@@ -11,16 +11,21 @@ Example:
 
 import argparse
 import logging
-import os
-import pickle
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torchvision.models import mobilenet_v2
+
+from lors_plugin.checkpoints import (
+    ConversionError,
+    load_checkpoint_file,
+    save_checkpoint_file,
+)
 
 logger = logging.getLogger('model_converters')
 
@@ -36,115 +41,35 @@ STAGES = (
 )
 
 
-class ConversionError(RuntimeError):
-    """The weights do not fit."""
+def reference_outputs(
+    source: dict[str, Tensor], image: Tensor
+) -> list[Tensor]:
+    """Run torchvision's MobileNetV2 with the weights.
 
-
-class Block(nn.Module):
-    """Inverted residual block with numbered layers.
-
-    Args:
-        in_channels (int): Channels of the input.
-        out_channels (int): Channels of the output.
-        stride (int): Stride of the depthwise convolution.
-        expand (int): Ratio of inner to input channels.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int, expand: int
-    ) -> None:
-        super().__init__()
-        self.residual = stride == 1 and in_channels == out_channels
-        inner = in_channels * expand
-        layers = conv_bn_relu(in_channels, inner, 1) if expand != 1 else []
-        layers += conv_bn_relu(inner, inner, 3, stride, inner)
-        layers += conv_bn_relu(inner, out_channels, 1)[:2]
-        self.conv = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block.
-
-        Args:
-            x (Tensor): Has shape (N, C_in, H, W).
-
-        Returns:
-            Tensor: Has shape (N, C_out, H / stride, W / stride).
-        """
-        return x + self.conv(x) if self.residual else self.conv(x)
-
-
-def conv_bn_relu(
-    in_channels: int,
-    out_channels: int,
-    kernel: int,
-    stride: int = 1,
-    groups: int = 1,
-) -> list[nn.Module]:
-    """Make a convolution, its normalisation and its activation.
+    Its layers have the same order and other names.
 
     Args:
-        in_channels (int): Channels of the input.
-        out_channels (int): Channels of the output.
-        kernel (int): Size of the kernel.
-        stride (int): Stride. Defaults to 1.
-        groups (int): Groups. Defaults to 1.
+        source (dict[str, Tensor]): Weights with plain keys, in order.
+        image (Tensor): Has shape (N, 3, H, W).
 
     Returns:
-        list[nn.Module]: The three layers.
+        list[Tensor]: Outputs of the seven stages and of the last
+        convolution.
     """
-    return [
-        nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel,
-            stride,
-            kernel // 2,
-            groups=groups,
-            bias=False,
-        ),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU6(),
-    ]
-
-
-class PlainTrunk(nn.Module):
-    """MobileNetV2 1.0 without classifier, written independently of OpenMMLab.
-
-    The converted weights are checked against it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        channels = 32
-        layers: list[nn.Module] = [nn.Sequential(*conv_bn_relu(3, 32, 3, 2))]
-        self.stage_ends = []
-        for expand, out_channels, blocks, stride in STAGES:
-            for i in range(blocks):
-                layers.append(
-                    Block(channels, out_channels, 1 if i else stride, expand)
-                )
-                channels = out_channels
-            self.stage_ends.append(len(layers) - 1)
-        layers.append(nn.Sequential(*conv_bn_relu(channels, 1280, 1)))
-        self.stage_ends.append(len(layers) - 1)
-        self.features = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Run the trunk.
-
-        Args:
-            x (Tensor): Images, has shape (N, 3, H, W).
-
-        Returns:
-            list[Tensor]: Outputs of the seven stages and of the last
-            convolution.
-        """
-        outputs = []
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in self.stage_ends:
-                outputs.append(x)
-        return outputs
+    features = mobilenet_v2(weights=None).features.eval()
+    names = features.state_dict()
+    if len(names) != len(source):
+        raise ConversionError(
+            f'{len(source)} tensors, but a MobileNetV2 trunk has {len(names)}'
+        )
+    features.load_state_dict(dict(zip(names, source.values())))
+    ends = [*accumulate(blocks for _, _, blocks, _ in STAGES)]
+    outputs = []
+    for i, layer in enumerate(features):
+        image = layer(image)
+        if i in (*ends, len(features) - 1):
+            outputs.append(image)
+    return outputs
 
 
 def map_keys(source: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -198,17 +123,17 @@ def check_trunk(source: dict[str, Tensor], target: dict[str, Tensor]) -> float:
     install_mmcv_ext_fallback()
     from mmdet.models.backbones import MobileNetV2
 
-    plain = PlainTrunk().eval()
+    image = torch.randn(1, 3, 96, 128, generator=torch.manual_seed(0))
     backbone = MobileNetV2(out_indices=tuple(range(8)))
     backbone.eval()
     try:
-        plain.load_state_dict(source, strict=True)
         backbone.load_state_dict(target, strict=True)
+        with torch.no_grad():
+            pairs = list(
+                zip(reference_outputs(source, image), backbone(image))
+            )
     except RuntimeError as error:
         raise ConversionError(str(error)) from error
-    image = torch.randn(1, 3, 96, 128, generator=torch.manual_seed(0))
-    with torch.no_grad():
-        pairs = list(zip(plain(image), backbone(image)))
     if any(a.shape != b.shape for a, b in pairs):
         raise ConversionError('the outputs differ in shape')
     return max(
@@ -227,7 +152,7 @@ def convert(src: str | Path, dst: str | Path, tolerance: float = 1e-5) -> None:
         tolerance (float): Largest accepted relative difference. Defaults to
             1e-5.
     """
-    source = torch.load(src, map_location='cpu', weights_only=True)
+    source = load_checkpoint_file(src)
     target = map_keys(source)
     error = check_trunk(source, target)
     if not error <= tolerance:
@@ -239,18 +164,7 @@ def convert(src: str | Path, dst: str | Path, tolerance: float = 1e-5) -> None:
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
     )
-    dst = Path(dst)
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=dst.parent, delete=False) as file:
-        temporary = Path(file.name)
-    try:
-        torch.save(dict(state_dict=target, meta=meta), temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(dst)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_checkpoint_file(dict(state_dict=target, meta=meta), dst)
     logger.info(
         '%s: %d tensors, outputs equal to %.1e', dst, len(target), error
     )
@@ -287,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     try:
         convert(args.src, args.dst)
-    except (ConversionError, OSError, pickle.UnpicklingError) as error:
+    except (ConversionError, OSError) as error:
         logger.error('error: %s', error)
         return 1
     return 0
