@@ -127,44 +127,53 @@ def test_swapped_private_parts_are_noticed(part, goldens, change_weights):
     assert largest(path) > 10 * TOLERANCE
 
 
-def transposed(self, generated):
-    generated = generated.unflatten(-1, (self.groups, -1))
-    channel = generated[..., : self.width**2]
-    spatial = generated[..., self.width**2 :]
-    spatial = spatial.unflatten(-1, (self.in_points, self.out_points))
-    channel = channel.unflatten(-1, (self.width, self.width))
-    return channel, spatial.transpose(-1, -2)
+def transposed(shape, channel, spatial):
+    spatial = spatial.unflatten(-1, (shape.in_points, shape.out_points))
+    return channel, spatial.transpose(-1, -2).flatten(-2)
 
 
-def other_order(self, generated):
-    generated = generated.unflatten(-1, (self.groups, -1))
-    number = self.out_points * self.in_points
-    spatial, channel = generated[..., :number], generated[..., number:]
-    return (
-        channel.unflatten(-1, (self.width, self.width)),
-        spatial.unflatten(-1, (self.out_points, self.in_points)),
-    )
+def other_order(shape, channel, spatial):
+    number = spatial.shape[-1]
+    both = torch.cat([channel, spatial], -1)
+    return both[..., number:], both[..., :number]
 
 
-def channel_transposed(self, generated, split=MixingShape.split):
-    channel, spatial = split(self, generated)
-    return channel.transpose(-1, -2), spatial
+def channel_transposed(shape, channel, spatial):
+    channel = channel.unflatten(-1, (shape.width, shape.width))
+    return channel.transpose(-1, -2).flatten(-2), spatial
+
+
+@pytest.fixture
+def change_matrices(monkeypatch):
+    """Let numbers of the generator mean other entries of the matrices."""
+    plain = MixingShape.by_group
+
+    def change(function):
+        def by_group(self, generated):
+            weights = plain(self, generated)
+            sizes = [self.width**2, self.out_points * self.in_points]
+            parts = function(self, *weights.split(sizes, -1))
+            return torch.cat(parts, -1)
+
+        monkeypatch.setattr(MixingShape, 'by_group', by_group)
+
+    return change
 
 
 @pytest.mark.parametrize(
-    'split', [transposed, other_order, channel_transposed]
+    'function', [transposed, other_order, channel_transposed]
 )
 @pytest.mark.parametrize('name', MIXING)
-def test_other_matrices_are_noticed(name, split, goldens, monkeypatch):
-    monkeypatch.setattr(MixingShape, 'split', split)
+def test_other_matrices_are_noticed(name, function, goldens, change_matrices):
+    change_matrices(function)
     assert largest(goldens / f'{name}.npz') > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize('name', DETECTORS)
 def test_other_matrices_in_a_detector_are_noticed(
-    name, goldens, monkeypatch, no_kinks
+    name, goldens, change_matrices, no_kinks
 ):
-    monkeypatch.setattr(MixingShape, 'split', transposed)
+    change_matrices(transposed)
     assert largest(goldens / f'{name}.npz') > 10 * TOLERANCE
 
 

@@ -49,23 +49,16 @@ class MixingShape:
         """int: Numbers after mixing, ``G Q C``."""
         return self.groups * self.out_points * self.width
 
-    def split(self, generated: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut the generator's output into the two kinds of matrices.
+    def by_group(self, generated: Tensor) -> Tensor:
+        """Cut the generator's output into the numbers of each group.
 
         Args:
             generated (Tensor): Shape (B, N, G (C C + Q P)).
 
         Returns:
-            tuple[Tensor]: Channel matrices (B, N, G, C, C) and spatial
-            matrices (B, N, G, Q, P), both views.
+            Tensor: Shape (B, N, G, C C + Q P), a view.
         """
-        generated = generated.unflatten(-1, (self.groups, -1))
-        channel = generated[..., : self.width**2]
-        spatial = generated[..., self.width**2 :]
-        return (
-            channel.unflatten(-1, (self.width, self.width)),
-            spatial.unflatten(-1, (self.out_points, self.in_points)),
-        )
+        return generated.unflatten(-1, (self.groups, -1))
 
 
 @MODELS.register_module()
@@ -119,8 +112,8 @@ class AdaptiveMixing(BaseModule):
         Returns:
             Tensor: Shape (B, N, D).
         """
-        channel, spatial = self.shape.split(self.generator(query))
-        mixed = adaptive_mixing(x, channel, spatial, backend=self.backend)
+        weights = self.shape.by_group(self.generator(query))
+        mixed = adaptive_mixing(x, weights, backend=self.backend)
         return self.out_proj(mixed.flatten(2))
 
 
@@ -248,13 +241,12 @@ class LORSAdaptiveMixing(BaseModule):
         Returns:
             Tensor: Shape (B, N, D).
         """
-        channel, spatial = self.shape.split(self.generator(query))
+        weights = self.shape.by_group(self.generator(query))
         cores = self.core_generators[stage](query)
         channel_core, spatial_core = cores.chunk(2, dim=-1)
         mixed = adaptive_mixing(
             x,
-            channel,
-            spatial,
+            weights,
             self.channel_part(channel_core, stage),
             self.spatial_part(spatial_core, stage),
             backend=self.backend,

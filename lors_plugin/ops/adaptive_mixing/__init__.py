@@ -1,7 +1,9 @@
 """Adaptive group mixing: the public function and its checks."""
 
+from functools import reduce
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
@@ -18,8 +20,7 @@ _PATHS = {
 
 def adaptive_mixing(
     x: Tensor,
-    channel: Tensor,
-    spatial: Tensor,
+    weights: Tensor,
     channel_low_rank: Optional[LowRank] = None,
     spatial_low_rank: Optional[LowRank] = None,
     eps: float = 1e-5,
@@ -28,23 +29,27 @@ def adaptive_mixing(
     """Mix sampled features with matrices made from each query.
 
     AdaMixer, section 3.2 (adaptive channel mixing, then adaptive spatial
-    mixing), with the private low-rank parts of LORS, section 3.3::
+    mixing), with the private low-rank parts of LORS, section 3.3. The
+    weights of a query and group are a channel matrix ``M`` of shape (C, C)
+    and a spatial matrix ``S`` of shape (Q, P), one after the other::
 
-        y = relu(LN(x @ channel)),  z = relu(LN(spatial @ y))
+        y = relu(LN(x M)),  z = relu(LN(S y))
 
     Both layer norms run over the last two dimensions together and have no
-    weights. With low-rank parts, ``channel`` stands for
-    ``channel + sum_k left_k core_k right_k`` and ``spatial`` alike.
+    weights. With low-rank parts, ``M`` stands for
+    ``M + sum_k left_k core_k right_k`` and ``S`` alike.
 
-    Under autocast the products run in the autocast type; the statistics
-    and the result of both norms are float32 (float64 for float64 inputs).
+    Products run in the type of autocast where it is enabled, else in the
+    type that the inputs promote to; so does the output, which a linear layer
+    can take as it is. Statistics are float32 (float64 for float64). As
+    everywhere in PyTorch, autocast leaves float64 alone.
 
     Args:
         x (Tensor): Sampled features, shape (B, N, G, P, C).
-        channel (Tensor): Channel mixing matrices, shape (B, N, G, C, C).
-        spatial (Tensor): Spatial mixing matrices, shape (B, N, G, Q, P).
-        channel_low_rank (LowRank, optional): Low-rank part of ``channel``.
-        spatial_low_rank (LowRank, optional): Low-rank part of ``spatial``.
+        weights (Tensor): Generated numbers, shape (B, N, G, C C + Q P);
+            ``Q`` follows from the size.
+        channel_low_rank (LowRank, optional): Low-rank part of ``M``.
+        spatial_low_rank (LowRank, optional): Low-rank part of ``S``.
         eps (float): Added to the variances. Defaults to 1e-5.
         backend (str): 'auto', 'torch' or 'reference'. Defaults to 'auto'.
 
@@ -54,31 +59,49 @@ def adaptive_mixing(
     Raises:
         ValueError: If shapes do not fit together.
     """
-    _check(x, channel, spatial, channel_low_rank, spatial_low_rank)
+    _check(x, weights, channel_low_rank, spatial_low_rank)
     mix = _PATHS[resolve_backend(backend)]
-    return mix(x, channel, spatial, channel_low_rank, spatial_low_rank, eps)
+    dtype = _product_dtype(
+        x, weights, *(channel_low_rank or ()), *(spatial_low_rank or ())
+    )
+    return mix(
+        x.to(dtype),
+        weights.to(dtype),
+        _cast(channel_low_rank, dtype),
+        _cast(spatial_low_rank, dtype),
+        eps,
+    )
 
 
-def _check(x, channel, spatial, channel_low_rank, spatial_low_rank):
+def _product_dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
+    device = tensors[0].device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _cast(part: Optional[LowRank], dtype: torch.dtype) -> Optional[LowRank]:
+    return part and LowRank(*(factor.to(dtype) for factor in part))
+
+
+def _check(x, weights, channel_low_rank, spatial_low_rank):
     if x.dim() != 5:
         raise ValueError(
             f'x must have shape (B, N, G, P, C), got {tuple(x.shape)}'
         )
-    *lead, num_points, width = x.shape
-    if tuple(channel.shape) != (*lead, width, width):
+    *lead, points, width = x.shape
+    out_points, rest = 0, 0
+    if weights.dim() == 4 and points:
+        out_points, rest = divmod(weights.shape[-1] - width**2, points)
+    if list(weights.shape[:-1]) != lead or out_points < 1 or rest:
         raise ValueError(
-            f'channel must have shape {(*lead, width, width)} for x of '
-            f'shape {tuple(x.shape)}, got {tuple(channel.shape)}'
-        )
-    out_points = spatial.shape[-2]
-    if tuple(spatial.shape) != (*lead, out_points, num_points):
-        raise ValueError(
-            f'spatial must have shape {(*lead, "Q", num_points)} for x of '
-            f'shape {tuple(x.shape)}, got {tuple(spatial.shape)}'
+            f'weights must have shape {(*lead, f"{width**2} + {points} Q")} '
+            f'for x of shape {tuple(x.shape)}, got {tuple(weights.shape)}'
         )
     for name, part, rows, cols in (
         ('channel_low_rank', channel_low_rank, width, width),
-        ('spatial_low_rank', spatial_low_rank, out_points, num_points),
+        ('spatial_low_rank', spatial_low_rank, out_points, points),
     ):
         if part is not None:
             _check_low_rank(name, part, lead, rows, cols)

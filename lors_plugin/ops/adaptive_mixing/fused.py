@@ -11,18 +11,18 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .reference import LowRank, norm_relu
+from .reference import LowRank, norm_relu, split_weights
 
 
 def adaptive_mixing_fused(
     x: Tensor,
-    channel: Tensor,
-    spatial: Tensor,
+    weights: Tensor,
     channel_low_rank: Optional[LowRank],
     spatial_low_rank: Optional[LowRank],
     eps: float,
 ) -> Tensor:
     """See :func:`lors_plugin.ops.adaptive_mixing`."""
+    channel, spatial = split_weights(weights, *x.shape[-2:])
     y = x @ channel
     if channel_low_rank is not None:
         left, right = _join(channel_low_rank)

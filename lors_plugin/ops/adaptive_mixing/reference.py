@@ -25,24 +25,44 @@ class LowRank(NamedTuple):
         return (self.left @ self.core @ self.right).sum(dim=-3)
 
 
+def split_weights(
+    weights: Tensor, num_points: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Cut generated numbers into the two kinds of matrices, as views.
+
+    Args:
+        weights (Tensor): Shape (B, N, G, C C + Q P).
+        num_points (int): ``P``.
+        width (int): ``C``.
+
+    Returns:
+        tuple[Tensor]: Channel matrices (B, N, G, C, C) and spatial
+        matrices (B, N, G, Q, P).
+    """
+    channel = weights[..., : width**2].unflatten(-1, (width, width))
+    spatial = weights[..., width**2 :]
+    out_points = spatial.shape[-1] // num_points
+    return channel, spatial.unflatten(-1, (out_points, num_points))
+
+
 def norm_relu(x: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last two dimensions, no weights, then ReLU.
 
-    Statistics and result are float32 at least, whatever autocast does.
+    Statistics are float32 at least; the result has the type of ``x``.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.layer_norm(x, x.shape[-2:], eps=eps).relu()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.layer_norm(wide, x.shape[-2:], eps=eps).relu().to(x.dtype)
 
 
 def adaptive_mixing_reference(
     x: Tensor,
-    channel: Tensor,
-    spatial: Tensor,
+    weights: Tensor,
     channel_low_rank: Optional[LowRank],
     spatial_low_rank: Optional[LowRank],
     eps: float,
 ) -> Tensor:
     """See :func:`lors_plugin.ops.adaptive_mixing`."""
+    channel, spatial = split_weights(weights, *x.shape[-2:])
     if channel_low_rank is not None:
         channel = channel + channel_low_rank.product()
     if spatial_low_rank is not None:
