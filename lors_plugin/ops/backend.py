@@ -1,26 +1,92 @@
-"""Which implementation of an operator runs, decided in one place."""
+"""Which implementation of an operator runs, decided in one place.
 
+The choice is made per call, from what is known about the tensor and the
+machine and before anything is compiled: some versions of Triton abort the
+whole process on some GPUs, which no ``except`` can catch.
+"""
+
+import functools
+import logging
 import os
+import re
+from typing import Optional
 
-BACKENDS = ('auto', 'torch', 'reference')
+import torch
+from torch import Tensor
+
+BACKENDS = ('auto', 'torch', 'triton', 'reference')
 ENV_NAME = 'LORS_PLUGIN_BACKEND'
+OLDEST_TRITON = (3, 2)
+OLDEST_CAPABILITY = (7, 0)
+# Below it there are no tensor-core paths in Triton any more and no
+# conversions of bfloat16; kernels compute in float32 there.
+FULL_CAPABILITY = (8, 0)
+
+logger = logging.getLogger('lors_plugin')
 
 
 def resolve_backend(requested: str = 'auto') -> str:
-    """Turn a request into ``'torch'`` or ``'reference'``.
+    """Turn a request into ``'torch'`` or ``'reference'``, for any device."""
+    name = _requested(requested)[0]
+    return 'torch' if name in ('auto', 'triton') else name
+
+
+def select_backend(requested: str, tensor: Tensor) -> str:
+    """Choose the implementation for one call.
+
+    Costs a few microseconds, asks the driver once a device, and may be
+    called under ``torch.compile``, where the choice becomes part of the
+    compiled program (a variable that is changed later has no effect).
 
     Args:
         requested (str): What the caller or the config asks for. ``'auto'``
             leaves the choice to the environment variable
-            ``LORS_PLUGIN_BACKEND`` and, without it, to the package.
+            ``LORS_PLUGIN_BACKEND`` and, without it, to the package: Triton
+            on a GPU that it works on, plain PyTorch elsewhere.
+        tensor (Tensor): An input as the implementation will get it, of any
+            shape: its device and its type decide.
 
     Returns:
-        str: ``'torch'`` (fast, plain PyTorch, any device) or
+        str: ``'torch'`` (fast, plain PyTorch, any device), ``'triton'`` or
         ``'reference'`` (the readable definition of what is right).
 
     Raises:
         ValueError: If the request or the variable names no backend.
+        RuntimeError: If Triton is asked for and cannot run here.
     """
+    device = tensor.device
+    return _choose(requested, device.type, device.index, tensor.dtype)
+
+
+def _choose(
+    requested: str, kind: str, index: Optional[int], dtype: torch.dtype
+) -> str:
+    name, source = _requested(requested)
+    if name in ('torch', 'reference'):
+        return name
+    if name == 'auto' and kind != 'cuda':
+        return 'torch'
+    possible, reason = device_verdict(kind, index, dtype)
+    if name == 'triton':
+        if not possible:
+            raise RuntimeError(
+                f"{source}='triton' cannot be honoured: {reason}; "
+                "'auto' takes what works"
+            )
+        return 'triton'
+    if possible and not _interpreting():
+        return 'triton'
+    _log_once(reason or 'TRITON_INTERPRET=1 runs kernels on the CPU')
+    return 'torch'
+
+
+# What `torch.compiler.assume_constant_result` does; calling that here would
+# import the whole compiler with the operators.
+_choose._dynamo_marked_constant = True
+
+
+def _requested(requested: str) -> tuple[str, str]:
+    """Return the name that counts and who said it."""
     name, source = requested, 'backend'
     if requested == 'auto':
         name, source = os.environ.get(ENV_NAME, 'auto'), ENV_NAME
@@ -28,4 +94,113 @@ def resolve_backend(requested: str = 'auto') -> str:
         raise ValueError(
             f'{source}={name!r} is no backend; choose one of {BACKENDS}'
         )
-    return 'torch' if name == 'auto' else name
+    return name, source
+
+
+def triton_verdict(
+    kind: str,
+    dtype: torch.dtype,
+    version: Optional[tuple[int, ...]],
+    capability: Optional[tuple[int, int]] = None,
+    interpret: bool = False,
+    rocm: bool = False,
+) -> tuple[bool, str]:
+    """Whether the Triton kernels give right results there.
+
+    A pure function, so that tests can ask for machines that are not there.
+
+    Args:
+        kind (str): Type of the device, 'cuda' or 'cpu' or another.
+        dtype (torch.dtype): Type of the products.
+        version (tuple[int], optional): Version of Triton, None without.
+        capability (tuple[int], optional): Compute capability of the GPU,
+            not needed under the interpreter. Defaults to None.
+        interpret (bool): Whether Triton's interpreter is on.
+        rocm (bool): Whether 'cuda' means an AMD GPU.
+
+    Returns:
+        tuple[bool, str]: Yes or no, and if no the reason.
+    """
+    if version is None:
+        return False, 'Triton is not installed'
+    if version[:2] < OLDEST_TRITON:
+        return False, (
+            f'Triton {_dotted(version)} is older than '
+            f'{_dotted(OLDEST_TRITON)}, the oldest that is known to be right'
+        )
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False, (
+            'the kernels compute in float32, float16 and bfloat16, '
+            f'not {dtype}'
+        )
+    if interpret:
+        if dtype == torch.bfloat16:
+            return False, 'the interpreter of Triton is wrong in bfloat16'
+        return True, ''
+    if kind != 'cuda':
+        return False, (
+            f'the tensor is on {kind}, and the kernels run on NVIDIA GPUs '
+            '(TRITON_INTERPRET=1, set before Triton is imported, runs them '
+            'on the CPU, slowly)'
+        )
+    if rocm:
+        return False, 'the kernels are not known to be right on AMD GPUs'
+    if capability is None or capability < OLDEST_CAPABILITY:
+        return False, (
+            f'the GPU has compute capability {_dotted(capability or ())}, '
+            f'Triton needs {_dotted(OLDEST_CAPABILITY)}'
+        )
+    if dtype == torch.bfloat16 and capability < FULL_CAPABILITY:
+        return False, (
+            f'compute capability {_dotted(capability)} has no bfloat16; use '
+            'float16'
+        )
+    return True, ''
+
+
+@functools.cache
+def device_verdict(
+    kind: str, index: Optional[int], dtype: torch.dtype
+) -> tuple[bool, str]:
+    """Give :func:`triton_verdict` for a device of this machine.
+
+    Args:
+        kind (str): Type of the device.
+        index (int, optional): Number of the device; None for the current.
+        dtype (torch.dtype): Type of the products.
+    """
+    capability = None
+    if kind == 'cuda' and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(index)
+    return triton_verdict(
+        kind,
+        dtype,
+        triton_version(),
+        capability,
+        _interpreting(),
+        torch.version.hip is not None,
+    )
+
+
+@functools.cache
+def triton_version() -> Optional[tuple[int, ...]]:
+    """The version of Triton as numbers, None if it cannot be imported."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    match = re.match(r'\d+(\.\d+)*', triton.__version__)
+    return tuple(map(int, match.group().split('.'))) if match else None
+
+
+def _interpreting() -> bool:
+    return os.environ.get('TRITON_INTERPRET', '') == '1'
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.warning('The PyTorch operators run, not Triton: %s', reason)
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return '.'.join(map(str, version)) or 'unknown'

@@ -1,11 +1,53 @@
 """The choice of an implementation."""
 
+import functools
+import logging
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from lors_plugin.ops import adaptive_mixing
-from lors_plugin.ops import adaptive_mixing as public
-from lors_plugin.ops.backend import BACKENDS, ENV_NAME, resolve_backend
+from lors_plugin.ops import backend
+from lors_plugin.ops.backend import ENV_NAME, select_backend, triton_verdict
+
+FLOAT, HALF, BRAIN, DOUBLE = (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64
+)  # fmt: skip
+X = torch.zeros(1)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """No variable set and nothing remembered."""
+    monkeypatch.delenv(ENV_NAME, raising=False)
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+
+    def forget():
+        for function in (backend.device_verdict, backend._log_once):
+            function.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend that there is a GPU; choose as for a tensor on it."""
+
+    def make(capability, version=(3, 8, 0)):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(
+            torch.cuda, 'get_device_capability', lambda index: capability
+        )
+        monkeypatch.setattr(backend, 'triton_version', lambda: version)
+        return lambda requested, dtype=FLOAT: backend._choose(
+            requested, 'cuda', 0, dtype
+        )
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -20,41 +62,147 @@ from lors_plugin.ops.backend import BACKENDS, ENV_NAME, resolve_backend
     ],
 )
 def test_request_beats_variable(monkeypatch, requested, variable, wanted):
-    monkeypatch.delenv(ENV_NAME, raising=False)
     if variable is not None:
         monkeypatch.setenv(ENV_NAME, variable)
-    assert resolve_backend(requested) == wanted
+    assert select_backend(requested, X) == wanted
 
 
 def test_unknown_request_names_the_argument():
     with pytest.raises(ValueError, match="backend='fast' is no backend"):
-        resolve_backend('fast')
+        select_backend('fast', X)
 
 
 def test_unknown_variable_names_the_variable(monkeypatch):
     monkeypatch.setenv(ENV_NAME, 'fast')
     with pytest.raises(ValueError, match=f"{ENV_NAME}='fast' is no backend"):
-        resolve_backend('auto')
-    assert resolve_backend('torch') == 'torch'
+        select_backend('auto', X)
+    assert select_backend('torch', X) == 'torch'
 
 
-def test_variable_reaches_the_operator(monkeypatch):
-    import sys
+def test_triton_on_a_cpu_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(backend, 'triton_version', lambda: (3, 8))
+    with pytest.raises(RuntimeError, match="backend='triton'.*is on cpu"):
+        select_backend('triton', X)
+    monkeypatch.setenv(ENV_NAME, 'triton')
+    with pytest.raises(RuntimeError, match=f"{ENV_NAME}='triton'.*on cpu"):
+        select_backend('auto', X)
 
-    module = sys.modules[public.__module__]
-    called = []
-    monkeypatch.setattr(
-        module,
-        '_PATHS',
-        {
-            name: lambda x, *args, name=name: called.append(name)
-            for name in BACKENDS[1:]
-        },
+
+@pytest.mark.parametrize('dtype', [FLOAT, HALF, BRAIN])
+def test_auto_takes_triton_on_a_gpu(machine, caplog, dtype):
+    choose = machine((8, 0))
+    assert choose('auto', dtype) == 'triton'
+    assert choose('torch', dtype) == 'torch'
+    assert not caplog.records
+
+
+def test_auto_falls_back_and_says_why_once(machine, caplog):
+    choose = machine((7, 0))
+    with caplog.at_level(logging.WARNING, 'lors_plugin'):
+        for _ in range(3):
+            assert choose('auto', BRAIN) == 'torch'
+            assert choose('auto', HALF) == 'triton'
+    (record,) = caplog.records
+    assert 'no bfloat16' in record.getMessage()
+    with pytest.raises(RuntimeError, match='no bfloat16; use float16'):
+        choose('triton', BRAIN)
+
+
+def test_auto_leaves_the_interpreter_alone(machine, monkeypatch, caplog):
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    choose = machine((8, 0))
+    assert choose('auto') == 'torch'
+    assert 'TRITON_INTERPRET=1' in caplog.text
+    assert choose('triton') == 'triton'
+    assert select_backend('auto', X) == 'torch'
+    assert select_backend('triton', X) == 'triton'
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        ({}, ''),
+        (dict(dtype=HALF), ''),
+        (dict(dtype=BRAIN), ''),
+        (dict(dtype=DOUBLE), 'not torch.float64'),
+        (dict(dtype=torch.int32), 'not torch.int32'),
+        (dict(version=None), 'not installed'),
+        (dict(version=(3, 1, 0)), '3.1.0 is older than 3.2'),
+        (dict(version=(2, 9)), '2.9 is older than 3.2'),
+        (dict(version=(3, 2, 0)), ''),
+        (dict(version=(4, 0)), ''),
+        (dict(capability=(7, 0)), ''),
+        (dict(capability=(7, 5), dtype=HALF), ''),
+        (dict(capability=(7, 0), dtype=HALF, version=(3, 2)), ''),
+        (dict(capability=(7, 0), dtype=BRAIN), '7.0 has no bfloat16'),
+        (dict(capability=(6, 1)), '6.1, Triton needs 7.0'),
+        (dict(capability=(12, 0), dtype=BRAIN), ''),
+        (dict(capability=None), 'unknown'),
+        (dict(rocm=True), 'AMD'),
+        (dict(kind='cpu'), 'is on cpu'),
+        (dict(kind='mps'), 'is on mps'),
+        (dict(kind='cpu', interpret=True), ''),
+        (dict(kind='cpu', interpret=True, dtype=HALF), ''),
+        (dict(interpret=True, dtype=BRAIN), 'wrong in bfloat16'),
+        (dict(interpret=True, dtype=DOUBLE), 'not torch.float64'),
+        (dict(interpret=True, version=None), 'not installed'),
+    ],
+)
+def test_verdict(change, reason):
+    facts = dict(
+        kind='cuda', dtype=FLOAT, version=(3, 8, 0), capability=(8, 0)
     )
-    inputs = torch.zeros(1, 1, 1, 2, 2), *torch.zeros(2, 1, 1, 1, 2, 2)
-    for variable in ('reference', 'torch'):
-        monkeypatch.setenv(ENV_NAME, variable)
-        adaptive_mixing(*inputs)
-    monkeypatch.delenv(ENV_NAME)
-    adaptive_mixing(*inputs)
-    assert called == ['reference', 'torch', 'torch']
+    possible, said = triton_verdict(**{**facts, **change})
+    assert possible == (not reason)
+    assert reason in said
+    assert bool(said) == bool(reason)
+
+
+def test_version_of_triton():
+    version = backend.triton_version()
+    try:
+        import triton
+    except ImportError:
+        assert version is None
+    else:
+        assert triton.__version__.startswith('.'.join(map(str, version)))
+
+
+@pytest.mark.parametrize('requested', ['auto', 'reference'])
+def test_inside_a_compiled_function(monkeypatch, caplog, requested):
+    """No graph break: neither by the variable, nor the log, nor a cache."""
+    no = functools.cache(lambda kind, index, dtype: (False, 'not today'))
+    monkeypatch.setattr(backend, 'device_verdict', no)
+
+    def scale(x):
+        name = backend._choose(requested, 'cuda', 0, x.dtype)
+        same = name == select_backend(requested, x)
+        return x * (2 if name == 'torch' else 3) + same
+
+    run = torch.compile(scale, fullgraph=True, backend='eager')
+    wanted = 3 if requested == 'auto' else 4
+    assert run(torch.ones(3)).tolist() == [wanted] * 3
+    assert ('not today' in caplog.text) == (requested == 'auto')
+
+
+def test_import_asks_nobody():
+    """Neither the driver nor Triton nor the compiler is woken up."""
+    code = (
+        'import sys, torch\n'
+        'def no(*args): raise AssertionError("asked the driver")\n'
+        'torch.cuda._lazy_init = torch.cuda.is_available = no\n'
+        'torch.cuda.get_device_capability = no\n'
+        'from lors_plugin.ops.backend import select_backend\n'
+        'assert select_backend("auto", torch.zeros(1)) == "torch"\n'
+        'print(*[n for n in ("triton", "torch._dynamo")'
+        ' if n in sys.modules])\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != ENV_NAME},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
