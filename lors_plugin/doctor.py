@@ -183,6 +183,39 @@ def look_at_triton() -> list[Check]:
     )
 
 
+def look_at_operators() -> list[Check]:
+    """Say which implementation of the operators each device gets."""
+    if try_import('torch'):
+        return [Check('missing', 'the operators need torch')]
+    import torch
+
+    from .ops import backend
+
+    variable = os.environ.get(backend.ENV_NAME, '')
+    version = backend.triton_version()
+    interpret = os.environ.get('TRITON_INTERPRET') == '1'
+    if not torch.cuda.is_available():
+        # What 'auto' takes; Triton in the interpreter is for tests.
+        reason = 'Triton kernels run on NVIDIA GPUs'
+        verdict = {'all types': (interpret and variable == 'triton', reason)}
+        return [checks.check_operators('the CPU', verdict, variable)]
+    found = []
+    for gpu in dict.fromkeys(find_gpus()):
+        verdicts = {
+            name: backend.triton_verdict(
+                'cuda',
+                getattr(torch, name),
+                version,
+                gpu.capability,
+                interpret,
+                torch.version.hip is not None,
+            )
+            for name in ('float32', 'float16', 'bfloat16')
+        }
+        found.append(checks.check_operators(gpu.name, verdicts, variable))
+    return found
+
+
 def look_at_packages() -> list[Check]:
     """Check this package and the libraries around it."""
     found = []
@@ -203,6 +236,7 @@ SECTIONS: dict[str, Callable[[], list[Check]]] = {
     'PyTorch and GPU': look_at_torch,
     'OpenMMLab': look_at_hosts,
     'Triton': look_at_triton,
+    'Operators': look_at_operators,
     'Packages': look_at_packages,
 }
 

@@ -319,8 +319,58 @@ def _check_triton_on(text, version, capability):
     return Check(
         'note',
         f'{where}: {reason}',
-        'leave the backend on auto; kernels there must compute in float32',
+        'nothing to do: the kernels of this package compute in float32 there',
     )
+
+
+def check_operators(
+    where: str, verdicts: dict[str, tuple[bool, str]], variable: str
+) -> Check:
+    """Say which implementation of the operators runs on a device.
+
+    Args:
+        where (str): Name of the device.
+        verdicts (dict[str, tuple[bool, str]]): For each type of products
+            whether Triton can be used, and if not the reason.
+        variable (str): What LORS_PLUGIN_BACKEND is set to, or ''.
+    """
+    refused = {name: why for name, (yes, why) in verdicts.items() if not yes}
+    if variable in ('torch', 'reference'):
+        return Check(
+            'note',
+            f'operators on {where}: {variable}, as LORS_PLUGIN_BACKEND says',
+        )
+    if variable == 'triton' and refused:
+        return Check(
+            'trap',
+            f'LORS_PLUGIN_BACKEND=triton fails on {where} '
+            f'({_list_reasons(refused)})',
+            'unset LORS_PLUGIN_BACKEND',
+        )
+    if variable not in ('', 'auto', 'triton'):
+        return Check(
+            'trap',
+            f'LORS_PLUGIN_BACKEND={variable} names no backend',
+            'auto, torch, triton or reference',
+        )
+    choices = {}
+    for name in verdicts:
+        choice = 'torch' if name in refused else 'triton'
+        choices.setdefault(choice, []).append(name)
+    text = '; '.join(f'{k} for {", ".join(v)}' for k, v in choices.items())
+    if refused:
+        text += f' ({_list_reasons(refused)})'
+    return Check('ok', f'operators on {where}: {text}')
+
+
+def _list_reasons(refused):
+    """Each reason once, with the types that it holds for."""
+    reasons = {}
+    for name, why in refused.items():
+        reasons.setdefault(why, []).append(name)
+    if len(reasons) == 1:
+        return next(iter(reasons))
+    return '; '.join(f'{", ".join(v)}: {k}' for k, v in reasons.items())
 
 
 def check_package(name: str, error: str, use: str = '') -> Check:

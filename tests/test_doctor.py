@@ -9,6 +9,7 @@ from lors_plugin.doctor_checks import (
     arch_supported,
     check_host,
     check_mmcv_ops,
+    check_operators,
     check_python,
     check_torch,
     check_triton,
@@ -165,6 +166,56 @@ def test_triton_elsewhere():
     assert 'TRITON_INTERPRET=1' in check.what
     found = check_triton('3.2.0', '2.14.1', [T4, A100], False)
     assert statuses(found) == ['note', 'note', 'ok']
+
+
+YES, NO = (True, ''), (False, 'no such type')
+
+
+@pytest.mark.parametrize(
+    ('verdicts', 'variable', 'status', 'text'),
+    [
+        (dict(a=YES, b=YES), '', 'ok', 'on X: triton for a, b'),
+        (dict(a=YES, b=NO), '', 'ok', 'triton for a; torch for b (no such'),
+        (dict(a=NO, b=NO), 'auto', 'ok', 'torch for a, b (no such type)'),
+        (dict(a=(False, 'x'), b=NO), '', 'ok', '(a: x; b: no such type)'),
+        (dict(a=YES), 'reference', 'note', 'on X: reference, as LORS'),
+        (dict(a=YES), 'triton', 'ok', 'triton for a'),
+        (dict(a=YES, b=NO), 'triton', 'trap', 'fails on X (no such type)'),
+        (dict(a=YES), 'fast', 'trap', '=fast names no backend'),
+    ],
+)
+def test_operators(verdicts, variable, status, text):
+    check = check_operators('X', verdicts, variable)
+    assert check.status == status
+    assert text in check.what
+    assert bool(check.remedy) == (status == 'trap')
+
+
+def test_operators_of_a_v100(monkeypatch):
+    """The verdict that the operators themselves act on."""
+    import torch
+
+    from lors_plugin.ops import backend
+
+    monkeypatch.delenv(backend.ENV_NAME, raising=False)
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    monkeypatch.setattr(doctor, 'find_gpus', lambda: [V100, V100, A100])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(backend, 'triton_version', lambda: (3, 4))
+    old, new = doctor.look_at_operators()
+    assert 'torch for bfloat16 (compute capability 7.0' in old.what
+    assert new.what.endswith('triton for float32, float16, bfloat16')
+
+
+def test_operators_of_this_machine(monkeypatch):
+    import torch
+
+    monkeypatch.delenv('LORS_PLUGIN_BACKEND', raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    (check,) = doctor.look_at_operators()
+    assert check.what.startswith('operators on the CPU: torch for all types')
+    monkeypatch.setenv('LORS_PLUGIN_BACKEND', 'triton')
+    assert statuses(doctor.look_at_operators()) == ['trap']
 
 
 def test_release():

@@ -89,7 +89,7 @@ def _requested(requested: str) -> tuple[str, str]:
     """Return the name that counts and who said it."""
     name, source = requested, 'backend'
     if requested == 'auto':
-        name, source = os.environ.get(ENV_NAME, 'auto'), ENV_NAME
+        name, source = os.environ.get(ENV_NAME) or 'auto', ENV_NAME
     if name not in BACKENDS:
         raise ValueError(
             f'{source}={name!r} is no backend; choose one of {BACKENDS}'

@@ -54,6 +54,7 @@ def machine(monkeypatch):
     ('requested', 'variable', 'wanted'),
     [
         ('auto', None, 'torch'),
+        ('auto', '', 'torch'),
         ('auto', 'auto', 'torch'),
         ('auto', 'reference', 'reference'),
         ('auto', 'torch', 'torch'),
