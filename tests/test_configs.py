@@ -77,7 +77,7 @@ def test_name_tells_the_truth(path, load_config, build):
     claims = dict(
         (key, int(number))
         for key, pattern in (
-            ('queries', r'[-_](\d+)q'),
+            ('queries', r'[-_](\d+)(?:q|-queries)_'),
             ('depth', r'_[rx](\d+)[-_]'),
             ('gpus', r'[-_](\d+)xb\d'),
             ('batch', r'xb(\d+)'),

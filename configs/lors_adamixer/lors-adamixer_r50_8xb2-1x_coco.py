@@ -1,11 +1,6 @@
-_base_ = '../adamixer/adamixer_r50_8xb2-1x_coco.py'
-
-model = dict(
-    decoder=dict(
-        type='lors_plugin.LORSAdaMixerDecoder',
-        num_groups=2,
-        in_points=64,
-        adaptive_ranks=16,
-        static_ranks=8,
-    )
-)
+_base_ = [
+    '../_base_/models/lors-adamixer_r50.py',
+    'mmdet::_base_/datasets/coco_detection.py',
+    '../_base_/schedules/adamixer_1x.py',
+    '../_base_/default_runtime.py',
+]

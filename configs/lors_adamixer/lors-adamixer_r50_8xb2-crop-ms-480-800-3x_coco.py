@@ -1,0 +1,6 @@
+_base_ = [
+    '../_base_/models/lors-adamixer_r50.py',
+    '../_base_/datasets/coco_crop-ms-480-800.py',
+    '../_base_/schedules/adamixer_3x.py',
+    '../_base_/default_runtime.py',
+]
