@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Optional, Union
 
+import torch
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
@@ -10,9 +11,10 @@ from lors_plugin.ops import adaptive_mixing
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible, per_layer
 
-from .low_rank import AdaptiveLowRankStack, LowRankLinearStack
+from .low_rank import AdaptiveLowRankStack, LinearStack, LowRankLinearStack
 
 GENERATOR_INITS = ('zero', 'kaiming')
+WEIGHT_FORMS = ('lors', 'private', 'full')
 
 
 class MixingShape:
@@ -148,6 +150,11 @@ class LORSAdaptiveMixing(BaseModule):
         generator_init (str): 'zero' (the original program) or 'kaiming'
             (the paper) for the shared generator. Defaults to 'zero'.
         fan_in (str): See :class:`AdaptiveLowRankStack`.
+        adaptive_weights (str): Of the generated matrices: 'lors' (shared and
+            low-rank private), 'private' (only the low-rank part) or 'full'
+            (a generator for each stage, as in AdaMixer; ranks are not used).
+            Shared weights alone are ranks of 0. Defaults to 'lors'.
+        static_weights (str): The same for the output projection.
         backend (str): Of :func:`lors_plugin.ops.adaptive_mixing`.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
@@ -165,23 +172,34 @@ class LORSAdaptiveMixing(BaseModule):
         static_ranks: Union[int, Sequence[int]] = 8,
         generator_init: str = 'zero',
         fan_in: str = 'stacked',
+        adaptive_weights: str = 'lors',
+        static_weights: str = 'lors',
         backend: str = 'auto',
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
-        if generator_init not in GENERATOR_INITS:
-            raise ValueError(
-                f'generator_init={generator_init!r} must be one '
-                f'of {GENERATOR_INITS}'
-            )
+        for name, value, choices in (
+            ('generator_init', generator_init, GENERATOR_INITS),
+            ('adaptive_weights', adaptive_weights, WEIGHT_FORMS),
+            ('static_weights', static_weights, WEIGHT_FORMS),
+        ):
+            if value not in choices:
+                raise ValueError(f'{name}={value!r} must be one of {choices}')
+        # Without shared weights, rank 0 leaves a stage without any.
         adaptive_ranks = per_layer(
-            'adaptive_ranks', adaptive_ranks, num_stages, minimum=0
+            'adaptive_ranks',
+            0 if adaptive_weights == 'full' else adaptive_ranks,
+            num_stages,
+            minimum=int(adaptive_weights == 'private'),
         )
         adaptive_groups = per_layer(
             'adaptive_groups', adaptive_groups, num_stages
         )
         static_ranks = per_layer(
-            'static_ranks', static_ranks, num_stages, minimum=0
+            'static_ranks',
+            static_ranks,
+            num_stages,
+            minimum=int(static_weights == 'private'),
         )
         self.generator_init = generator_init
         self.backend = backend
@@ -189,7 +207,16 @@ class LORSAdaptiveMixing(BaseModule):
             feat_channels, num_groups, in_points, out_points
         )
         width = self.shape.width
-        self.generator = nn.Linear(embed_dims, self.shape.num_generated)
+        self.generator = None
+        if adaptive_weights == 'full':
+            self.generator = LinearStack(
+                [
+                    nn.Linear(embed_dims, self.shape.num_generated)
+                    for _ in range(num_stages)
+                ]
+            )
+        elif adaptive_weights == 'lors':
+            self.generator = nn.Linear(embed_dims, self.shape.num_generated)
         self.channel_part = AdaptiveLowRankStack(
             width,
             width,
@@ -215,20 +242,48 @@ class LORSAdaptiveMixing(BaseModule):
         for linear in self.core_generators:
             # Of rank 0: never gets a gradient, so nobody may wait for one.
             linear.requires_grad_(linear.out_features > 0)
-        self.out_proj = LowRankLinearStack(
-            self.shape.num_mixed, embed_dims, num_stages, static_ranks
-        )
+        if static_weights == 'full':
+            self.out_proj = LinearStack(
+                [
+                    nn.Linear(self.shape.num_mixed, embed_dims)
+                    for _ in range(num_stages)
+                ]
+            )
+        else:
+            self.out_proj = LowRankLinearStack(
+                self.shape.num_mixed,
+                embed_dims,
+                num_stages,
+                static_ranks,
+                with_shared=static_weights == 'lors',
+            )
 
     def init_weights(self) -> None:
-        """A fresh stack does the same in every stage."""
+        """A fresh stack does the same in every stage.
+
+        Where weights are not shared it cannot: a projection of a stage
+        starts as in AdaMixer, and cores that stand alone start as the unit
+        matrix. Cores of zeros would make matrices of zeros, behind whose
+        LayerNorm and ReLU no gradient ever comes back.
+        """
         super().init_weights()
-        if self.generator_init == 'zero':
-            nn.init.zeros_(self.generator.weight)
-        else:
-            nn.init.kaiming_uniform_(self.generator.weight)
-        for linear in self.core_generators:
+        generators = self.generator
+        if isinstance(generators, nn.Linear):
+            generators = [generators]
+        for linear in generators or ():
+            if self.generator_init == 'zero':
+                nn.init.zeros_(linear.weight)
+            else:
+                nn.init.kaiming_uniform_(linear.weight)
+        for linear, rank in zip(self.core_generators, self.channel_part.ranks):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+            if self.generator is None:
+                with torch.no_grad():
+                    linear.bias.view(-1, rank, rank).copy_(torch.eye(rank))
+        if isinstance(self.out_proj, LinearStack):
+            for linear in self.out_proj:
+                nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, x: Tensor, query: Tensor, stage: int) -> Tensor:
         """Mix and project as stage ``stage`` does, without the residual.
@@ -241,14 +296,19 @@ class LORSAdaptiveMixing(BaseModule):
         Returns:
             Tensor: Shape (B, N, D).
         """
-        weights = self.shape.by_group(self.generator(query))
         cores = self.core_generators[stage](query)
         channel_core, spatial_core = cores.chunk(2, dim=-1)
-        mixed = adaptive_mixing(
-            x,
-            weights,
+        parts = [
             self.channel_part(channel_core, stage),
             self.spatial_part(spatial_core, stage),
-            backend=self.backend,
-        )
+        ]
+        if self.generator is None:
+            # Nothing to add them to: the parts are the matrices.
+            products = [part.product().flatten(-2) for part in parts]
+            weights, parts = torch.cat(products, dim=-1), []
+        elif isinstance(self.generator, LinearStack):
+            weights = self.shape.by_group(self.generator(query, stage))
+        else:
+            weights = self.shape.by_group(self.generator(query))
+        mixed = adaptive_mixing(x, weights, *parts, backend=self.backend)
         return self.out_proj(mixed.flatten(2), stage)

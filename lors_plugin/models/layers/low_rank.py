@@ -12,7 +12,7 @@ from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
 from lors_plugin.ops import LowRank
@@ -28,6 +28,13 @@ def _factor(*shape: int) -> nn.Parameter:
     It would never get a gradient, for which several processes wait.
     """
     return nn.Parameter(torch.empty(shape), requires_grad=0 not in shape)
+
+
+class LinearStack(ModuleList):
+    """A linear layer for each layer of a stack, with nothing shared."""
+
+    def forward(self, x: Tensor, layer: int) -> Tensor:
+        return self[layer](x)
 
 
 @MODELS.register_module()
@@ -48,6 +55,8 @@ class LowRankLinearStack(BaseModule):
             one a layer. 0 leaves a layer without a private part.
         groups (int | Sequence[int]): Parameter groups. Defaults to 1.
         bias (bool): Whether layers have a bias. Defaults to True.
+        with_shared (bool): Whether there is a shared weight. Without one,
+            ``B`` starts as in ``nn.Linear``. Defaults to True.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
@@ -59,14 +68,20 @@ class LowRankLinearStack(BaseModule):
         ranks: Union[int, Sequence[int]],
         groups: Union[int, Sequence[int]] = 1,
         bias: bool = True,
+        with_shared: bool = True,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
-        ranks = per_layer('ranks', ranks, num_layers, minimum=0)
+        # Without a shared weight, rank 0 leaves a layer without any.
+        ranks = per_layer('ranks', ranks, num_layers, int(not with_shared))
         groups = per_layer('groups', groups, num_layers)
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight = (
+            nn.Parameter(torch.empty(out_features, in_features))
+            if with_shared
+            else None
+        )
         totals = [k * r for k, r in zip(groups, ranks)]
         self.down = nn.ParameterList(
             _factor(total, in_features) for total in totals
@@ -83,11 +98,15 @@ class LowRankLinearStack(BaseModule):
 
     def reset_parameters(self) -> None:
         """As ``nn.Linear``; Kaiming for ``A``, zero for ``B``."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.weight is not None:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         for down, up in zip(self.down, self.up):
             if down.numel():
                 nn.init.kaiming_uniform_(down)
-            nn.init.zeros_(up)
+            if self.weight is not None:
+                nn.init.zeros_(up)
+            else:
+                nn.init.kaiming_uniform_(up, a=math.sqrt(5))
         bound = 1 / math.sqrt(self.in_features)
         for bias in self.bias or ():
             nn.init.uniform_(bias, -bound, bound)
@@ -103,6 +122,10 @@ class LowRankLinearStack(BaseModule):
             Tensor: Shape (..., out_features).
         """
         bias = None if self.bias is None else self.bias[layer]
+        if self.weight is None:
+            return F.linear(
+                F.linear(x, self.down[layer]), self.up[layer], bias
+            )
         out = F.linear(x, self.weight, bias)
         if self.down[layer].numel():
             out = out + F.linear(F.linear(x, self.down[layer]), self.up[layer])
@@ -110,14 +133,16 @@ class LowRankLinearStack(BaseModule):
 
     def layer_weight(self, layer: int) -> Tensor:
         """The full weight of a layer, shape (out_features, in_features)."""
-        return self.weight + self.up[layer] @ self.down[layer]
+        private = self.up[layer] @ self.down[layer]
+        return private if self.weight is None else self.weight + private
 
     def extra_repr(self) -> str:
         ranks = [len(down) for down in self.down]
         return (
             f'in_features={self.in_features}, '
             f'out_features={self.out_features}, ranks={ranks}, '
-            f'bias={self.bias is not None}'
+            f'bias={self.bias is not None}, '
+            f'with_shared={self.weight is not None}'
         )
 
 

@@ -26,6 +26,8 @@ LORS_OPTIONS = (
     'static_ranks',
     'generator_init',
     'fan_in',
+    'adaptive_weights',
+    'static_weights',
 )
 
 

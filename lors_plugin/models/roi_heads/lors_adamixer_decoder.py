@@ -34,6 +34,11 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
             as the paper, for the shared generator. Defaults to 'zero'.
         fan_in (str): 'stacked', as the original program, or 'matrix', for
             the Kaiming initialisation of the factors.
+        adaptive_weights (str): 'lors' (shared and low-rank private),
+            'private' (only the low-rank part) or 'full' (each stage its own,
+            as in AdaMixer) for the generated matrices; for shared weights
+            alone set the ranks to 0. Defaults to 'lors'.
+        static_weights (str): The same for the output projection.
         **kwargs: See :class:`AdaMixerDecoder`; ``num_groups`` (2),
             ``in_points`` (64) and ``out_points`` (128) must be the same in
             all stages, since they share the mixing.
@@ -48,6 +53,8 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
         static_ranks: Union[int, Sequence[int]] = 8,
         generator_init: str = 'zero',
         fan_in: str = 'stacked',
+        adaptive_weights: str = 'lors',
+        static_weights: str = 'lors',
         num_groups: Union[int, Sequence[int]] = 2,
         in_points: Union[int, Sequence[int]] = 64,
         **kwargs,
@@ -62,6 +69,8 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
             static_ranks=static_ranks,
             generator_init=generator_init,
             fan_in=fan_in,
+            adaptive_weights=adaptive_weights,
+            static_weights=static_weights,
         )
         super().__init__(
             num_classes,
