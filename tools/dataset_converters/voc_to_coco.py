@@ -1,30 +1,44 @@
-"""Convert Pascal VOC annotations (one xml an image) to one COCO json file.
+"""Convert Pascal VOC annotations (one xml an image) to COCO json.
 
 Example:
     python tools/dataset_converters/voc_to_coco.py VOC2007/Annotations \
         VOC2007/JPEGImages annotations/train.json \
         --split VOC2007/ImageSets/Main/train.txt
+    python tools/dataset_converters/voc_to_coco.py FOLDER FOLDER train.json \
+        --val-fraction 0.2 --val-out val.json
 """
 
 import argparse
+import math
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
-from converter_utils import ConverterError, logger, run_tool, write_json
-from PIL import Image
-
-IMG_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
-EXIF_ORIENTATION = 0x0112
+from converter_utils import ConverterError, logger, run_tool
+from labelled_images import (
+    IMG_SUFFIXES,
+    ImageFolder,
+    LabelledBox,
+    LabelledImage,
+    add_output_arguments,
+    check_classes,
+    check_output_arguments,
+    read_orientation,
+    to_coco,
+    visible_files,
+    write_coco_files,
+)
 
 
 def list_xmls(xml_dir: str | Path, split: str | Path | None) -> list[Path]:
     """List the annotation files.
 
     Args:
-        xml_dir (str or Path): Folder of the xml files.
+        xml_dir (str or Path): Folder of the xml files; those in its folders
+            count too.
         split (str or Path, optional): File with one name a line, as in
             ``ImageSets/Main``. Names whose second column is -1 (image
             without the class of the file) are left out.
@@ -34,10 +48,9 @@ def list_xmls(xml_dir: str | Path, split: str | Path | None) -> list[Path]:
     """
     xml_dir = Path(xml_dir)
     if split is None:
-        paths = sorted(xml_dir.glob('*.xml'))
+        paths = visible_files(xml_dir, ('.xml',))
     else:
-        rows = [row.split() for row in Path(split).read_text().splitlines()]
-        names = [row[0] for row in rows if row and row[1:2] != ['-1']]
+        names = read_split(split, xml_dir)
         paths = [xml_dir / f'{name}.xml' for name in names]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
@@ -50,70 +63,101 @@ def list_xmls(xml_dir: str | Path, split: str | Path | None) -> list[Path]:
     return paths
 
 
-def find_image(root: ElementTree.Element, xml: Path, img_dir: Path) -> Path:
+def read_split(path: str | Path, xml_dir: Path) -> list[str]:
+    """Read the names of a split.
+
+    Args:
+        path (str or Path): See :func:`list_xmls`. Image suffixes are left
+            away, and names may hold spaces.
+        xml_dir (Path): Folder of the xml files.
+
+    Returns:
+        list[str]: The names.
+    """
+    names = []
+    for row in Path(path).read_text(encoding='utf-8-sig').splitlines():
+        match = re.fullmatch(r'(.*\S)\s+(-1|0|1)', row.strip())
+        name = row.strip()
+        # A name may end in a number too, after a space.
+        if match and not (xml_dir / f'{name}.xml').is_file():
+            name = '' if match[2] == '-1' else match[1]
+        if Path(name).suffix.lower() in (*IMG_SUFFIXES, '.xml'):
+            name = str(Path(name).with_suffix(''))
+        names.append(name)
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def find_image(
+    root: ElementTree.Element, xml: Path, folder: ImageFolder
+) -> Path:
     """Find the image of an annotation file.
 
-    The file name in the xml counts first, then the name of the xml file with
-    any image suffix.
+    The image of the same name as the xml file counts first, since the file
+    name inside is often that of another machine; it decides where several
+    images have the name, and where none has.
 
     Args:
         root (Element): Parsed xml.
         xml (Path): Path of the xml file.
-        img_dir (Path): Folder of the images.
+        folder (ImageFolder): The images.
 
     Returns:
         Path: The image.
     """
-    named = (root.findtext('filename') or '').strip()
-    candidates = [img_dir / named] if named else []
-    for stem in dict.fromkeys([xml.stem, Path(named).stem]):
-        for suffix in IMG_SUFFIXES:
-            candidates += [
-                img_dir / f'{stem}{suffix}',
-                img_dir / f'{stem}{suffix.upper()}',
-            ]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise ConverterError(f'image of {xml} is missing in {img_dir}: {named}')
+    stated = (root.findtext('filename') or '').strip()
+    named = PureWindowsPath(stated)  # splits at both kinds of slashes
+    found = folder.find(xml.stem) or folder.find(named.stem)
+    for fits in (
+        lambda path: path.parent == xml.parent,
+        lambda path: path.name == named.name,
+    ):
+        found = list(filter(fits, found)) or found
+    if not found:
+        raise ConverterError(
+            f'image of {xml} is missing in {folder.root}: neither '
+            f'{xml.stem}.* nor {stated or "a file name in the xml"}'
+        )
+    if len(found) > 1:
+        raise ConverterError(
+            f'{xml} fits several images: {", ".join(map(str, found))}'
+        )
+    return found[0]
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """Read the size of an image as the image loader will see it.
+def turn_corners(
+    corners: Sequence[float], size: tuple[int, int], orientation: int
+) -> tuple[float, float, float, float]:
+    """Turn a box as the image loader turns a photo by a quarter.
 
     Args:
-        path (Path): The image.
+        corners (Sequence[float]): x1, y1, x2, y2 in the photo as stored.
+        size (tuple[int, int]): Width and height as stored.
+        orientation (int): EXIF orientation, from 5 to 8.
 
     Returns:
-        tuple[int, int]: Width and height, after the EXIF orientation.
+        tuple[float]: x1, y1, x2, y2 in the upright photo.
     """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
-            width, height = image.size
-    except OSError as error:
-        raise ConverterError(f'cannot read image {path}: {error}') from error
-    return (height, width) if turned else (width, height)
+    x1, y1, x2, y2 = corners
+    across = (size[1] - y2, size[1] - y1) if orientation in (6, 7) else None
+    down = (size[0] - x2, size[0] - x1) if orientation in (7, 8) else None
+    (left, right), (top, bottom) = across or (y1, y2), down or (x1, x2)
+    return left, top, right, bottom
 
 
 def read_box(
-    node: ElementTree.Element,
-    size: tuple[int, int],
-    xml: Path,
-    zero_based: bool = False,
-) -> list[float]:
-    """Read one box and clip it to the image.
+    node: ElementTree.Element, xml: Path, zero_based: bool = False
+) -> tuple[float, float, float, float]:
+    """Read the corners of one box.
 
     Args:
         node (Element): The ``object`` element.
-        size (tuple[int, int]): Width and height of the image.
         xml (Path): Path of the xml file, for messages.
         zero_based (bool): False: corners are numbers of pixels that begin at
             1 and both belong to the box, as in Pascal VOC. True: corners are
             plain coordinates that begin at 0. Defaults to False.
 
     Returns:
-        list[float]: COCO box, x, y, width and height.
+        tuple[float]: x1, y1, x2, y2.
     """
     try:
         x1, y1, x2, y2 = (
@@ -122,11 +166,111 @@ def read_box(
         )
     except (TypeError, ValueError) as error:
         raise ConverterError(f'{xml}: unreadable bndbox') from error
-    if not zero_based:
-        x1, y1 = x1 - 1, y1 - 1
-    x1, x2 = (min(max(value, 0), size[0]) for value in (x1, x2))
-    y1, y2 = (min(max(value, 0), size[1]) for value in (y1, y2))
-    return [x1, y1, x2 - x1, y2 - y1]
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        raise ConverterError(f'{xml}: a bndbox is not finite')
+    return (x1, y1, x2, y2) if zero_based else (x1 - 1, y1 - 1, x2, y2)
+
+
+def read_voc(
+    xmls: Sequence[Path],
+    folder: ImageFolder,
+    rename: Mapping[str, str] | None = None,
+    zero_based: bool = False,
+    difficult: str = 'ignore',
+) -> list[LabelledImage]:
+    """Read annotation files.
+
+    Args:
+        xmls (Sequence[Path]): The xml files.
+        folder (ImageFolder): The images.
+        rename (Mapping[str, str], optional): New names of classes. Defaults
+            to None.
+        zero_based (bool): See :func:`read_box`. Defaults to False.
+        difficult (str): What becomes of boxes marked difficult: 'ignore'
+            (``iscrowd=1``, neither hit nor miss), 'keep' or 'drop'. Defaults
+            to 'ignore'.
+
+    Returns:
+        list[LabelledImage]: In the order of the files.
+    """
+    images, owners, counts = [], {}, Counter()
+    for xml in xmls:
+        try:
+            root = ElementTree.parse(xml).getroot()
+        except ElementTree.ParseError as error:
+            raise ConverterError(f'{xml} is not xml: {error}') from error
+        path = find_image(root, xml, folder)
+        if path in owners:
+            raise ConverterError(
+                f'{owners[path]} and {xml} belong to the same image, {path}'
+            )
+        owners[path] = xml
+        stored, orientation = read_orientation(path)
+        turned = orientation >= 5
+        size = stored[::-1] if turned else stored
+        stated = [root.findtext(f'size/{k}') for k in ('width', 'height')]
+        unturned = turned and stated == [str(v) for v in stored]
+        counts['unturned'] += unturned
+        if not unturned and stated != [str(v) for v in size]:
+            counts['size'] += 1
+        image = LabelledImage(path, size)
+        for node in root.iter('object'):
+            label = (node.findtext('name') or '').strip()
+            corners = read_box(node, xml, zero_based)
+            if unturned:
+                corners = turn_corners(corners, stored, orientation)
+            hard = (node.findtext('difficult') or '0').strip() == '1'
+            if hard and difficult == 'drop':
+                counts['difficult'] += 1
+                continue
+            crowd = hard and difficult == 'ignore'
+            label = (rename or {}).get(label, label)
+            image.boxes.append(LabelledBox(label, corners, crowd))
+        images.append(image)
+    for key, text in (
+        ('size', '%d files state no or a wrong image size; the images count'),
+        (
+            'unturned',
+            '%d photos lie on their side and so do their boxes; the boxes '
+            'are turned as EXIF says',
+        ),
+        ('difficult', 'dropped %d difficult boxes'),
+    ):
+        if counts[key]:
+            logger.warning(text, counts[key])
+    return images
+
+
+def choose_classes(
+    images: Sequence[LabelledImage], classes: Sequence[str] | None
+) -> list[str]:
+    """Check the classes that are wanted, or take all that occur, sorted.
+
+    Args:
+        images (Sequence[LabelledImage]): The images.
+        classes (Sequence[str], optional): What is wanted.
+
+    Returns:
+        list[str]: Class names.
+    """
+    found = {}
+    for image in images:
+        for box in image.boxes:
+            found.setdefault(box.label, image.path)
+    if classes is None:
+        classes = sorted(found)
+        if not classes:
+            raise ConverterError(
+                'there is no box in any file, so the classes are not known; '
+                'name them with --classes'
+            )
+    check_classes(classes, '--classes')
+    for label in sorted(set(found) - set(classes)):
+        raise ConverterError(
+            f'the boxes of {found[label]}: class {label!r} is not one of '
+            f'{list(classes)}; add it to --classes or use --rename'
+        )
+    return list(classes)
 
 
 def voc_to_coco(
@@ -134,8 +278,6 @@ def voc_to_coco(
     img_dir: str | Path,
     classes: Sequence[str] | None = None,
     rename: Mapping[str, str] | None = None,
-    zero_based: bool = False,
-    difficult: str = 'ignore',
 ) -> dict:
     """Convert annotation files.
 
@@ -146,70 +288,12 @@ def voc_to_coco(
             Defaults to None, which means all that occur, sorted.
         rename (Mapping[str, str], optional): New names of classes. Defaults
             to None.
-        zero_based (bool): See :func:`read_box`. Defaults to False.
-        difficult (str): What becomes of boxes marked difficult: 'ignore'
-            (``iscrowd=1``, neither hit nor miss), 'keep' or 'drop'. Defaults
-            to 'ignore'.
 
     Returns:
         dict: Content of a COCO file.
     """
-    images, found, counts = [], [], Counter()
-    for image_id, xml in enumerate(xmls, start=1):
-        try:
-            root = ElementTree.parse(xml).getroot()
-        except ElementTree.ParseError as error:
-            raise ConverterError(f'{xml} is not xml: {error}') from error
-        path = find_image(root, xml, Path(img_dir))
-        width, height = size = read_size(path)
-        stated = (root.findtext('size/width'), root.findtext('size/height'))
-        if stated != (str(width), str(height)):
-            counts['size'] += 1
-        name = path.relative_to(img_dir).as_posix()
-        images.append(
-            dict(id=image_id, file_name=name, width=width, height=height)
-        )
-        for node in root.iter('object'):
-            label = (node.findtext('name') or '').strip()
-            label = (rename or {}).get(label, label)
-            if classes is not None and label not in classes:
-                raise ConverterError(
-                    f'{xml}: class {label!r} is not one of {list(classes)}'
-                )
-            box = read_box(node, size, xml, zero_based)
-            hard = (node.findtext('difficult') or '0').strip() == '1'
-            if box[2] <= 0 or box[3] <= 0:
-                counts['degenerate'] += 1
-            elif hard and difficult == 'drop':
-                counts['difficult'] += 1
-            else:
-                crowd = int(hard and difficult == 'ignore')
-                found.append((image_id, label, box, crowd))
-    if classes is None:
-        classes = sorted({label for _, label, _, _ in found})
-    if counts['size']:
-        logger.warning(
-            '%d files state no or a wrong image size; the images count',
-            counts['size'],
-        )
-    if counts['degenerate']:
-        logger.warning('dropped %d boxes without area', counts['degenerate'])
-    if counts['difficult']:
-        logger.info('dropped %d difficult boxes', counts['difficult'])
-    numbers = {label: i for i, label in enumerate(classes, start=1)}
-    annotations = [
-        dict(
-            id=i,
-            image_id=image_id,
-            category_id=numbers[label],
-            bbox=box,
-            area=box[2] * box[3],
-            iscrowd=crowd,
-        )
-        for i, (image_id, label, box, crowd) in enumerate(found, start=1)
-    ]
-    categories = [dict(id=i, name=label) for label, i in numbers.items()]
-    return dict(images=images, annotations=annotations, categories=categories)
+    images = read_voc(xmls, ImageFolder(img_dir), rename)
+    return to_coco(images, Path(img_dir), choose_classes(images, classes))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -223,13 +307,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         argparse.Namespace: The options.
     """
     parser = argparse.ArgumentParser(
-        description='Convert Pascal VOC xml files to a COCO json file'
+        description='Convert Pascal VOC xml files to COCO json'
     )
     parser.add_argument('xml_dir', help='folder of the xml files')
-    parser.add_argument('img_dir', help='folder of the images')
+    parser.add_argument(
+        'img_dir', help='folder of the images; may be the same'
+    )
     parser.add_argument('out', help='json file to write')
-    parser.add_argument('--split', help='file with one name a line')
-    parser.add_argument('--classes', nargs='+', help='class names, in order')
+    parser.add_argument(
+        '--split', help='file with one name a line: convert these only'
+    )
+    add_output_arguments(parser)
     parser.add_argument(
         '--rename', nargs='+', default=[], metavar='OLD=NEW', help='classes'
     )
@@ -239,9 +327,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='coordinates begin at 0 and xmax, ymax lie outside the box',
     )
     parser.add_argument(
-        '--difficult', choices=('ignore', 'keep', 'drop'), default='ignore'
+        '--difficult',
+        choices=('ignore', 'keep', 'drop'),
+        default='ignore',
+        help='boxes marked difficult (default: ignore, which makes them '
+        'neither hit nor miss)',
     )
     args = parser.parse_args(argv)
+    check_output_arguments(parser, args)
     if any(pair.count('=') != 1 for pair in args.rename):
         parser.error('--rename wants OLD=NEW')
     return args
@@ -253,22 +346,24 @@ def convert(args: argparse.Namespace) -> None:
     Args:
         args (argparse.Namespace): The options.
     """
-    coco = voc_to_coco(
-        list_xmls(args.xml_dir, args.split),
-        args.img_dir,
-        classes=args.classes,
+    folder = ImageFolder(args.img_dir)
+    xmls = list_xmls(args.xml_dir, args.split)
+    images = read_voc(
+        xmls,
+        folder,
         rename=dict(pair.split('=') for pair in args.rename),
         zero_based=args.zero_based,
         difficult=args.difficult,
     )
-    write_json(coco, args.out)
-    logger.info(
-        '%s: %d images, %d boxes, classes %s',
-        args.out,
-        len(coco['images']),
-        len(coco['annotations']),
-        [category['name'] for category in coco['categories']],
-    )
+    left_out = len(folder.paths) - len(images)
+    if left_out and args.split is None:
+        logger.warning(
+            '%d images of %s have no xml file and are left out',
+            left_out,
+            args.img_dir,
+        )
+    classes = choose_classes(images, args.classes)
+    write_coco_files(images, folder.root, classes, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
