@@ -1,6 +1,7 @@
 """Shared by tests and tools; nothing else in the package imports it."""
 
 from .golden import Errors, Golden, relative_error
+from .golden_adapter import check_rep_adapter
 from .golden_detector import check_detector
 from .golden_ops import (
     check_adamixer_mixing,
@@ -23,6 +24,7 @@ _CHECKS = {
     'adamixer_mixing': check_adamixer_mixing,
     'lors_mixing': check_lors_mixing,
     'detector': check_detector,
+    'rep_adapter': check_rep_adapter,
 }
 
 

@@ -51,6 +51,8 @@ class Golden:
 
     def _recognise(self) -> str:
         names = set(self.arrays)
+        if {'merged_weight', 'adapted'} <= names:
+            return 'rep_adapter'
         if 'total_loss' in names:
             return 'detector'
         if {'points', 'strides', 'n_points'} <= names:
@@ -60,8 +62,8 @@ class Golden:
         if {'upstream', 'out', 'grad_query'} <= names:
             return 'adamixer_mixing'
         raise ValueError(
-            f'{self.path} is no golden of sampling, mixing or a detector; it '
-            f'holds {sorted(names)[:8]}'
+            f'{self.path} is no golden of sampling, mixing, a detector or an '
+            f'adapter; it holds {sorted(names)[:8]}'
         )
 
     def __contains__(self, key: str) -> bool:

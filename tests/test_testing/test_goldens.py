@@ -25,7 +25,12 @@ DETECTORS = ['adamixer_detector_small', 'lors_detector_small']
 
 def test_all_goldens_are_here():
     stems = {path.stem for path in FILES}
-    assert {*MIXING, *DETECTORS, 'sampling_3d_small'} <= stems
+    assert {
+        *MIXING,
+        *DETECTORS,
+        'sampling_3d_small',
+        'rep_adapter_small',
+    } <= stems
 
 
 @pytest.mark.parametrize('backend', ['torch', 'reference'])

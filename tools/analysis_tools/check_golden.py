@@ -1,7 +1,8 @@
 """Run the port on goldens of the original programs.
 
 A golden is an .npz file with inputs, weights and outputs of the original
-AdaMixer or LORS: of sampling, of mixing or of a whole detector, of any size.
+AdaMixer, LORS or RepAdapter: of sampling, of mixing, of a whole detector or
+of an adapter and its merge, of any size.
 Prints the largest relative error of each entry; the exit code is 1 when one
 is above the tolerance and 2 when a file cannot be checked.
 """

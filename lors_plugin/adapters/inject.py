@@ -1,0 +1,229 @@
+"""Put adapters into a model, freeze the rest, and say what was done."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+from torch import Tensor, nn
+
+from .presets import match, patterns_of
+from .rep_adapter import RepAdapter
+from .sites import SiteError, site_of
+
+CHILD = 'rep_adapter'
+
+
+@dataclass
+class AdapterReport:
+    """What an injection did.
+
+    Attributes:
+        adapted (list[str]): Names of the adapted layers in the model.
+        trained (dict[str, int]): Parameters that are trained, by their part
+            of the model.
+        frozen (dict[str, int]): Parameters that are not, by their part.
+    """
+
+    adapted: list
+    trained: dict
+    frozen: dict
+
+    def table(self) -> str:
+        """Counts of each part as text, one line a part."""
+        rows = [('part', 'trained', 'frozen')]
+        for part in dict.fromkeys([*self.trained, *self.frozen]):
+            rows.append(
+                (
+                    part,
+                    f'{self.trained.get(part, 0):,}',
+                    f'{self.frozen.get(part, 0):,}',
+                )
+            )
+        trained, frozen = sum(self.trained.values()), sum(self.frozen.values())
+        rows.append(('all', f'{trained:,}', f'{frozen:,}'))
+        width = max(len(row[0]) for row in rows)
+        lines = [f'{a:<{width}} {b:>14} {c:>14}' for a, b, c in rows]
+        share = 100 * trained / max(trained + frozen, 1)
+        lines.append(
+            f'{len(self.adapted)} layers adapted, {self.adapted[0]} to '
+            f'{self.adapted[-1]}; {share:.2f} % of the weights are trained'
+        )
+        return '\n'.join(lines)
+
+
+def adapters_of(model: nn.Module) -> dict[str, RepAdapter]:
+    """Adapters of a model by the name of the layer that they adapt."""
+    return {
+        name.removesuffix(f'.{CHILD}'): module
+        for name, module in model.named_modules()
+        if isinstance(module, RepAdapter)
+    }
+
+
+def inject_adapters(
+    model: nn.Module,
+    module: str = 'backbone',
+    targets: Optional[Sequence[str]] = None,
+    placement: str = 'block',
+    exclude: Sequence[str] = (),
+    trainable: Sequence[str] = (),
+    hidden_dims: int = 8,
+    groups: int = 2,
+    scale: float = 1.0,
+    dropout: float = 0.1,
+) -> AdapterReport:
+    """Adapt the layers of a backbone and freeze what they were.
+
+    RepAdapter, section 3.3. Keys of the weights that were there do not
+    change, so pretrained checkpoints load as before. Everything is checked
+    before the model is touched.
+
+    Args:
+        model (nn.Module): A detector, a classifier, or a bare backbone.
+        module (str): Name of the part to adapt and freeze; '' for the whole
+            model. Defaults to 'backbone'.
+        targets (Sequence[str], optional): Patterns (full match) of the layers
+            to adapt, inside ``module``. By default the preset of its class.
+        placement (str): Of the preset: 'block' (attention and FFN), 'attn'
+            or 'ffn'. Defaults to 'block'.
+        exclude (Sequence[str]): Patterns of layers to leave out.
+        trainable (Sequence[str]): Patterns of the modules and parameters
+            inside ``module`` that are trained with the adapters.
+        hidden_dims, groups, scale, dropout: See :class:`RepAdapter`.
+
+    Returns:
+        AdapterReport: Layers and counts.
+
+    Raises:
+        ValueError: If nothing fits, a layer cannot be adapted exactly, or
+            the model has adapters already.
+    """
+    host = _submodule(model, module)
+    if adapters_of(host):
+        raise ValueError(
+            f'{module or "the model"} has adapters already; merge them '
+            '(lors_plugin.reparam.reparameterize) before adding others'
+        )
+    names = match(host, list(targets or patterns_of(host, placement)))
+    left_out = set(match(host, list(exclude)))
+    names = [_placed(host, name) for name in names if name not in left_out]
+    if not names:
+        raise ValueError(f'exclude={list(exclude)} leaves nothing to adapt')
+    kept = _parameters(host, trainable)
+    adapters = {}
+    for name in dict.fromkeys(names):
+        try:
+            site = site_of(host.get_submodule(name))
+        except SiteError as error:
+            raise SiteError(f'{_join(module, name)}: {error}') from None
+        adapters[name] = RepAdapter(
+            site.channels,
+            hidden_dims,
+            groups,
+            scale,
+            dropout,
+            site.channel_dim,
+        )
+
+    for key, param in host.named_parameters():
+        param.requires_grad_(key in kept and param.requires_grad)
+    for name, adapter in adapters.items():
+        layer = host.get_submodule(name)
+        weight = next(layer.parameters())
+        adapter.to(weight.device, weight.dtype).train(layer.training)
+        layer.add_module(CHILD, adapter)
+        layer.register_forward_pre_hook(adapt_input, with_kwargs=True)
+    trained, frozen = _count(model)
+    adapted = [_join(module, name) for name in adapters]
+    return AdapterReport(adapted, trained, frozen)
+
+
+def adapt_input(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    """Forward pre-hook: the first input goes through the adapter.
+
+    A function of the module, with no state of its own, so that copies of a
+    model (EMA) use their own adapters.
+    """
+    adapter = getattr(layer, CHILD)
+    if args:
+        return (adapter(args[0]), *args[1:]), kwargs
+    name = next(key for key in kwargs if isinstance(kwargs[key], Tensor))
+    return args, {**kwargs, name: adapter(kwargs[name])}
+
+
+def remove_hook(layer: nn.Module) -> None:
+    """Take :func:`adapt_input` off a layer."""
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if hook is adapt_input:
+            del layer._forward_pre_hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        parts = [child for child, _ in model.named_children()]
+        raise ValueError(
+            f'{type(model).__name__} has no part {name!r}; there are {parts}, '
+            "and module='' adapts the model itself"
+        ) from None
+
+
+def _placed(host: nn.Module, name: str) -> str:
+    """The layer in whose forward the tokens really arrive.
+
+    BEiT's attention with ``q_bias`` and ``v_bias`` uses the weights of its
+    ``qkv`` without calling it; without them it calls it.
+    """
+    layer = host.get_submodule(name)
+    split = getattr(layer, 'q_bias', None) is not None
+    if isinstance(getattr(layer, 'qkv', None), nn.Linear) and not split:
+        return f'{name}.qkv'
+    parent_name, _, own = name.rpartition('.')
+    parent = host.get_submodule(parent_name)
+    if own == 'qkv' and getattr(parent, 'q_bias', None) is not None:
+        return parent_name
+    return name
+
+
+def _parameters(host: nn.Module, patterns: Sequence[str]) -> set:
+    """Names of the parameters that patterns of modules or names choose."""
+    if not patterns:
+        return set()
+    modules = {name for name, _ in host.named_modules()}
+    keys = [key for key, _ in host.named_parameters()]
+    kept = set()
+    for pattern in patterns:
+        chosen = _full_matches(pattern, [*modules, *keys])
+        hits = {
+            key
+            for key in keys
+            if key in chosen or any(key.startswith(f'{m}.') for m in chosen)
+        }
+        if not hits:
+            raise ValueError(
+                f'trainable pattern {pattern!r} matches no parameter; names '
+                f'are like {keys[-2:]} (full match)'
+            )
+        kept |= hits
+    return kept
+
+
+def _full_matches(pattern: str, names: Sequence[str]) -> set:
+    return {name for name in names if name and re.fullmatch(pattern, name)}
+
+
+def _count(model: nn.Module) -> tuple[dict, dict]:
+    trained, frozen = {}, {}
+    for name, param in model.named_parameters():
+        parts = name.split('.')
+        part = 'adapters' if CHILD in parts else parts[0]
+        side = trained if param.requires_grad else frozen
+        side[part] = side.get(part, 0) + param.numel()
+    return trained, frozen
+
+
+def _join(prefix: str, name: str) -> str:
+    return f'{prefix}.{name}' if prefix else name

@@ -1,0 +1,124 @@
+"""Which layers of which backbone get an adapter, by the name of its class.
+
+Patterns are full matches of module names inside the backbone. Backbones are
+told by the names of their classes and base classes, so that no host has to be
+imported. RepAdapter, section 3.3: before the attention and before the FFN.
+"""
+
+import re
+from typing import NamedTuple, Optional
+
+from torch import nn
+
+PLACEMENTS = ('block', 'attn', 'ffn')
+
+
+class Preset(NamedTuple):
+    """Where adapters go in one kind of backbone.
+
+    Attributes:
+        attn (str, optional): What reads the tokens of an attention.
+        ffn (str, optional): The first layer of an FFN.
+    """
+
+    attn: Optional[str]
+    ffn: Optional[str]
+
+
+PRESETS = {
+    # mmpretrain: ViT, DINOv2, DeiT, DeiT III, CLIP
+    'VisionTransformer': Preset(
+        r'layers\.\d+\.attn\.qkv',
+        r'layers\.\d+\.ffn\.(layers\.0\.0|w12|fc1)',
+    ),
+    # mmpretrain: BEiT, BEiT v2, EVA
+    'BEiTViT': Preset(
+        r'layers\.\d+\.attn',
+        r'layers\.\d+\.ffn\.(layers\.0\.0|w12)',
+    ),
+    # mmpretrain and mmdet; zeros that fill up a window go through the adapter
+    # as they go through the linear behind it, so merging stays exact
+    'SwinTransformer': Preset(
+        r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.qkv',
+        r'stages\.\d+\.blocks\.\d+\.ffn\.layers\.0\.0',
+    ),
+    # mmpretrain; the depth-wise convolution is no place for an adapter
+    'ConvNeXt': Preset(None, r'stages\.\d+\.\d+\.pointwise_conv1'),
+    # mmdet, projects/ViTDet
+    'ViT': Preset(r'blocks\.\d+\.attn\.qkv', r'blocks\.\d+\.mlp\.fc1'),
+}
+
+
+def find_preset(module: nn.Module) -> Preset:
+    """The preset of a backbone.
+
+    Raises:
+        ValueError: If no class of the module is known.
+    """
+    for cls in type(module).__mro__:
+        if cls.__name__ in PRESETS:
+            return PRESETS[cls.__name__]
+    raise ValueError(
+        f'no preset for {type(module).__name__}; there are presets for '
+        f'{sorted(PRESETS)}. Give targets=[...], patterns of the layers that '
+        'read the tokens'
+    )
+
+
+def patterns_of(module: nn.Module, placement: str) -> list[str]:
+    """Patterns of the layers to adapt.
+
+    Args:
+        module (nn.Module): The backbone.
+        placement (str): 'block' (attention and FFN), 'attn' or 'ffn'.
+
+    Raises:
+        ValueError: If the backbone is unknown or has no such place.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(
+            f'placement={placement!r} must be one of {PLACEMENTS}'
+        )
+    preset = find_preset(module)
+    chosen = [
+        pattern
+        for part, pattern in preset._asdict().items()
+        if placement in ('block', part) and pattern
+    ]
+    if not chosen:
+        raise ValueError(
+            f'{type(module).__name__} has no place for '
+            f'placement={placement!r}; use placement="block"'
+        )
+    return chosen
+
+
+def match(module: nn.Module, patterns: list[str]) -> list[str]:
+    """Names of all submodules that a pattern matches in full.
+
+    Raises:
+        ValueError: If a pattern matches nothing; nearly right names are
+            named.
+    """
+    names = [name for name, _ in module.named_modules() if name]
+    found = []
+    for pattern in patterns:
+        hits = [name for name in names if re.fullmatch(pattern, name)]
+        if not hits:
+            near = [name for name in names if re.search(pattern, name)]
+            leaves = [
+                name
+                for name, child in module.named_modules()
+                if isinstance(child, (nn.Linear, nn.Conv2d))
+            ]
+            hint = (
+                f'it is found inside {near[:3]}, but must match the whole name'
+                if near
+                else f'linear layers are named like {leaves[-3:]}'
+            )
+            raise ValueError(
+                f'target {pattern!r} matches no module of '
+                f'{type(module).__name__}: {hint}'
+            )
+        found += [name for name in hits if name not in found]
+    return sorted(found, key=names.index)
