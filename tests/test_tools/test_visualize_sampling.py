@@ -1,0 +1,174 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / 'tools' / 'analysis_tools'
+CONFIG = (
+    ROOT
+    / 'configs/lors_adamixer'
+    / 'lors-adamixer_mobilenetv2_quickstart_tree-crowns.py'
+)
+
+
+@pytest.fixture(scope='module')
+def sampling():
+    """Import the tool as a script sees it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        import visualize_sampling
+
+        yield visualize_sampling
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """A model without training and a picture that is not square."""
+    from mmdet.registry import MODELS
+
+    root = tmp_path_factory.mktemp('sampling')
+    torch.manual_seed(0)
+    config = Config.fromfile(CONFIG)
+    config.model.backbone.init_cfg = None
+    scopes = dict(DefaultScope._instance_dict)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(config.model)
+    model.init_weights()
+    meta = dict(dataset_meta=dict(classes=('tree',)))
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), root / 'a.pth')
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 128, 3))
+    cv2.imwrite(str(root / 'ä b.jpg'), pixels)
+    yield str(CONFIG), str(root / 'a.pth'), str(root / 'ä b.jpg')
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(scopes)
+
+
+def test_points_are_in_pixels_of_the_original_image(sampling, files):
+    """The first boxes of this model are a grid over the whole image."""
+    model = sampling.load_model(*files[:2], device='cpu')
+    records, factors = sampling.record(model, cv2.imread(files[2]))
+    assert factors.tolist() == [2, 2]
+    (view,) = sampling.stage_views(records, factors, [0], range(64), ['tree'])
+    assert view.points.shape == (64, 2, 16, 2)
+    assert view.weights.shape == (64, 2, 16, 3)
+    corners = view.boxes_in[:, :2].min(0), view.boxes_in[:, 2:].max(0)
+    np.testing.assert_allclose(corners, [[0, 0], [128, 64]], atol=0.01)
+    # Without training the points are a grid of cell centres in each box.
+    np.testing.assert_allclose(
+        view.points.mean((1, 2)),
+        view.boxes_in.reshape(-1, 2, 2).mean(1),
+        atol=0.01,
+    )
+    assert view.texts[3].startswith('#3 tree 0.')
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        [],
+        ['--top-k', '1', '--zoom', '2', '--groups'],
+        ['--queries', '3', '17', '--stages', '2', '--format', 'jpg'],
+    ],
+)
+def test_writes_a_picture(sampling, files, tmp_path, options):
+    out = tmp_path / 'new'
+    assert sampling.main([*files, '--out', str(out), *options]) == 0
+    (path,) = out.iterdir()
+    assert path.stem == 'ä b_sampling'
+    picture = cv2.imread(str(path))
+    assert min(picture.shape[:2]) > 200
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        (['--queries', '64'], 'has 64 queries, 0 to 63'),
+        (['--stages', '0', '-1'], '--stages -1'),
+        (['--score-thr', '0.99'], 'the best has'),
+    ],
+)
+def test_numbers_that_do_not_exist(
+    sampling, files, tmp_path, caplog, options, expected
+):
+    assert sampling.main([*files, '--out', str(tmp_path), *options]) == 1
+    assert expected in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('missing', [0, 1, 2])
+def test_missing_files(sampling, files, tmp_path, caplog, missing):
+    files = list(files)
+    files[missing] = 'nowhere'
+    assert sampling.main([*files, '--out', str(tmp_path)]) == 1
+    assert 'nowhere' in caplog.text
+
+
+def test_best_queries_one_an_object(sampling):
+    boxes = np.array(
+        [[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [40, 0, 50, 10.0]]
+    )
+    scores = np.array([0.3, 0.9, 0.1, 0.5])
+    assert sampling.choose_queries(boxes, scores, 2, 0.0) == [1, 3]
+    assert sampling.choose_queries(boxes, scores, 9, 0.2) == [1, 3]
+    with pytest.raises(sampling.DrawError, match='0.900'):
+        sampling.choose_queries(boxes, scores, 2, 0.95)
+
+
+def test_other_models_are_refused(sampling):
+    with pytest.raises(sampling.DrawError, match='for AdaMixer'):
+        sampling.record(torch.nn.Linear(1, 1), None)
+
+
+def make_view(sampling, points, box=(40, 10, 60, 30)):
+    points = np.array(points, float).reshape(1, 1, -1, 2)
+    weights = np.full((*points.shape[:3], 6), 0.1)
+    weights[..., 2] = 0.5
+    boxes = np.array([box], float)
+    return sampling.StageView(0, boxes, boxes, ['#0'], points, weights)
+
+
+def test_limits_show_points_outside_up_to_a_margin(sampling):
+    import sampling_figure
+
+    limits = sampling_figure.view_limits
+    size = (100, 50)
+    inside = make_view(sampling, [[50, 20]])
+    assert limits([inside], size) == (0, 0, 100, 50)
+    outside = make_view(sampling, [[-5, 20], [50, 999]])
+    assert limits([inside, outside], size) == (-5, 0, 100, 62)
+    assert limits([outside], size, zoom=2) == (30, 0, 70, 40)
+
+
+def test_figure_counts_hidden_points_and_colours_levels(sampling):
+    import sampling_figure
+
+    view = make_view(sampling, [[-5, 20], [50, 999]])
+    image = np.zeros((50, 100, 3), np.uint8)
+    strides = (4, 8, 16, 32, 64, 128)
+    figure = sampling_figure.sampling_figure(image, [view], strides, 'x')
+    panel, strip = figure.axes
+    assert panel.get_title('right') == '1 of 2 points outside'
+    (dots,) = panel.collections
+    np.testing.assert_allclose(dots.get_offsets(), [[-5, 20]])
+    colors = sampling_figure.level_colors(6)
+    np.testing.assert_allclose(dots.get_facecolors()[0, :3], colors[2])
+    widths = [bar.get_width() for bar in strip.patches]
+    np.testing.assert_allclose(widths, [0.1, 0.1, 0.5, 0.1, 0.1, 0.1])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[:2] == ['stride 4', 'stride 8']
+    sampling.plt.close(figure)
+
+
+def test_wrong_options(sampling):
+    files = ['c', 'p', 'i', '--out', 'o']
+    for wrong in (['--top-k', '0'], ['--zoom', '-1'], ['--columns', '0']):
+        with pytest.raises(SystemExit):
+            sampling.parse_args([*files, *wrong])
