@@ -1,5 +1,6 @@
-"""Hooks."""
+"""Hooks for MMEngine's runner."""
 
 from .epoch_seed_hook import EpochSeedHook
+from .rep_adapter_hook import RepAdapterHook
 
-__all__ = ['EpochSeedHook']
+__all__ = ['EpochSeedHook', 'RepAdapterHook']
