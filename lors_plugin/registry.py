@@ -6,6 +6,7 @@ very file would be swallowed, so it imports nothing but MMEngine.
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
@@ -29,4 +30,11 @@ HOOKS = Registry(
     parent=MMENGINE_HOOKS,
     scope='lors_plugin',
     locations=['lors_plugin.engine.hooks'],
+)
+
+METRICS = Registry(
+    'metric',
+    parent=MMENGINE_METRICS,
+    scope='lors_plugin',
+    locations=['lors_plugin.evaluation'],
 )

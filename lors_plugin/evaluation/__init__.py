@@ -1,0 +1,6 @@
+"""Metrics."""
+
+from .coco_metric import CocoMetric
+from .faster_coco import FasterCOCOeval
+
+__all__ = ['CocoMetric', 'FasterCOCOeval']

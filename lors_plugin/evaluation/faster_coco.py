@@ -1,0 +1,84 @@
+"""COCO's evaluation with the counting done by ``faster-coco-eval``."""
+
+import importlib.util
+import logging
+
+from mmengine.logging import print_log
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+_PARAMS = (
+    'imgIds',
+    'catIds',
+    'iouThrs',
+    'recThrs',
+    'maxDets',
+    'areaRng',
+    'areaRngLbl',
+    'useCats',
+)
+
+
+def is_installed() -> bool:
+    """Whether ``faster-coco-eval`` can be imported."""
+    return importlib.util.find_spec('faster_coco_eval') is not None
+
+
+def why_not(ground_truth: COCO) -> str:
+    """Why these annotations need pycocotools; '' if they do not."""
+    for kind, known in (
+        ('image', ground_truth.imgs),
+        ('category', ground_truth.cats),
+        ('annotation', ground_truth.anns),
+    ):
+        for number in known:
+            if not isinstance(number, int):
+                return f'the {kind} id {number!r} is no whole number'
+    return ''
+
+
+class FasterCOCOeval(COCOeval):
+    """``pycocotools.cocoeval.COCOeval`` in a tenth of the time or less.
+
+    Matching and accumulation run in the compiled code of
+    ``faster-coco-eval``; the parameters before and the summary afterwards
+    are pycocotools' own. Only :attr:`evalImgs` stays empty.
+    """
+
+    def evaluate(self) -> None:
+        """Match detections and ground truth, and accumulate."""
+        from faster_coco_eval import COCOeval_faster
+
+        inner = COCOeval_faster(
+            self.cocoGt,
+            self.cocoDt,
+            self.params.iouType,
+            print_function=_log,
+        )
+        for name in _PARAMS:
+            setattr(inner.params, name, getattr(self.params, name))
+        inner.evaluate()
+        inner.accumulate()
+        # It has sorted some of them, as pycocotools does.
+        for name in _PARAMS:
+            setattr(self.params, name, getattr(inner.params, name))
+        self._paramsEval = inner.params
+        self._accumulated = inner.eval
+
+    def accumulate(self, p=None) -> None:
+        """Take what :meth:`evaluate` found; other parameters are refused."""
+        if p is not None and p is not self.params:
+            raise ValueError(
+                'accumulate() takes the parameters of evaluate(); for '
+                "others use backend='pycocotools'"
+            )
+        keys = ('precision', 'recall', 'scores')
+        self.eval = dict(
+            {key: self._accumulated[key] for key in keys},
+            params=self.params,
+            counts=list(self._accumulated['precision'].shape),
+        )
+
+
+def _log(message: str) -> None:
+    print_log(message, logger='current', level=logging.DEBUG)
