@@ -146,6 +146,8 @@ def draw_points(ax: Axes, view: StageView, groups: bool) -> int:
     colors = level_colors(view.weights.shape[-1])
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     hidden = 0
+    # Few points are drawn larger.
+    area = np.clip((100 / view.points[..., 0].size) ** 0.5, 0.7, 2.5)
     for group in range(view.points.shape[1]):
         x, y = view.points[:, group].reshape(-1, 2).T
         weights = view.weights[:, group].reshape(len(x), -1)
@@ -159,7 +161,7 @@ def draw_points(ax: Axes, view: StageView, groups: bool) -> int:
         ax.scatter(
             x[order],
             y[order],
-            s=14 + 40 * clear[order],
+            s=area * (14 + 40 * clear[order]),
             c=shades[order],
             marker=MARKERS[group % len(MARKERS)] if groups else 'o',
             edgecolors=(0, 0, 0, 0.7),

@@ -205,8 +205,8 @@ def draw(args: argparse.Namespace) -> None:
             image[..., ::-1],
             stage_views(records, factors, stages, queries, classes),
             last.strides,
-            f'{Path(path).name}: where {len(queries)} of '
-            f'{last.scores.shape[1]} queries look',
+            f'{Path(path).name}: sampling points of {len(queries)} of '
+            f'{last.scores.shape[1]} queries',
             groups=args.groups,
             zoom=args.zoom,
             columns=args.columns,
