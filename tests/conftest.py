@@ -1,11 +1,13 @@
 """What several test files share: a detector small enough for any test."""
 
+import json
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CONFIGS, FULL_SIZE = {}, {}
 
 
 def merge(config, changes):
@@ -191,17 +193,84 @@ def make_samples():
 
 
 @pytest.fixture
-def load_config():
-    """The model of a config file, without pretrained weights."""
+def read_config():
+    """A config file as it is; read once, since MMEngine takes its time."""
+    from mmengine.config import Config
+
+    import lors_plugin  # noqa: F401
 
     def make(path):
-        from mmengine.config import Config
+        if path not in CONFIGS:
+            CONFIGS[path] = Config.fromfile(ROOT / path)
+        return deepcopy(CONFIGS[path])
 
-        import lors_plugin  # noqa: F401
+    return make
 
-        config = Config.fromfile(ROOT / path)
+
+@pytest.fixture
+def load_config(read_config):
+    """A config file without pretrained weights of the model."""
+
+    def make(path):
+        config = read_config(path)
         remove_pretrained(config.model)
         return config
+
+    return make
+
+
+@pytest.fixture
+def full_size(load_config, build):
+    """The detector of a config file without memory for its weights.
+
+    ``full_size('configs/a.py', num_stages=3)`` with options of the decoder.
+    Built once for all tests: leave it as it is.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class KeepValues(TorchFunctionMode):
+        """Swin reads its drop path rates while it is built."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            where = dict(device='cpu') if func is torch.linspace else {}
+            return func(*args, **{**(kwargs or {}), **where})
+
+    def make(path, **decoder):
+        config = load_config(path).model
+        config.decoder.update(decoder)
+        key = json.dumps(config, sort_keys=True)
+        if key not in FULL_SIZE:
+            with torch.device('meta'), KeepValues():
+                FULL_SIZE[key] = build(config)
+        return FULL_SIZE[key]
+
+    return make
+
+
+@pytest.fixture
+def narrow_config(load_config):
+    """The model of a config file with few channels and points."""
+
+    def make(path):
+        model = load_config(path).model
+        backbone = model.backbone
+        if backbone.type in ('ResNet', 'ResNeXt'):
+            backbone.base_channels, less = 8, 8
+        elif backbone.type == 'SwinTransformer':
+            backbone.embed_dims, less = backbone.embed_dims // 4, 4
+        else:
+            less = 1
+        neck = model.neck
+        neck.in_channels = [width // less for width in neck.in_channels]
+        neck.out_channels = model.query_generator.embed_dims = 32
+        model.decoder.update(
+            embed_dims=32,
+            in_points=4,
+            out_points=8,
+            feedforward_channels=32,
+        )
+        return model
 
     return make
 
