@@ -6,6 +6,6 @@ sampled points a group, ``Q`` mixed points a group, ``C`` channels a group,
 """
 
 from .adaptive_mixing import LowRank, adaptive_mixing
-from .sampling_3d import sampling_3d
+from .sampling_3d import sampling_3d, share_levels
 
-__all__ = ['LowRank', 'adaptive_mixing', 'sampling_3d']
+__all__ = ['LowRank', 'adaptive_mixing', 'sampling_3d', 'share_levels']

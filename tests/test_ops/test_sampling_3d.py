@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lors_plugin.ops import sampling_3d
+from lors_plugin.ops import sampling_3d, share_levels
 from lors_plugin.ops.sampling_3d.reference import level_weights
 
 
@@ -180,14 +180,13 @@ BAD = {
         3,
         (1, 3, 2, 4, 3),
         (4, 8, 16),
-        'feats[0] must have shape (B=1, D, H, W), got (2, 6, 8, 12)',
+        'points of 1 images do not fit levels of 2 images',
     ),
     'groups': (
         3,
         (2, 3, 4, 4, 3),
         (4, 8, 16),
-        'feats[0] has 6 channels; all levels need the same number, '
-        'divisible by 4 groups',
+        'levels of 6 channels do not fit points of 4 groups',
     ),
 }
 
@@ -203,5 +202,12 @@ def test_shapes_that_do_not_fit(name):
 def test_levels_of_other_widths():
     feats, points, strides = make_inputs()
     feats[2] = feats[2][:, :4]
-    with pytest.raises(ValueError, match=re.escape('feats[2] has 4 channels')):
+    with pytest.raises(
+        ValueError, match=re.escape('feats[2] has 2 images of 4')
+    ):
         sampling_3d(feats, points, strides)
+    feats[2] = feats[2][0]
+    with pytest.raises(
+        ValueError, match=re.escape('feats[2] must have shape')
+    ):
+        share_levels(feats, strides, [(3, 2, 4)])

@@ -24,6 +24,7 @@ class AdaptiveSampling3D(BaseModule):
         embed_dims (int): Query width ``D``.
         num_groups (int): Groups ``G``, each with points of its own.
         num_points (int): Points a group ``P``.
+        backend (str): Of :func:`lors_plugin.ops.sampling_3d`.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
@@ -32,11 +33,13 @@ class AdaptiveSampling3D(BaseModule):
         embed_dims: int = 256,
         num_groups: int = 4,
         num_points: int = 32,
+        backend: str = 'auto',
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
         self.num_groups = num_groups
         self.num_points = num_points
+        self.backend = backend
         self.offsets = nn.Linear(embed_dims, num_groups * num_points * 3)
 
     def init_weights(self) -> None:
@@ -82,7 +85,9 @@ class AdaptiveSampling3D(BaseModule):
         """Sample all levels.
 
         Args:
-            feats (Sequence[Tensor]): Levels of shape (B, G C, H_l, W_l).
+            feats (Sequence[Tensor] | PackedLevels): Levels of shape
+                (B, G C, H_l, W_l), or from
+                :func:`lors_plugin.ops.share_levels`.
             content (Tensor): Content of the queries, shape (B, N, D).
             xyzr (Tensor): Boxes of the queries, shape (B, N, 4).
             strides (Sequence[int]): Pixels a cell of each level.
@@ -90,4 +95,5 @@ class AdaptiveSampling3D(BaseModule):
         Returns:
             Tensor: Shape (B, N, G, P, C).
         """
-        return sampling_3d(feats, self.points(content, xyzr), strides)
+        points = self.points(content, xyzr)
+        return sampling_3d(feats, points, strides, self.backend)

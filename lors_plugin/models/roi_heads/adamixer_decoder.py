@@ -11,6 +11,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lors_plugin.ops import share_levels
 from lors_plugin.ops.backend import BACKENDS
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible, per_layer
@@ -134,6 +135,7 @@ class AdaMixerDecoder(BaseModule):
                     num_cls_fcs,
                     num_reg_fcs,
                     dropout,
+                    backend,
                 )
                 for i in range(num_stages)
             ]
@@ -189,13 +191,18 @@ class AdaMixerDecoder(BaseModule):
             classes), the corners of the boxes in pixels (L, B, N, 4), both
             in float32 at least, and the contents (L, B, N, D).
         """
+        number = content.shape[1]
+        calls = [(number, *c) for c in zip(self.num_groups, self.in_points)]
+        levels = share_levels(
+            feats, self.strides, calls, self.backend, xyzr.dtype
+        )
         scores, boxes, contents = [], [], []
         for index, stage in enumerate(self.stages):
             run = stage
             if self.with_cp and torch.is_grad_enabled():
                 run = partial(checkpoint, stage, use_reentrant=False)
             cls_scores, xyzr, content = run(
-                feats,
+                levels[index],
                 content,
                 xyzr.detach(),
                 self.strides,

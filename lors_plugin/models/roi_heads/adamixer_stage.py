@@ -37,6 +37,7 @@ class AdaMixerStage(BaseModule):
         num_cls_fcs (int): Linear layers of the class branch.
         num_reg_fcs (int): Linear layers of the box branch.
         dropout (float): Of attention and FFN.
+        backend (str): Of :func:`lors_plugin.ops.sampling_3d`.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
@@ -51,13 +52,16 @@ class AdaMixerStage(BaseModule):
         num_cls_fcs: int,
         num_reg_fcs: int,
         dropout: float,
+        backend: str = 'auto',
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
         self.embed_dims = embed_dims
         self.attention = BoxSelfAttention(embed_dims, num_heads, dropout)
         self.attention_norm = LayerNorm(embed_dims)
-        self.sampling = AdaptiveSampling3D(embed_dims, num_groups, in_points)
+        self.sampling = AdaptiveSampling3D(
+            embed_dims, num_groups, in_points, backend
+        )
         self.mixing_norm = LayerNorm(embed_dims)
         self.ffn = FFN(
             embed_dims,
@@ -108,7 +112,9 @@ class AdaMixerStage(BaseModule):
         """Refine the queries once.
 
         Args:
-            feats (Sequence[Tensor]): Levels of shape (B, G C, H_l, W_l).
+            feats (Sequence[Tensor] | PackedLevels): Levels of shape
+                (B, G C, H_l, W_l), or from
+                :func:`lors_plugin.ops.share_levels`.
             content (Tensor): Content of the queries, shape (B, N, D).
             xyzr (Tensor): Boxes of the queries, shape (B, N, 4), detached.
             strides (Sequence[int]): Pixels a cell of each level.

@@ -1,16 +1,48 @@
-"""Adaptive 3D sampling: the public function and its checks."""
+"""Adaptive 3D sampling: the public functions and their checks."""
 
 from collections.abc import Sequence
+from typing import NamedTuple, Union
 
+import torch
 from torch import Tensor
 
+from ..backend import select_backend
+from . import fused, op
 from .reference import sampling_3d_reference
 
-__all__ = ['sampling_3d']
+__all__ = ['PackedLevels', 'sampling_3d', 'share_levels']
+
+
+class PackedLevels(NamedTuple):
+    """Levels in the layout of the kernels.
+
+    Attributes:
+        table (Tensor): Cells of all levels, shape (sum_l B H_l W_l, D).
+        batch (int): Images ``B``.
+        sizes (tuple[int]): Height and width of each level in turn.
+        tokens (tuple[Tensor]): Where the gradient of the one call goes that
+            these levels are for; empty for any number of calls.
+    """
+
+    table: Tensor
+    batch: int
+    sizes: tuple
+    tokens: tuple = ()
+
+    @property
+    def num_levels(self) -> int:
+        """int: Number of levels ``L``."""
+        return len(self.sizes) // 2
+
+
+Levels = Union[Sequence[Tensor], PackedLevels]
 
 
 def sampling_3d(
-    feats: Sequence[Tensor], points: Tensor, strides: Sequence[int]
+    feats: Levels,
+    points: Tensor,
+    strides: Sequence[int],
+    backend: str = 'auto',
 ) -> Tensor:
     """Sample a feature pyramid at points with a scale of their own.
 
@@ -19,13 +51,20 @@ def sampling_3d(
     with ``softmax_l(-(z - log2 stride_l)^2 / 2)``. Group ``g`` owns the
     ``g``-th of ``G`` contiguous slices of the channels and its own points.
 
-    Runs in float32 (float64 for float64 inputs), also under autocast.
+    Runs in float32, also under autocast and for half-precision levels
+    (coordinates of large images need the digits), and in float64 if any
+    input is float64. The gradient of a level is laid out channels last. It
+    is not computed where no level needs it. Levels that are sampled several
+    times should go through :func:`share_levels` first.
 
     Args:
-        feats (Sequence[Tensor]): Levels, each of shape (B, D, H_l, W_l).
+        feats (Sequence[Tensor] | PackedLevels): Levels, each of shape
+            (B, D, H_l, W_l), of any strides in memory.
         points (Tensor): Shape (B, N, G, P, 3): x and y in pixels of the
             input image, z as log2 of pixels.
         strides (Sequence[int]): Pixels a cell of each level.
+        backend (str): 'auto', 'torch', 'triton' or 'reference'. Defaults to
+            'auto'.
 
     Returns:
         Tensor: Shape (B, N, G, P, C), with C = D / G.
@@ -33,26 +72,137 @@ def sampling_3d(
     Raises:
         ValueError: If shapes do not fit together.
     """
-    if len(feats) != len(strides) or not feats:
+    if isinstance(feats, PackedLevels):
+        _check_packed(feats, points, strides)
+        points = points.to(feats.table.dtype)
+    else:
+        _check(feats, points, strides)
+        points = points.to(_dtype(points, *feats))
+    backend = select_backend(backend, points)
+    if backend == 'reference':
+        return sampling_3d_reference(_unpack(feats), points, strides)
+    packed = _pack(feats, points.dtype)
+    return op.sample(
+        packed.table.detach() if packed.tokens else packed.table,
+        points,
+        list(packed.tokens),
+        list(packed.sizes),
+        list(strides),
+        backend,
+    )
+
+
+def share_levels(
+    feats: Sequence[Tensor],
+    strides: Sequence[int],
+    calls: Sequence[tuple],
+    backend: str = 'auto',
+    dtype: torch.dtype = torch.float32,
+) -> list:
+    """Prepare levels for several calls of :func:`sampling_3d`.
+
+    Levels are converted to the layout of the kernels once instead of in each
+    call, and get one gradient for all calls.
+
+    Args:
+        feats (Sequence[Tensor]): Levels of shape (B, D, H_l, W_l).
+        strides (Sequence[int]): Pixels a cell of each level.
+        calls (Sequence[tuple[int]]): N, G and P of each call to come.
+        backend (str): As in :func:`sampling_3d`. Defaults to 'auto'.
+        dtype (torch.dtype): Of the points to come. Defaults to float32.
+
+    Returns:
+        list: For each call what to give as ``feats``, for that call alone.
+    """
+    _check_levels(feats, strides)
+    probe = feats[0].new_empty(0, dtype=dtype)
+    if select_backend(backend, probe) == 'reference':
+        return [feats] * len(calls)
+    packed = _pack(feats, _dtype(probe, *feats))
+    if not (torch.is_grad_enabled() and packed.table.requires_grad):
+        return [packed] * len(calls)
+    shapes = [size for call in calls for size in (packed.batch, *call)]
+    tokens = op.make_tokens(
+        packed.table, shapes, list(packed.sizes), list(strides)
+    )
+    return [
+        packed._replace(tokens=tuple(tokens[i : i + op.TOKENS]))
+        for i in range(0, len(tokens), op.TOKENS)
+    ]
+
+
+def _pack(feats: Levels, dtype: torch.dtype) -> PackedLevels:
+    if isinstance(feats, PackedLevels):
+        return feats
+    sizes = tuple(size for feat in feats for size in feat.shape[2:])
+    return PackedLevels(op.pack(list(feats), dtype), feats[0].shape[0], sizes)
+
+
+def _unpack(feats: Levels) -> Sequence[Tensor]:
+    if isinstance(feats, PackedLevels):
+        return fused.unpack(feats.table, feats.batch, feats.sizes)
+    return feats
+
+
+def _dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _check(feats, points, strides):
+    _check_levels(feats, strides)
+    _check_points(points, len(feats[0]), feats[0].shape[1])
+
+
+def _check_levels(feats, strides):
+    _check_number(len(feats), strides)
+    for level, feat in enumerate(feats):
+        if feat.dim() != 4:
+            raise ValueError(
+                f'feats[{level}] must have shape (B, D, H, W), '
+                f'got {tuple(feat.shape)}'
+            )
+        if feat.shape[:2] != feats[0].shape[:2]:
+            raise ValueError(
+                f'feats[{level}] has {feat.shape[0]} images of '
+                f'{feat.shape[1]} channels, feats[0] {feats[0].shape[0]} of '
+                f'{feats[0].shape[1]}; all levels need the same numbers'
+            )
+
+
+def _check_packed(packed, points, strides):
+    _check_number(packed.num_levels, strides)
+    _check_points(points, packed.batch, packed.table.shape[1])
+    if packed.tokens and packed.tokens[0].shape[:4] != points.shape[:4]:
         raise ValueError(
-            f'{len(feats)} feature levels do not fit '
+            'these levels were shared for points of shape '
+            f'{(*packed.tokens[0].shape[:4], 3)}, got {tuple(points.shape)}'
+        )
+
+
+def _check_number(num_levels, strides):
+    if num_levels != len(strides) or not num_levels:
+        raise ValueError(
+            f'{num_levels} feature levels do not fit '
             f'{len(strides)} strides {tuple(strides)}'
         )
+
+
+def _check_points(points, batch, channels):
     if points.dim() != 5 or points.shape[-1] != 3:
         raise ValueError(
             'points must have shape (B, N, G, P, 3), '
             f'got {tuple(points.shape)}'
         )
-    batch, _, groups = points.shape[:3]
-    for level, feat in enumerate(feats):
-        if feat.dim() != 4 or feat.shape[0] != batch:
-            raise ValueError(
-                f'feats[{level}] must have shape (B={batch}, '
-                f'D, H, W), got {tuple(feat.shape)}'
-            )
-        if feat.shape[1] != feats[0].shape[1] or feat.shape[1] % groups:
-            raise ValueError(
-                f'feats[{level}] has {feat.shape[1]} channels; all levels '
-                f'need the same number, divisible by {groups} groups'
-            )
-    return sampling_3d_reference(feats, points, strides)
+    if points.shape[0] != batch:
+        raise ValueError(
+            f'points of {points.shape[0]} images do not fit levels of '
+            f'{batch} images'
+        )
+    groups = points.shape[2]
+    if channels % groups:
+        raise ValueError(
+            f'levels of {channels} channels do not fit points of {groups} '
+            'groups; the first must be divisible by the second'
+        )
