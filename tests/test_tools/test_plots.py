@@ -230,6 +230,33 @@ def test_pictures_by_threshold_and_number(draw, drawing, coco_set, tmp_path):
     assert not has_color(picture, drawing.GREEN)
 
 
+def test_ground_truth_alone(draw, drawing, coco_set, tmp_path):
+    config = coco_set[0]
+    text = config.read_text().replace('test_dataloader', 'train_dataloader')
+    config.write_text(text)
+    out = tmp_path / 'pictures'
+    options = ['--truth', '--split', 'train', '--out-dir', str(out)]
+    assert draw.main([str(config), *options]) == 0
+    names = sorted(p.name for p in out.iterdir())
+    assert names == ['a.png', 'b.png', 'contact_sheet.png']
+    picture = cv2.imread(str(out / 'a.png'))
+    assert picture.shape == (720 + drawing.HEADER, 540, 3)
+    below = picture[drawing.HEADER :]
+    rows, columns = (
+        np.abs(below.astype(int) - drawing.class_color(0)).sum(-1) < 30
+    ).nonzero()
+    scale = 720 / 64
+    found = [columns.min(), rows.min(), columns.max(), rows.max()]
+    expected = np.array([10, 20, 30, 40]) * scale
+    np.testing.assert_allclose(found, expected, atol=2)
+
+
+def test_classes_differ_in_colour(drawing):
+    colors = np.array([drawing.class_color(i) for i in range(10)])
+    distances = np.abs(colors[:, None] - colors[None]).sum(-1)
+    assert distances[~np.eye(10, dtype=bool)].min() > 30
+
+
 @pytest.mark.parametrize('case', ['other data', 'no detections', 'no file'])
 def test_picture_errors(draw, coco_set, tmp_path, caplog, case):
     config, pkl, results = coco_set
@@ -247,7 +274,12 @@ def test_picture_errors(draw, coco_set, tmp_path, caplog, case):
 
 
 def test_checkpoint_or_pickle(draw):
-    for arguments in ([], ['w.pth', '--pkl', 'p.pkl']):
+    for arguments in (
+        [],
+        ['w.pth', '--pkl', 'p.pkl'],
+        ['w.pth', '--truth'],
+        ['w.pth', '--split', 'train'],
+    ):
         with pytest.raises(SystemExit) as error:
             draw.parse_args(['c.py', *arguments, '--out-dir', 'o'])
         assert error.value.code == 2

@@ -7,6 +7,8 @@ Example:
     python tools/test.py CONFIG CHECKPOINT --out predictions.pkl
     python tools/analysis_tools/draw_predictions.py CONFIG \
         --pkl predictions.pkl --out-dir pictures
+    python tools/analysis_tools/draw_predictions.py CONFIG --truth \
+        --split train --out-dir pictures
 """
 
 import argparse
@@ -24,17 +26,22 @@ from drawing import (
     best_threshold,
     contact_sheet,
     draw_pair,
+    draw_truth,
+    truth_sheet,
 )
 
 logger = logging.getLogger('draw_predictions')
 
 
-def load_dataset(config: str, options: Mapping | None = None):
-    """Build the test data set of a config.
+def load_dataset(
+    config: str, options: Mapping | None = None, split: str = 'test'
+):
+    """Build a data set of a config.
 
     Args:
         config (str): Path of the config.
         options (Mapping, optional): Changes to the config. Defaults to None.
+        split (str): 'train', 'val' or 'test'. Defaults to 'test'.
 
     Returns:
         tuple: The config and the data set.
@@ -49,7 +56,7 @@ def load_dataset(config: str, options: Mapping | None = None):
     register_all_modules()
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(dict(options or {}))
-    return cfg, DATASETS.build(cfg.test_dataloader.dataset)
+    return cfg, DATASETS.build(cfg[f'{split}_dataloader'].dataset)
 
 
 def read_pickle(path: str) -> dict[str, Mapping]:
@@ -97,27 +104,31 @@ def infer(
     }
 
 
-def make_sample(info: Mapping, prediction: Mapping) -> Sample:
+def make_sample(info: Mapping, prediction: Mapping | None) -> Sample:
     """Bring ground truth and predictions of an image together.
 
     Args:
         info (Mapping): Image of the data set.
-        prediction (Mapping): Predicted ``bboxes``, ``scores``, ``labels``.
+        prediction (Mapping, optional): Predicted ``bboxes``, ``scores``,
+            ``labels``.
 
     Returns:
         Sample: The image with its boxes.
     """
     truth = [i for i in info['instances'] if not i['ignore_flag']]
-    scores = np.asarray(prediction['scores'].cpu(), np.float64)
-    order = np.argsort(-scores, kind='stable')
-    return Sample(
+    sample = Sample(
         path=info['img_path'],
         gt_boxes=np.array([i['bbox'] for i in truth], float).reshape(-1, 4),
         gt_labels=np.array([i['bbox_label'] for i in truth], int),
-        boxes=np.asarray(prediction['bboxes'].cpu(), float)[order],
-        scores=scores[order],
-        labels=np.asarray(prediction['labels'].cpu(), int)[order],
     )
+    if prediction is None:
+        return sample
+    scores = np.asarray(prediction['scores'].cpu(), np.float64)
+    order = np.argsort(-scores, kind='stable')
+    sample.boxes = np.asarray(prediction['bboxes'].cpu(), float)[order]
+    sample.scores = scores[order]
+    sample.labels = np.asarray(prediction['labels'].cpu(), int)[order]
+    return sample
 
 
 def collect_samples(args: argparse.Namespace) -> tuple[list[Sample], tuple]:
@@ -129,11 +140,14 @@ def collect_samples(args: argparse.Namespace) -> tuple[list[Sample], tuple]:
     Returns:
         tuple: The samples and the class names.
     """
-    cfg, dataset = load_dataset(args.config)
+    cfg, dataset = load_dataset(args.config, split=args.split)
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     if not infos:
-        raise DrawError('the test data set is empty')
-    if args.pkl:
+        raise DrawError(f'the {args.split} data set is empty')
+    if args.truth:
+        infos = spread(infos, args.num)
+        predictions = dict.fromkeys(i['img_id'] for i in infos)
+    elif args.pkl:
         predictions = read_pickle(args.pkl)
     else:
         # Without a threshold all images are needed to choose one.
@@ -164,6 +178,33 @@ def spread(items: Sequence, number: int) -> list:
     return [items[i] for i in places.round().astype(int)]
 
 
+def draw_pairs(
+    samples: Sequence[Sample],
+    classes: Sequence[str],
+    args: argparse.Namespace,
+) -> dict[str, np.ndarray]:
+    """Draw ground truth and predictions side by side.
+
+    Args:
+        samples (Sequence[Sample]): All images with predictions.
+        classes (Sequence[str]): Class names.
+        args (argparse.Namespace): The options.
+
+    Returns:
+        dict[str, np.ndarray]: The pictures and their names.
+    """
+    score_thr = args.score_thr
+    if score_thr is None:
+        score_thr = best_threshold(samples)
+        logger.info('score threshold with the best F1: %.2f', score_thr)
+    samples = spread(samples, args.num)
+    pictures = {
+        Path(s.path).stem: draw_pair(s, classes, score_thr) for s in samples
+    }
+    pictures['contact_sheet'] = contact_sheet(samples, classes, score_thr)
+    return pictures
+
+
 def draw(args: argparse.Namespace) -> None:
     """Draw all pictures, as the command line says.
 
@@ -171,17 +212,13 @@ def draw(args: argparse.Namespace) -> None:
         args (argparse.Namespace): The options.
     """
     samples, classes = collect_samples(args)
-    score_thr = args.score_thr
-    if score_thr is None:
-        score_thr = best_threshold(samples)
-        logger.info('score threshold with the best F1: %.2f', score_thr)
-    samples = spread(samples, args.num)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    pictures = {
-        Path(s.path).stem: draw_pair(s, classes, score_thr) for s in samples
-    }
-    pictures['contact_sheet'] = contact_sheet(samples, classes, score_thr)
+    if args.truth:
+        pictures = {Path(s.path).stem: draw_truth(s, classes) for s in samples}
+        pictures['contact_sheet'] = truth_sheet(samples, classes)
+    else:
+        pictures = draw_pairs(samples, classes, args)
     for name, picture in pictures.items():
         path = out_dir / f'{name}.png'
         if not cv2.imwrite(str(path), picture):
@@ -207,6 +244,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--pkl', help='predictions of tools/test.py --out, saves inference'
     )
+    parser.add_argument(
+        '--truth',
+        action='store_true',
+        help='draw the ground truth alone, to check the data before a '
+        'training',
+    )
+    parser.add_argument(
+        '--split',
+        choices=('train', 'val', 'test'),
+        default='test',
+        help='of which data set, with --truth (default: test)',
+    )
     parser.add_argument('--out-dir', required=True, help='for the pictures')
     parser.add_argument(
         '--num', type=int, default=8, help='number of images (default: 8)'
@@ -219,8 +268,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--device', default='cpu', help='(default: cpu)')
     args = parser.parse_args(argv)
-    if (args.checkpoint is None) == (args.pkl is None):
-        parser.error('give either a checkpoint or --pkl')
+    given = (args.checkpoint is not None, args.pkl is not None, args.truth)
+    if sum(given) != 1:
+        parser.error('give either a checkpoint or --pkl or --truth')
+    if args.split != 'test' and not args.truth:
+        parser.error('--split goes with --truth')
     if args.num < 1:
         parser.error('--num must be positive')
     return args

@@ -1,7 +1,7 @@
 """Pictures of boxes, for the tools in this folder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -34,9 +34,9 @@ class Sample:
     path: str
     gt_boxes: np.ndarray
     gt_labels: np.ndarray
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -168,6 +168,69 @@ def header(width: int, parts: Sequence[tuple[str, tuple]]) -> np.ndarray:
     return bar
 
 
+def load_enlarged(path: str, side: int) -> tuple[np.ndarray, float]:
+    """Load an image in the size of a picture.
+
+    Args:
+        path (str): The image.
+        side (int): Longer side in pixels. Small images are enlarged.
+
+    Returns:
+        tuple: The image, shape (H, W, 3), and its scale.
+    """
+    image = cv2.imread(path, cv2.IMREAD_COLOR)
+    if image is None:
+        raise DrawError(f'cannot read image {path}')
+    scale = side / max(image.shape[:2])
+    way = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=way), (
+        scale
+    )
+
+
+def draw_truth(
+    sample: Sample,
+    classes: Sequence[str],
+    side: int = 720,
+    texts: bool = True,
+) -> np.ndarray:
+    """Draw ground truth alone, a colour a class.
+
+    Args:
+        sample (Sample): Image with boxes.
+        classes (Sequence[str]): Class names.
+        side (int): Longer side in pixels. Defaults to 720.
+        texts (bool): Whether to write labels and the header. Defaults to
+            True.
+
+    Returns:
+        np.ndarray: The picture, has shape (H, W, 3).
+    """
+    image, scale = load_enlarged(sample.path, side)
+    boxes = list(zip(sample.gt_boxes * scale, sample.gt_labels))
+    for box, label in boxes:
+        draw_box(image, box, class_color(label))
+    if not texts:
+        return image
+    for box, label in boxes:
+        draw_text(image, box, class_color(label), classes[label])
+    counts = np.bincount(sample.gt_labels, minlength=len(classes))
+    parts = [
+        (f'{count} {name}', class_color(label))
+        for label, (count, name) in enumerate(zip(counts, classes))
+        if count
+    ]
+    bar = header(image.shape[1], parts or [('no boxes', WHITE)])
+    return np.vstack([bar, image])
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """Return a bright BGR colour; neighbouring numbers differ most."""
+    hue = int(30 + label * 111) % 180
+    pixel = np.array([[[hue, 170, 255]]], np.uint8)
+    return tuple(cv2.cvtColor(pixel, cv2.COLOR_HSV2BGR)[0, 0].tolist())
+
+
 def draw_pair(
     sample: Sample,
     classes: Sequence[str],
@@ -189,12 +252,7 @@ def draw_pair(
     Returns:
         np.ndarray: The picture, has shape (H, W, 3).
     """
-    image = cv2.imread(sample.path, cv2.IMREAD_COLOR)
-    if image is None:
-        raise DrawError(f'cannot read image {sample.path}')
-    scale = side / max(image.shape[:2])
-    way = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
-    left = cv2.resize(image, None, fx=scale, fy=scale, interpolation=way)
+    left, scale = load_enlarged(sample.path, side)
     right = left.copy()
     shown = sample.scores >= score_thr
     hits = np.where(shown, match(sample), -1)
@@ -246,15 +304,6 @@ def contact_sheet(
     Returns:
         np.ndarray: The sheet, has shape (H, W, 3).
     """
-    pairs = [draw_pair(s, classes, score_thr, 400, False) for s in samples]
-    height = max(p.shape[0] for p in pairs) + 2 * GAP
-    width = max(p.shape[1] for p in pairs) + 3 * GAP
-    columns = 1 if len(pairs) == 1 else 2
-    rows = -(-len(pairs) // columns)
-    sheet = np.full((rows * height, columns * width, 3), WHITE, np.uint8)
-    for i, pair in enumerate(pairs):
-        y, x = i // columns * height + GAP, i % columns * width + GAP
-        sheet[y : y + pair.shape[0], x : x + pair.shape[1]] = pair
     text = [
         ('left of each pair: boxes by hand', YELLOW),
         ('(dashed: missed)', YELLOW),
@@ -262,4 +311,46 @@ def contact_sheet(
         ('right', GREEN),
         ('wrong', MAGENTA),
     ]
+    pairs = [draw_pair(s, classes, score_thr, 400, False) for s in samples]
+    return arrange(pairs, 2, text)
+
+
+def truth_sheet(
+    samples: Sequence[Sample], classes: Sequence[str]
+) -> np.ndarray:
+    """Draw the ground truth of all images small on one sheet.
+
+    Args:
+        samples (Sequence[Sample]): The images.
+        classes (Sequence[str]): Class names.
+
+    Returns:
+        np.ndarray: The sheet, has shape (H, W, 3).
+    """
+    text = [(name, class_color(i)) for i, name in enumerate(classes)]
+    pictures = [draw_truth(s, classes, 400, False) for s in samples]
+    return arrange(pictures, 4, text)
+
+
+def arrange(
+    pairs: Sequence[np.ndarray], columns: int, text: Sequence[tuple]
+) -> np.ndarray:
+    """Put pictures on a sheet below a line of text.
+
+    Args:
+        pairs (Sequence[np.ndarray]): The pictures.
+        columns (int): Pictures a row at most.
+        text (Sequence[tuple]): See :func:`header`.
+
+    Returns:
+        np.ndarray: The sheet, has shape (H, W, 3).
+    """
+    height = max(p.shape[0] for p in pairs) + 2 * GAP
+    width = max(p.shape[1] for p in pairs) + 3 * GAP
+    columns = min(columns, len(pairs))
+    rows = -(-len(pairs) // columns)
+    sheet = np.full((rows * height, columns * width, 3), WHITE, np.uint8)
+    for i, pair in enumerate(pairs):
+        y, x = i // columns * height + GAP, i % columns * width + GAP
+        sheet[y : y + pair.shape[0], x : x + pair.shape[1]] = pair
     return np.vstack([header(sheet.shape[1], text), sheet])
