@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lors_plugin.ops.adaptive_mixing.reference import (
+    LowRank,
+    adaptive_mixing_reference,
+)
+
 _RELUS = (
     torch.relu,
     torch.relu_,
@@ -46,6 +51,9 @@ class _MaskedReLU(torch.autograd.Function):
 class Kinks(TorchFunctionMode):
     """Watch every ReLU while active; flip the gradient of some elements.
 
+    Those inside of the mixing operator too: its reference shows them, and
+    computes the one call of which an element is flipped.
+
     Args:
         width (float): How close to zero counts as on the kink.
         limit (int): How many elements to remember, the nearest ones.
@@ -77,7 +85,22 @@ class Kinks(TorchFunctionMode):
             if value < self.width
         ]
 
+    def _mix(self, func, args: tuple) -> tuple[Tensor, Tensor]:
+        out, stats = func(*args)
+        x, weights, *factors, eps, _ = args
+        parts = [
+            None if part[0] is None else LowRank(*part)
+            for part in (factors[:3], factors[3:])
+        ]
+        first = self._calls
+        with self:
+            watched = adaptive_mixing_reference(x, weights, *parts, eps)
+        flipped = any(first <= e.call < self._calls for e in self.flipped)
+        return (watched if flipped else out), stats
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.lors_plugin.adaptive_mixing_forward.default:
+            return self._mix(func, args)
         x = args[0] if args else None
         if func not in _RELUS or not isinstance(x, Tensor):
             return func(*args, **(kwargs or {}))

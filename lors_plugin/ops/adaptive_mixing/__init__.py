@@ -6,16 +6,11 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..backend import resolve_backend
-from .fused import adaptive_mixing_fused
+from ..backend import select_backend
+from .op import mixing_forward
 from .reference import LowRank, adaptive_mixing_reference
 
 __all__ = ['LowRank', 'adaptive_mixing']
-
-_PATHS = {
-    'reference': adaptive_mixing_reference,
-    'torch': adaptive_mixing_fused,
-}
 
 
 def adaptive_mixing(
@@ -51,7 +46,8 @@ def adaptive_mixing(
         channel_low_rank (LowRank, optional): Low-rank part of ``M``.
         spatial_low_rank (LowRank, optional): Low-rank part of ``S``.
         eps (float): Added to the variances. Defaults to 1e-5.
-        backend (str): 'auto', 'torch' or 'reference'. Defaults to 'auto'.
+        backend (str): 'auto', 'torch', 'triton' or 'reference', see
+            :func:`lors_plugin.ops.backend.select_backend`.
 
     Returns:
         Tensor: Mixed features, shape (B, N, G, Q, C).
@@ -60,17 +56,26 @@ def adaptive_mixing(
         ValueError: If shapes do not fit together.
     """
     _check(x, weights, channel_low_rank, spatial_low_rank)
-    mix = _PATHS[resolve_backend(backend)]
     dtype = _product_dtype(
         x, weights, *(channel_low_rank or ()), *(spatial_low_rank or ())
     )
-    return mix(
-        x.to(dtype),
-        weights.to(dtype),
-        _cast(channel_low_rank, dtype),
-        _cast(spatial_low_rank, dtype),
+    x, weights = x.to(dtype), weights.to(dtype)
+    channel_low_rank = _cast(channel_low_rank, dtype)
+    spatial_low_rank = _cast(spatial_low_rank, dtype)
+    chosen = select_backend(backend, x)
+    if chosen == 'reference':
+        return adaptive_mixing_reference(
+            x, weights, channel_low_rank, spatial_low_rank, eps
+        )
+    none = (None,) * 3
+    return mixing_forward(
+        x,
+        weights,
+        *(channel_low_rank or none),
+        *(spatial_low_rank or none),
         eps,
-    )
+        chosen,
+    )[0]
 
 
 def _product_dtype(*tensors: Tensor) -> torch.dtype:
@@ -93,7 +98,9 @@ def _check(x, weights, channel_low_rank, spatial_low_rank):
     *lead, points, width = x.shape
     out_points, rest = 0, 0
     if weights.dim() == 4 and points:
-        out_points, rest = divmod(weights.shape[-1] - width**2, points)
+        # Not `divmod`, which the compiler does not know for dynamic shapes.
+        numbers = weights.shape[-1] - width**2
+        out_points, rest = numbers // points, numbers % points
     if list(weights.shape[:-1]) != lead or out_points < 1 or rest:
         raise ValueError(
             f'weights must have shape {(*lead, f"{width**2} + {points} Q")} '
