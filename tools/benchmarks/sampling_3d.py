@@ -1,7 +1,8 @@
 """Benchmark of 3D sampling.
 
-One call, from feature levels and points to sampled features, with boxes of
-all sizes and places as late stages have them.
+From feature levels and points to sampled features, for all stages of a
+decoder (``--calls``), which read the same levels. Boxes are of all sizes and
+places, as late stages have them.
 
 Example:
     python tools/benchmarks/sampling_3d.py --quick
@@ -18,7 +19,7 @@ from harness import Lane
 from models import IMAGE, build_decoder, feature_maps, random_boxes
 from report import Case
 
-from lors_plugin.ops import sampling_3d
+from lors_plugin.ops import sampling_3d, share_levels
 
 FORMATS = dict(nchw=torch.contiguous_format, channels_last=torch.channels_last)
 
@@ -31,22 +32,26 @@ def make_lanes(args, decoder, queries, batch):
         feat.to(args.device, memory_format=FORMATS[args.memory_format])
         for feat in feature_maps(batch, decoder.feat_channels, image, strides)
     ]
-    content = torch.randn(batch, queries, decoder.embed_dims)
-    boxes = random_boxes(batch, queries, image)
-    with torch.no_grad():
-        points = original.sampling_points(
-            decoder.stages[0].sampling, content, boxes
-        ).to(args.device)
+    stage = decoder.stages[0].sampling
+    points = []
+    for _ in range(args.calls):
+        content = torch.randn(batch, queries, decoder.embed_dims)
+        boxes = random_boxes(batch, queries, image)
+        with torch.no_grad():
+            made = original.sampling_points(stage, content, boxes)
+        points.append(made.to(args.device))
     leaves = {f'level {i}': feat for i, feat in enumerate(feats)}
-    leaves['points'] = points
+    leaves.update({f'points {i}': made for i, made in enumerate(points)})
     for leaf in leaves.values():
         leaf.requires_grad_()
+    calls = [tuple(made.shape[1:4]) for made in points]
 
     def ours():
-        return [sampling_3d(feats, points, strides)]
+        levels = share_levels(feats, strides, calls)
+        return [sampling_3d(*pair, strides) for pair in zip(levels, points)]
 
     def theirs():
-        return [original.sampling(feats, points, strides)]
+        return [original.sampling(feats, made, strides) for made in points]
 
     makers = [partial(Lane, 'reference', ours, leaves)]
     if 'original' in args.providers:
@@ -66,6 +71,12 @@ def main(argv=None):
         default='nchw',
         help='of the feature levels (default: %(default)s)',
     )
+    parser.add_argument(
+        '--calls',
+        type=int,
+        default=6,
+        help='how often the levels are sampled (default: %(default)s)',
+    )
     args = read_arguments(parser, argv)
     cases = []
     for model in args.models:
@@ -82,6 +93,7 @@ def main(argv=None):
                     channels=decoder.feat_channels,
                     image=IMAGE[args.size],
                     strides=decoder.strides,
+                    calls=args.calls,
                     memory_format=args.memory_format,
                 )
                 build = partial(make_lanes, args, decoder, queries)
