@@ -25,12 +25,6 @@ FULL_CAPABILITY = (8, 0)
 logger = logging.getLogger('lors_plugin')
 
 
-def resolve_backend(requested: str = 'auto') -> str:
-    """Turn a request into ``'torch'`` or ``'reference'``, for any device."""
-    name = _requested(requested)[0]
-    return 'torch' if name in ('auto', 'triton') else name
-
-
 def select_backend(requested: str, tensor: Tensor) -> str:
     """Choose the implementation for one call.
 

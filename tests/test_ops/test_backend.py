@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from lors_plugin import ops
 from lors_plugin.ops import backend
 from lors_plugin.ops.backend import ENV_NAME, select_backend, triton_verdict
 
@@ -184,6 +185,33 @@ def test_inside_a_compiled_function(monkeypatch, caplog, requested):
     wanted = 3 if requested == 'auto' else 4
     assert run(torch.ones(3)).tolist() == [wanted] * 3
     assert ('not today' in caplog.text) == (requested == 'auto')
+
+
+@pytest.mark.parametrize('name', ['adaptive_mixing', 'sampling_3d'])
+def test_variable_reaches_the_operator(monkeypatch, name):
+    """'reference' must not pass through the registered operator."""
+    called = []
+    module = sys.modules[getattr(ops, name).__module__]
+    reference = getattr(module, f'{name}_reference')
+
+    def spy(*args):
+        called.append('reference')
+        return reference(*args)
+
+    monkeypatch.setattr(module, f'{name}_reference', spy)
+    inputs = [torch.rand(1, 1, 1, 2, 2), torch.rand(1, 1, 1, 8)]
+    if name == 'sampling_3d':
+        feats = [torch.rand(1, 2, 3, 3)]
+        inputs = [feats, torch.rand(1, 1, 1, 2, 3), [4]]
+    results = []
+    for variable in ('reference', 'torch'):
+        monkeypatch.setenv(ENV_NAME, variable)
+        results.append(getattr(ops, name)(*inputs))
+        called.append(variable)
+    assert called == ['reference', 'reference', 'torch']
+    torch.testing.assert_close(*results)
+    with pytest.raises(ValueError, match="backend='fast' is no backend"):
+        getattr(ops, name)(*inputs, backend='fast')
 
 
 def test_import_asks_nobody():
