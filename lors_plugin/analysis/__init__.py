@@ -1,0 +1,27 @@
+"""What a model costs: parameters, multiply-adds, memory for activations."""
+
+from .builders import (
+    ConfigCounts,
+    UncountableError,
+    count_config,
+    make_forward,
+    test_shape,
+)
+from .counter import OperatorCounter
+from .model_counts import ModelCounts, PartCounts, count_model
+from .parts import part_of
+from .weightless import WeightlessModel
+
+__all__ = [
+    'ConfigCounts',
+    'ModelCounts',
+    'OperatorCounter',
+    'PartCounts',
+    'UncountableError',
+    'WeightlessModel',
+    'count_config',
+    'count_model',
+    'make_forward',
+    'part_of',
+    'test_shape',
+]

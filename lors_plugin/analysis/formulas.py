@@ -1,0 +1,241 @@
+"""Multiply-adds of operators, from the shapes of their tensors.
+
+One multiply-add is a product that is added to something. Matrix products,
+convolutions and attention are PyTorch's own formulas; here is what those
+leave out. Additions of biases, norms and activations are no multiply-adds:
+:class:`lors_plugin.analysis.OperatorCounter` counts their results apart.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+MIXING = 'lors_plugin::adaptive_mixing_forward'
+# Operators of PyTorch that multiply and add and have no formula.
+_UNKNOWN = ('fft', 'linalg', 'cdist', 'lstm', 'gru', 'rnn', 'quantized')
+# Operators of this package that only move numbers.
+_COPIES = ('_pack', '_tokens')
+# Cells that an interpolated value is made from.
+INTERPOLATION = dict(linear1d=2, bilinear2d=4, bicubic2d=16, trilinear3d=8)
+
+
+def low_rank_products(
+    rows: int, cols: int, other: int, groups: int, rank: int
+) -> tuple[int, int]:
+    """Multiply-adds of ``sum_k left_k E_k right_k`` in a product.
+
+    Args:
+        rows (int): Rows of ``left``.
+        cols (int): Columns of ``right``.
+        other (int): Vectors that the matrix is applied to.
+        groups (int): Parameter groups ``K``.
+        rank (int): ``r``.
+
+    Returns:
+        tuple[int]: Kept factored, the vectors go through the three factors
+        one after the other; formed, the matrix is made and added to the one
+        that is there already, at no further product.
+    """
+    factored = other * (rows * rank + rank**2 + rank * cols)
+    formed = rank**2 * min(rows, cols) + rows * rank * cols
+    return groups * factored, groups * formed
+
+
+def mixing_multiply_adds(
+    x: Sequence[int],
+    generated: Sequence[int],
+    channel_core: Optional[Sequence[int]] = None,
+    spatial_core: Optional[Sequence[int]] = None,
+) -> dict[str, int]:
+    """Multiply-adds of :func:`lors_plugin.ops.adaptive_mixing`.
+
+    The low-rank part of each side is counted the cheaper way, factored or
+    formed, so that the count belongs to the method and to no program.
+
+    Args:
+        x (Sequence[int]): (B, N, G, P, C).
+        generated (Sequence[int]): (B, N, G, C C + Q P).
+        channel_core (Sequence[int], optional): (B, N, G, K, r, r).
+        spatial_core (Sequence[int], optional): (B, N, G, K, r, r).
+
+    Returns:
+        dict[str, int]: '' for ``x M`` and ``S y``; 'low_rank'.
+    """
+    *lead, points, width = x
+    out_points = (generated[-1] - width**2) // points
+    each = prod(lead)
+    low_rank = 0
+    for core, rows, cols, other in (
+        (channel_core, width, width, points),
+        (spatial_core, out_points, points, width),
+    ):
+        if core is not None:
+            groups, rank = core[-3], core[-1]
+            low_rank += min(low_rank_products(rows, cols, other, groups, rank))
+    products = points * width * width + out_points * points * width
+    return {'': each * products, 'low_rank': each * low_rank}
+
+
+def sampling_multiply_adds(sampled: Sequence[int], num_levels: int) -> int:
+    """Multiply-adds of :func:`lors_plugin.ops.sampling_3d`.
+
+    For each point, level and channel four of the bilinear interpolation and
+    one of the level's weight. What the weights are made of, some ten
+    operations a point and level for all channels, is not counted.
+
+    Args:
+        sampled (Sequence[int]): (B, N, G, P, C).
+        num_levels (int): ``L``.
+
+    Returns:
+        int: The count.
+    """
+    return prod(sampled) * num_levels * 5
+
+
+def _mixing(x, weights, c_core, s_core, **_):
+    cores = [None if core is None else core.shape for core in (c_core, s_core)]
+    return mixing_multiply_adds(x.shape, weights.shape, *cores)
+
+
+def _sampling(*_, out, strides, **__):
+    return {'': sampling_multiply_adds(out.shape, len(strides))}
+
+
+def _grid_sample(x, grid, mode=0, *_, out, **__):
+    cells = {0: 2 ** (x.dim() - 2), 2: 16}.get(mode, 0)
+    return {'': out.numel() * cells}
+
+
+def _matrix_vector(*args, **_):
+    matrix = next(a for a in args if isinstance(a, Tensor) and a.dim() == 2)
+    return {'': matrix.numel()}
+
+
+def _dot(x, *_, **__):
+    return {'': x.numel()}
+
+
+def _embedding_bag(weight, indices, *_, out, **__):
+    return {'': indices.numel() * weight.shape[1]}
+
+
+def _deform_conv(x, weight, offset, mask, *rest, out, **__):
+    # `use_mask` is the last argument.
+    batch, _, height, width = out.shape
+    each = weight[0, 0].numel() * x.shape[1] * (5 if rest[-1] else 4)
+    sampling = batch * height * width * each
+    return {'': out.numel() * weight[0].numel() + sampling}
+
+
+def _interpolation(cells: int) -> Callable:
+    return lambda *_, out, **__: {'': out.numel() * cells}
+
+
+_OURS: dict[str, Callable] = {
+    MIXING: _mixing,
+    'lors_plugin::sampling_3d_table': _sampling,
+    'lors_plugin::sampling_3d_triton': _sampling,
+    'aten::grid_sampler_2d': _grid_sample,
+    'aten::grid_sampler_3d': _grid_sample,
+    'torchvision::deform_conv2d': _deform_conv,
+    'aten::mv': _matrix_vector,
+    'aten::addmv': _matrix_vector,
+    'aten::dot': _dot,
+    'aten::vdot': _dot,
+    'aten::_embedding_bag': _embedding_bag,
+    'aten::_embedding_bag_forward_only': _embedding_bag,
+}
+for _name, _cells in INTERPOLATION.items():
+    for _form in ('', '_aa'):
+        _OURS[f'aten::_upsample_{_name}{_form}'] = _interpolation(_cells)
+        _OURS[f'aten::upsample_{_name}{_form}'] = _interpolation(_cells)
+
+
+def has_formula(func: Any) -> bool:
+    """Whether the multiply-adds of an operator are known."""
+    return func._schema.name in _OURS or func._overloadpacket in flop_registry
+
+
+def multiply_adds(
+    func: Any, args: tuple, kwargs: dict, out: Any
+) -> dict[str, int]:
+    """Count one call of an operator that :func:`has_formula`.
+
+    Args:
+        func (torch._ops.OpOverload): The operator.
+        args (tuple): What it was called with.
+        kwargs (dict): What it was called with, by name.
+        out (Any): What it returned.
+
+    Returns:
+        dict[str, int]: Multiply-adds of each kind of work, '' being the
+        main one.
+    """
+    ours = _OURS.get(func._schema.name)
+    if ours is not None:
+        first = out[0] if isinstance(out, (tuple, list)) else out
+        if func.namespace == 'lors_plugin':
+            names = [a.name for a in func._schema.arguments]
+            args, kwargs = (), {**dict(zip(names, args)), **kwargs}
+        return ours(*args, **kwargs, out=first)
+    formula = flop_registry[func._overloadpacket]
+    return {'': formula(*args, **kwargs, out_val=out) // 2}
+
+
+# Norms, reductions and poolings: a result each, like additions.
+_NORMS = (
+    'aten::native_layer_norm',
+    'aten::native_group_norm',
+    'aten::native_batch_norm',
+    'aten::_native_batch_norm_legit',
+    'aten::_native_batch_norm_legit_no_training',
+    'aten::cudnn_batch_norm',
+    'aten::_softmax',
+    'aten::_log_softmax',
+    'aten::avg_pool2d',
+    'aten::adaptive_avg_pool2d',
+    'aten::_adaptive_avg_pool2d',
+    'aten::max_pool2d_with_indices',
+    'aten::mean',
+    'aten::sum',
+    'aten::cumsum',
+    'aten::prod',
+)  # fmt: skip
+
+
+def elementwise_results(func: Any, args: tuple, out: Any) -> int:
+    """Numbers that a pointwise operator, norm or pooling gives.
+
+    Args:
+        func (torch._ops.OpOverload): The operator.
+        args (tuple): What it was called with.
+        out (Any): What it returned.
+
+    Returns:
+        int: The floating-point numbers in its first result, 0 for an
+        operator of another kind. For adaptive mixing those of both norms
+        and both ReLUs.
+    """
+    first = out[0] if isinstance(out, (tuple, list)) else out
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        return 0
+    name = func._schema.name
+    if name == MIXING:
+        return 2 * (args[0].numel() + first.numel())
+    if torch.Tag.pointwise in func.tags or name in _NORMS:
+        return first.numel()
+    return 0
+
+
+def may_multiply(func: Any) -> bool:
+    """Whether an operator without a formula might need one."""
+    if func.namespace == 'lors_plugin':
+        return not func._schema.name.endswith(_COPIES)
+    if func.namespace not in ('aten', 'prim'):
+        return True
+    return any(part in func._schema.name for part in _UNKNOWN)
