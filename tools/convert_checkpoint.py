@@ -3,6 +3,11 @@
 Class names and other meta data are kept, averaged (EMA) weights are taken
 where there are any, optimizer state is dropped. Keys that are unknown or
 missing are listed and nothing is written.
+
+Files of MMCV's EMAHook hold two sets of weights and do not say which are the
+averages. By its defaults they are the buffers `ema_*`, which are taken; where
+it ran before the checkpoint was written (a priority above the usual one, as
+`priority=49`), it had swapped them: use --no-ema.
 """
 
 import argparse
@@ -36,12 +41,65 @@ def parse_args(argv=None):
         help='take the plain weights even if there are averaged ones',
     )
     parser.add_argument(
+        '--config',
+        help='load the weights into the model of this config before anything '
+        'is written, which checks their shapes too; needed for no backbone, '
+        'but the only check of one that is neither ResNet(XT) nor Swin',
+    )
+    parser.add_argument(
         '--trust',
         action='store_true',
         help='allow SRC to run code of its own while it is read; only for '
         'files from people you trust',
     )
     return parser.parse_args(argv)
+
+
+def check_fits(state, path):
+    """Load weights into the model of a config, strictly."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, DefaultScope
+
+    from lors_plugin.checkpoints import ConversionError
+
+    config = Config.fromfile(path)
+    scope = config.get('default_scope', 'mmdet')
+    with DefaultScope.overwrite_default_scope(scope):
+        model = MODELS.build(config.model)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConversionError(f'{path} does not fit: {error}') from error
+
+
+def check_backbone(state, config):
+    """Refuse a file without one; warn of one that nothing is known of."""
+    from lors_plugin.checkpoints import (
+        ConversionError,
+        backbone_keys,
+        backbone_problems,
+    )
+
+    keys = backbone_keys(state)
+    if not keys:
+        raise ConversionError('missing keys: there is no backbone')
+    if backbone_problems(keys).kind is None and not config:
+        sys.stderr.write(
+            'warning: the backbone is neither a ResNet(XT) nor a Swin of '
+            'MMDetection; its keys are taken over as they are, and only '
+            '--config CONFIG checks them\n'
+        )
+
+
+def meta_of(content, reverse):
+    """Meta data, with class names where the old framework looks for them."""
+    meta = dict(content.get('meta') or {})
+    if reverse:
+        for name in ('classes', 'palette'):
+            value = (meta.get('dataset_meta') or {}).get(name)
+            if value is not None:
+                meta.setdefault(name.upper(), value)
+    return meta
 
 
 def convert(args):
@@ -60,9 +118,12 @@ def convert(args):
     source = args.source
     if source == 'auto':
         source = guess_source(state)
+    check_backbone(state, args.config)
     converter = to_original if args.reverse else to_lors_plugin
-    converted = converter(state, source)
-    meta = dict(content.get('meta') or {})
+    converted = converter(state, source, check_backbone=not args.config)
+    if args.config:
+        check_fits(state if args.reverse else converted, args.config)
+    meta = meta_of(content, args.reverse)
     save_checkpoint_file(dict(meta=meta, state_dict=converted), args.dst)
     direction = 'to' if args.reverse else 'from'
     return (

@@ -5,9 +5,11 @@ import re
 import torch
 from torch import Tensor
 
+from .backbones import backbone_problems
 from .key_map import CONSTANT_KEY, CONSTANT_ROW, KEY_MAPS, find_rule
 
 StateDict = dict[str, Tensor]
+BACKBONE = 'backbone.'
 
 
 class ConversionError(ValueError):
@@ -35,39 +37,52 @@ def guess_source(state: StateDict) -> str:
     )
 
 
-def to_lors_plugin(state: StateDict, source: str) -> StateDict:
+def to_lors_plugin(
+    state: StateDict, source: str, check_backbone: bool = True
+) -> StateDict:
     """Translate a state dict of an original program.
 
     Args:
-        state (dict[str, Tensor]): Original keys and weights.
+        state (dict[str, Tensor]): Original keys and weights, of a whole
+            detector or of parts without the backbone.
         source (str): 'adamixer' or 'lors'.
+        check_backbone (bool): Compare the backbone's keys with those of the
+            published ones. Backbones of other kinds are taken over as they
+            are. Defaults to True.
 
     Returns:
         dict[str, Tensor]: Keys of this package.
 
     Raises:
         ConversionError: If keys are unknown or missing; lists all of them.
-            Which weights the backbone needs is not known here.
     """
     state = {k: v for k, v in state.items() if k != CONSTANT_KEY}
     rules = KEY_MAPS[source]
-    _check_complete(state, rules, reverse=False)
+    _check_complete(state, rules, False, check_backbone)
     groups = _num_groups(state) if source == 'lors' else 1
     converted = {}
     for key, value in state.items():
         rule, new = find_rule(rules, key)
         if rule.stacked:
+            if groups < 1 or len(value) % groups:
+                raise ConversionError(
+                    f'{key} of shape {tuple(value.shape)} does not split '
+                    f'into the {groups} groups of the shared generator'
+                )
             value = value.unflatten(0, (groups, -1))
         converted[new] = value
     return converted
 
 
-def to_original(state: StateDict, target: str) -> StateDict:
+def to_original(
+    state: StateDict, target: str, check_backbone: bool = True
+) -> StateDict:
     """Translate a state dict of this package back.
 
     Args:
         state (dict[str, Tensor]): Keys of this package.
         target (str): 'adamixer' or 'lors'.
+        check_backbone (bool): As in :func:`to_lors_plugin`.
 
     Returns:
         dict[str, Tensor]: Original keys, the constant positions included.
@@ -76,7 +91,7 @@ def to_original(state: StateDict, target: str) -> StateDict:
         ConversionError: As in :func:`to_lors_plugin`.
     """
     rules = KEY_MAPS[target]
-    _check_complete(state, rules, reverse=True)
+    _check_complete(state, rules, True, check_backbone)
     converted = {}
     for key, value in state.items():
         rule, old = find_rule(rules, key, reverse=True)
@@ -87,6 +102,13 @@ def to_original(state: StateDict, target: str) -> StateDict:
             len(content), 1
         )
     return converted
+
+
+def backbone_keys(state: StateDict) -> list[str]:
+    """Keys of the backbone without their prefix; the same on both sides."""
+    return [
+        key.removeprefix(BACKBONE) for key in state if key.startswith(BACKBONE)
+    ]
 
 
 def _num_groups(state: StateDict) -> int:
@@ -105,15 +127,20 @@ def _num_groups(state: StateDict) -> int:
     return generated // (width**2 + out_points * in_points)
 
 
-def _check_complete(state: StateDict, rules: list, reverse: bool) -> None:
+def _check_complete(
+    state: StateDict, rules: list, reverse: bool, check_backbone: bool
+) -> None:
     unknown = [k for k in state if find_rule(rules, k, reverse) is None]
-    missing = sorted(
-        {
-            *_missing_in_stages(state),
-            *_missing_kinds(state, rules, reverse),
-            *_missing_halves(state, rules, reverse),
-        }
-    )
+    missing = {
+        *_missing_in_stages(state),
+        *_missing_kinds(state, rules, reverse),
+        *_missing_halves(state, rules, reverse),
+    }
+    if check_backbone:
+        _, strangers, absent = backbone_problems(backbone_keys(state))
+        unknown += [BACKBONE + key for key in strangers]
+        missing.update(BACKBONE + key for key in absent)
+    missing = sorted(missing)
     problems = []
     if unknown:
         problems.append(f'{len(unknown)} unknown keys: ' + ', '.join(unknown))
@@ -124,25 +151,29 @@ def _check_complete(state: StateDict, rules: list, reverse: bool) -> None:
 
 
 def _missing_in_stages(state: StateDict) -> list:
-    """Keys that some stages have and one lacks."""
-    stages = {}
+    """Keys that some stages, or levels of the neck, have and one lacks."""
+    stages = {'neck': {}, 'decoder': {}}
     for key in state:
-        if key.startswith(('roi_head.', 'decoder.')):
+        if key.startswith(('roi_head.', 'decoder.', 'neck.')):
             match = re.search(r'\.(\d+)(?=\.|$)', key)
             if match:
                 kind = key[: match.start(1)] + '{}' + key[match.end(1) :]
-                stages.setdefault(kind, set()).add(int(match[1]))
-    number = 1 + max(map(max, stages.values()), default=-1)
-    return [
-        kind.format(stage)
-        for kind, present in stages.items()
-        for stage in set(range(number)) - present
-    ]
+                part = 'neck' if key.startswith('neck.') else 'decoder'
+                stages[part].setdefault(kind, set()).add(int(match[1]))
+    missing = []
+    for kinds in stages.values():
+        number = 1 + max(map(max, kinds.values()), default=-1)
+        missing += [
+            kind.format(stage)
+            for kind, present in kinds.items()
+            for stage in set(range(number)) - present
+        ]
+    return missing
 
 
 def _missing_kinds(state: StateDict, rules: list, reverse: bool) -> list:
     """Kinds of keys that a whole detector has and this one lacks."""
-    if not any(key.startswith('backbone.') for key in state):
+    if not backbone_keys(state):
         return []  # a part of a detector
     found = [find_rule(rules, key, reverse) for key in state]
     used = {match[0] for match in found if match}
@@ -164,7 +195,7 @@ def _missing_halves(state: StateDict, rules: list, reverse: bool) -> list:
             other
             and match
             and match[0].old.endswith('{p}')
-            and not match[0].old.startswith('backbone.')
+            and not key.startswith(BACKBONE)
             and f'{stem}.{other}' not in state
         ):
             missing.append(f'{stem}.{other}')

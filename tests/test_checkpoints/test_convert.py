@@ -20,6 +20,7 @@ CONFIGS = dict(
     lors='configs/lors_adamixer/lors-adamixer_r50_8xb2-1x_coco.py',
 )
 SOURCES = list(CONFIGS)
+ORIGINAL = {}
 
 
 @pytest.fixture(params=SOURCES)
@@ -32,11 +33,23 @@ def released(request, goldens):
     }
 
 
+@pytest.fixture
+def original(goldens):
+    """Weights of a small detector of an original program, to be changed."""
+
+    def make(source):
+        if source not in ORIGINAL:
+            golden = Golden(goldens / f'{source}_detector_small.npz')
+            ORIGINAL[source] = golden.original_weights()
+        return dict(ORIGINAL[source])
+
+    return make
+
+
 @pytest.fixture(params=SOURCES)
-def small(request, goldens):
+def small(request, original):
     """Source and original weights of a small detector."""
-    golden = Golden(goldens / f'{request.param}_detector_small.npz')
-    return request.param, golden.original_weights()
+    return request.param, original(request.param)
 
 
 def shapes(state):
@@ -73,10 +86,9 @@ def test_round_trip_from_ours(tiny_detector):
         assert_close(back, dict(state), rtol=0, atol=0)
 
 
-def test_stacked_factors_keep_their_groups(goldens):
+def test_stacked_factors_keep_their_groups(original):
     """(G K, rows, r): the groups outside, the parameter groups inside."""
-    golden = Golden(goldens / 'lors_detector_small.npz')
-    state = golden.original_weights()
+    state = original('lors')
     old = state['roi_head.adaptive_mixing.ml_parameters.2']
     new = to_lors_plugin(state, 'lors')['decoder.mixing.channel_part.left.2']
     assert new.shape == (2, 3, 32, 8)
@@ -91,8 +103,11 @@ def test_constant_positions_are_dropped(small):
 
 def test_unknown_keys_are_all_listed(small):
     source, state = small
-    state['backbonex.conv1.weight'] = state['extra'] = torch.zeros(1)
-    message = '2 unknown keys: backbonex.conv1.weight, extra'
+    for key in ('backbonex.conv1.weight', 'extra', 'backbone.conv2.weight'):
+        state[key] = torch.zeros(1)
+    message = (
+        '3 unknown keys: backbonex.conv1.weight, extra, backbone.conv2.weight'
+    )
     with pytest.raises(ConversionError, match=message):
         to_lors_plugin(state, source)
 
@@ -112,6 +127,33 @@ MISSING = {
     ),
     'content': ('rpn_head.init_content_features.weight',),
     'norm_of_neck': ('neck.gn_out.bias',),
+    'level_of_neck': (
+        'neck.lateral_convs.1.conv.weight',
+        'neck.lateral_convs.1.conv.bias',
+    ),
+    'backbone': (
+        'backbone.conv1.weight',
+        'backbone.layer2.0.downsample.0.weight',
+        'backbone.layer3.1.bn2.running_var',
+        'backbone.layer4.1.bn1.num_batches_tracked',
+    ),
+    'block_of_the_backbone': tuple(
+        f'backbone.layer3.1.{part}'
+        for part in (
+            'conv1.weight',
+            'bn1.weight',
+            'bn1.bias',
+            'bn1.running_mean',
+            'bn1.running_var',
+            'bn1.num_batches_tracked',
+            'conv2.weight',
+            'bn2.weight',
+            'bn2.bias',
+            'bn2.running_mean',
+            'bn2.running_var',
+            'bn2.num_batches_tracked',
+        )
+    ),
 }
 
 
@@ -137,11 +179,8 @@ def test_missing_keys_are_all_listed(name, small):
         'out_weight_bias',
     ],
 )
-def test_missing_part_of_lors_mixing(part, goldens):
-    golden = Golden(goldens / 'lors_detector_small.npz')
-    state = {
-        k: v for k, v in golden.original_weights().items() if part not in k
-    }
+def test_missing_part_of_lors_mixing(part, original):
+    state = {k: v for k, v in original('lors').items() if part not in k}
     with pytest.raises(ConversionError, match=f'missing keys.*{part}'):
         to_lors_plugin(state, 'lors')
 
@@ -165,6 +204,14 @@ def test_reverse_lists_too(tiny_detector):
         to_original(state, 'lors')
     assert '1 unknown keys: decoder.extra' in str(caught.value)
     assert '1 missing keys: decoder.stages.1.fc_reg.bias' in str(caught.value)
+
+
+def test_groups_that_do_not_fit_are_named(original):
+    state = original('lors')
+    key = 'roi_head.adaptive_mixing.ml_parameters.2'
+    state[key] = state[key][:5]
+    with pytest.raises(ConversionError, match=f'{key} of shape .* 2 groups'):
+        to_lors_plugin(state, 'lors')
 
 
 def test_wrong_source_is_refused(small):

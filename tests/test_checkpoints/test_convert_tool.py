@@ -63,6 +63,56 @@ def test_unknown_and_missing_keys_write_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ['src.pth']
 
 
+def test_class_names_for_the_old_framework(tool, tiny_detector, tmp_path):
+    src, dst = tmp_path / 'src.pth', tmp_path / 'dst.pth'
+    names = dict(classes=('tree', 'house'), palette=[(0, 0, 1), (0, 1, 0)])
+    state = tiny_detector('lors').state_dict()
+    meta = dict(dataset_meta=names, epoch=3)
+    torch.save(dict(meta=meta, state_dict=state), src)
+    assert tool(src, dst, '--reverse') == 0
+    assert torch.load(dst, weights_only=True)['meta'] == dict(
+        meta, CLASSES=names['classes'], PALETTE=names['palette']
+    )
+
+
+def test_file_without_a_backbone(tool, original, tmp_path, capsys):
+    src, dst = tmp_path / 'src.pth', tmp_path / 'dst.pth'
+    rest = {k: v for k, v in original.items() if 'backbone' not in k}
+    torch.save(dict(state_dict=rest), src)
+    assert tool(src, dst) == 1
+    assert 'missing keys: there is no backbone' in capsys.readouterr().err
+    assert not dst.exists()
+
+
+def test_backbone_of_another_kind(tool, tiny_config, build, tmp_path, capsys):
+    """Taken over as it is, with a warning; checked by a config."""
+    model = tiny_config(
+        'lors',
+        backbone=dict(
+            type='MobileNetV2', out_indices=(1, 2, 4, 6), depth=None
+        ),
+        neck=dict(in_channels=[24, 32, 96, 320]),
+    )
+    for name in ('depth', 'base_channels', 'norm_eval'):
+        model['backbone'].pop(name)
+    config, src, dst = (tmp_path / n for n in ('a.py', 'src.pth', 'dst.pth'))
+    config.write_text(f'model = {model!r}')
+    torch.save(dict(state_dict=build(model).state_dict()), src)
+    assert tool(src, dst, '--reverse') == 0
+    assert 'neither a ResNet(XT) nor a Swin' in capsys.readouterr().err
+    content = torch.load(dst, weights_only=True)
+    assert tool(dst, tmp_path / 'back.pth', '--config', config) == 0
+    assert capsys.readouterr().err == ''
+
+    del content['state_dict']['backbone.conv1.conv.weight']
+    torch.save(content, dst)
+    assert tool(dst, tmp_path / 'new.pth', '--config', config) == 1
+    error = capsys.readouterr().err
+    assert 'a.py does not fit' in error
+    assert 'backbone.conv1.conv.weight' in error
+    assert not (tmp_path / 'new.pth').exists()
+
+
 @pytest.mark.parametrize(
     ('option', 'value'), [((), 2.0), (('--no-ema',), 1.0)]
 )
