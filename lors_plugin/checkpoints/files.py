@@ -56,6 +56,9 @@ def save_checkpoint_file(content: dict, path: Union[str, Path]) -> None:
     """Write a checkpoint beside its place, then rename.
 
     A crash or a full disk leaves what was there before.
+
+    Raises:
+        OSError: If it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +66,9 @@ def save_checkpoint_file(content: dict, path: Union[str, Path]) -> None:
     try:
         torch.save(content, beside)
         os.replace(beside, path)
+    except RuntimeError as error:
+        # What torch makes of a full disk.
+        raise OSError(f'{path} cannot be written: {error}') from error
     finally:
         beside.unlink(missing_ok=True)
 

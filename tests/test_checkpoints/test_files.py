@@ -102,13 +102,16 @@ def test_no_file(tmp_path, name):
         load_checkpoint_file(tmp_path / name)
 
 
-def test_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize('kind', [OSError, RuntimeError])
+def test_failure_while_writing_leaves_the_old_file(
+    tmp_path, monkeypatch, kind
+):
     path = tmp_path / 'a.pth'
     save_checkpoint_file(dict(state_dict=STATE), path)
 
     def full_disk(content, target):
         target.write_bytes(b'half of')
-        raise OSError('No space left on device')
+        raise kind('No space left on device')
 
     monkeypatch.setattr(torch, 'save', full_disk)
     with pytest.raises(OSError, match='No space left'):
