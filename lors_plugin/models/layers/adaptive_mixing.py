@@ -1,11 +1,12 @@
 """Adaptive mixing as modules: one a stage, or one for all stages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Optional, Union
 
 import torch
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lors_plugin.ops import adaptive_mixing
 from lors_plugin.registry import MODELS
@@ -63,6 +64,15 @@ class MixingShape:
         return generated.unflatten(-1, (self.groups, -1))
 
 
+def _run(function: Callable, *args, recompute: bool) -> Tensor:
+    if not (recompute and torch.is_grad_enabled()):
+        return function(*args)
+    # Nothing in it is random.
+    return checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False
+    )
+
+
 @MODELS.register_module()
 class AdaptiveMixing(BaseModule):
     """Adaptive channel and spatial mixing of one AdaMixer stage.
@@ -77,6 +87,9 @@ class AdaptiveMixing(BaseModule):
         in_points (int): Sampled points a group ``P``. Defaults to 32.
         out_points (int): Mixed points a group ``Q``. Defaults to 128.
         backend (str): Of :func:`lors_plugin.ops.adaptive_mixing`.
+        recompute (bool): Generate the matrices again in the backward pass
+            rather than keep them, half of what training keeps. Defaults to
+            False.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
@@ -88,6 +101,7 @@ class AdaptiveMixing(BaseModule):
         in_points: int = 32,
         out_points: int = 128,
         backend: str = 'auto',
+        recompute: bool = False,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -95,6 +109,7 @@ class AdaptiveMixing(BaseModule):
             feat_channels, num_groups, in_points, out_points
         )
         self.backend = backend
+        self.recompute = recompute
         self.generator = nn.Linear(embed_dims, self.shape.num_generated)
         self.out_proj = nn.Linear(self.shape.num_mixed, embed_dims)
 
@@ -114,9 +129,13 @@ class AdaptiveMixing(BaseModule):
         Returns:
             Tensor: Shape (B, N, D).
         """
-        weights = self.shape.by_group(self.generator(query))
-        mixed = adaptive_mixing(x, weights, backend=self.backend)
+        mixed = _run(self.mix, x, query, recompute=self.recompute)
         return self.out_proj(mixed.flatten(2))
+
+    def mix(self, x: Tensor, query: Tensor) -> Tensor:
+        """Generate the matrices and mix, shape (B, N, G, Q, C)."""
+        weights = self.shape.by_group(self.generator(query))
+        return adaptive_mixing(x, weights, backend=self.backend)
 
 
 class PrivateMixing(ModuleList):
@@ -156,6 +175,9 @@ class LORSAdaptiveMixing(BaseModule):
             Shared weights alone are ranks of 0. Defaults to 'lors'.
         static_weights (str): The same for the output projection.
         backend (str): Of :func:`lors_plugin.ops.adaptive_mixing`.
+        recompute (bool): Generate the matrices again in the backward pass
+            rather than keep them, half of what training keeps. Defaults to
+            False.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
@@ -175,6 +197,7 @@ class LORSAdaptiveMixing(BaseModule):
         adaptive_weights: str = 'lors',
         static_weights: str = 'lors',
         backend: str = 'auto',
+        recompute: bool = False,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -203,6 +226,7 @@ class LORSAdaptiveMixing(BaseModule):
         )
         self.generator_init = generator_init
         self.backend = backend
+        self.recompute = recompute
         self.shape = MixingShape(
             feat_channels, num_groups, in_points, out_points
         )
@@ -296,6 +320,11 @@ class LORSAdaptiveMixing(BaseModule):
         Returns:
             Tensor: Shape (B, N, D).
         """
+        mixed = _run(self.mix, x, query, stage, recompute=self.recompute)
+        return self.out_proj(mixed.flatten(2), stage)
+
+    def mix(self, x: Tensor, query: Tensor, stage: int) -> Tensor:
+        """Generate the matrices and mix, shape (B, N, G, Q, C)."""
         cores = self.core_generators[stage](query)
         channel_core, spatial_core = cores.chunk(2, dim=-1)
         parts = [
@@ -310,5 +339,4 @@ class LORSAdaptiveMixing(BaseModule):
             weights = self.shape.by_group(self.generator(query, stage))
         else:
             weights = self.shape.by_group(self.generator(query))
-        mixed = adaptive_mixing(x, weights, *parts, backend=self.backend)
-        return self.out_proj(mixed.flatten(2), stage)
+        return adaptive_mixing(x, weights, *parts, backend=self.backend)

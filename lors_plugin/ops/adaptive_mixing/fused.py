@@ -132,7 +132,7 @@ def backward(
         mean_y, y = _normalize(y_pre, mean_y, rstd_y, eps, work.y)
         torch.clamp_min(y, 0, out=y)
         z_pre = torch.bmm(spatial, y, out=work.z_pre)
-        mean_z, z = _normalize(z_pre, mean_z, rstd_z, eps, work.z)
+        mean_z, z = _centre(z_pre, mean_z, eps)
 
         grad_z = _relu_backward(grad_out[part], z, work.z)
         grad_z = _norm_backward(grad_z, z_pre, mean_z, rstd_z)
@@ -344,6 +344,18 @@ def _norm_relu_(x: Tensor, eps: float) -> Tensor:
     return torch.cat([mean.flatten(1), rstd.flatten(1)], 1)
 
 
+def _centre(x: Tensor, mean: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Repeat a norm as far as its sign goes; may centre ``x`` in place.
+
+    Returns:
+        tuple[Tensor]: The mean of what ``x`` is now, and numbers with the
+        signs of the norm.
+    """
+    if x.dtype == mean.dtype:
+        return torch.zeros_like(mean), x.sub_(mean)
+    return mean, _layer_norm(x, eps)[0]
+
+
 def _normalize(
     x: Tensor, mean: Tensor, rstd: Tensor, eps: float, out: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -352,10 +364,8 @@ def _normalize(
     Returns:
         tuple[Tensor]: The mean of what ``x`` is now, and the norm.
     """
-    if x.dtype == mean.dtype:
-        torch.mul(x.sub_(mean), rstd, out=out)
-        return torch.zeros_like(mean), out
-    return mean, _layer_norm(x, eps)[0]
+    now, signs = _centre(x, mean, eps)
+    return now, torch.mul(signs, rstd, out=out) if signs is x else signs
 
 
 def _relu_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:

@@ -211,3 +211,34 @@ def test_backend_reaches_the_operator(monkeypatch, backend):
     AdaptiveMixing(**SIZES, backend=backend)(x, query)
     lors(backend=backend)(x, query, 0)
     assert seen == [backend, backend]
+
+
+@pytest.mark.parametrize('kind', ['lors', 'adamixer'])
+def test_recompute_keeps_less_and_changes_nothing(kind):
+    x, query = inputs(torch.float32)
+    results, kept = [], []
+    for recompute in (False, True):
+        if kind == 'lors':
+            mixing, stage = lors(recompute=recompute), [2]
+        else:
+            mixing, stage = AdaptiveMixing(**SIZES, recompute=recompute), []
+        randomize(mixing)
+        leaves = [t.clone().requires_grad_() for t in (x, query)]
+        weights = {p.data_ptr() for p in (*leaves, *mixing.parameters())}
+        sizes = {}
+
+        def pack(tensor, weights=weights, sizes=sizes):
+            if tensor.data_ptr() not in weights:
+                sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = mixing(*leaves, *stage)
+        out.square().sum().backward()
+        grads = [p.grad for p in mixing.parameters() if p.grad is not None]
+        results.append([out, *(t.grad for t in leaves), *grads])
+        kept.append(sum(sizes.values()))
+    assert_close(results[1], results[0], rtol=0, atol=0)
+    # Beside its inputs the output, which the projection needs anyway.
+    assert B * N * G * Q * C * 4 <= kept[1] < 1.2 * B * N * G * Q * C * 4
+    assert kept[0] > 1.4 * kept[1]
