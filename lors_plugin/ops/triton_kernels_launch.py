@@ -43,8 +43,15 @@ def dot_type(dtype: torch.dtype, cap: int) -> tl.dtype:
 
 def precision(cap: int) -> str:
     """How float32 products are done: exact unless PyTorch may use TF32."""
-    tf32 = cap >= 80 and torch.backends.cuda.matmul.allow_tf32
-    return 'tf32' if tf32 else 'ieee'
+    return 'tf32' if cap >= 80 and _tf32_allowed() else 'ieee'
+
+
+def _tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    try:
+        return matmul.allow_tf32
+    except RuntimeError:  # it was set by its newer name
+        return matmul.fp32_precision == 'tf32'
 
 
 def on(device: torch.device):

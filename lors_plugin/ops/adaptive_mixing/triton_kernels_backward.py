@@ -44,6 +44,7 @@ def spatial_bwd(
     BK: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    p_0,
 ):
     """Gradients before the second norm and of the spatial matrix."""
     o_p = tl.arange(0, BP)
@@ -70,6 +71,7 @@ def spatial_bwd(
             BK,
             DOT,
             PRECISION,
+            p_0,
             RELU=True,
         )
         b_z = (b_z - z_mean) * z_rstd
@@ -109,6 +111,7 @@ def spatial_bwd(
             BK,
             DOT,
             PRECISION,
+            p_0,
             RELU=True,
         )
         m = (o_q < Q)[:, None] & (o_p < P)[None, :]
@@ -138,6 +141,7 @@ def adaptive_mixing_bwd_kernel(
     p_dsr,  # (B N G, KS RS, P), shares
     p_scratch,  # (programs, SCRATCH)
     num,  # B N G
+    p_0,  # (1, ), zero, see matmul
     SCRATCH: tl.constexpr,
     G: tl.constexpr,
     P: tl.constexpr,
@@ -197,6 +201,7 @@ def adaptive_mixing_bwd_kernel(
             BK,
             DOT,
             PRECISION,
+            p_0,
         )
         store(p_y, (b_y - y_mean) * y_rstd, C, 1, o_p, o_c, m_pc)
         tl.debug_barrier()
@@ -221,6 +226,7 @@ def adaptive_mixing_bwd_kernel(
                 BK,
                 DOT,
                 PRECISION,
+                p_0,
             )
         p_sf = p_st if KS > 0 else p_s
         spatial_bwd(
@@ -240,6 +246,7 @@ def adaptive_mixing_bwd_kernel(
             BK,
             DOT,
             PRECISION,
+            p_0,
         )
         if KS > 0:
             spatial_low_rank_bwd(
@@ -262,11 +269,27 @@ def adaptive_mixing_bwd_kernel(
                 BK,
                 DOT,
                 PRECISION,
+                p_0,
             )
 
         b = tl.zeros((BP, BC), tl.float32)
         b = matmul(
-            b, p_sf, 1, P, p_dz, C, 1, o_p, o_c, P, C, Q, BK, DOT, PRECISION
+            b,
+            p_sf,
+            1,
+            P,
+            p_dz,
+            C,
+            1,
+            o_p,
+            o_c,
+            P,
+            C,
+            Q,
+            BK,
+            DOT,
+            PRECISION,
+            p_0,
         )
         b_y = tl.load(p_y + o_pc, mask=m_pc, other=0).to(tl.float32)
         b_g = tl.where(b_y > 0, b, 0.0)
@@ -303,6 +326,7 @@ def adaptive_mixing_bwd_kernel(
                 BK,
                 DOT,
                 PRECISION,
+                p_0,
             )
             b = matmul(
                 b,
@@ -320,9 +344,10 @@ def adaptive_mixing_bwd_kernel(
                 BK,
                 DOT,
                 PRECISION,
+                p_0,
             )
         b = matmul(
-            b, p_y, C, 1, p_m, 1, C, o_p, o_c, P, C, C, BK, DOT, PRECISION
+            b, p_y, C, 1, p_m, 1, C, o_p, o_c, P, C, C, BK, DOT, PRECISION, p_0
         )
         store(p_dx + i_m * P * C, b, C, 1, o_p, o_c, m_pc)
         for i_c in range(0, C, BQ):
@@ -344,6 +369,7 @@ def adaptive_mixing_bwd_kernel(
                 BK,
                 DOT,
                 PRECISION,
+                p_0,
             )
             m = (o_k < C)[:, None] & (o_c < C)[None, :]
             store(p_dm, b_dm, C, 1, o_k, o_c, m)

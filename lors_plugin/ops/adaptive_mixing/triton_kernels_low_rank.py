@@ -42,6 +42,7 @@ def spatial_low_rank_bwd(
     BK: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    p_0,
 ):
     """Gradients of ``L E R`` from the one of the formed matrix."""
     KR: tl.constexpr = K * R
@@ -66,19 +67,20 @@ def spatial_low_rank_bwd(
             BK,
             DOT,
             PRECISION,
+            p_0,
         )
         m = (o_q < Q)[:, None] & (o_j < KR)[None, :]
         store(p_dl, b_dl, KR, 1, o_q, o_j, m)
     b = tl.zeros((BKR, BP), tl.float32)
     b = matmul(
-        b, p_l, 1, KR, p_ds, P, 1, o_j, o_p, KR, P, Q, BK, DOT, PRECISION
+        b, p_l, 1, KR, p_ds, P, 1, o_j, o_p, KR, P, Q, BK, DOT, PRECISION, p_0
     )
     m = (o_j < KR)[:, None] & (o_p < P)[None, :]
     store(p_a, b, P, 1, o_j, o_p, m)
     tl.debug_barrier()
     b = tl.zeros((BKR, BKR), tl.float32)
     b = matmul(
-        b, p_a, P, 1, p_r, 1, P, o_j, o_j, KR, KR, P, BK, DOT, PRECISION
+        b, p_a, P, 1, p_r, 1, P, o_j, o_j, KR, KR, P, BK, DOT, PRECISION, p_0
     )
     store_cores(p_de, b, K, R, BKR)
     b = matmul(
@@ -97,6 +99,7 @@ def spatial_low_rank_bwd(
         BK,
         DOT,
         PRECISION,
+        p_0,
         CORE=R,
     )
     m = (o_p < P)[:, None] & (o_j < KR)[None, :]
@@ -126,6 +129,7 @@ def channel_low_rank_bwd(
     BK: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    p_0,
 ):
     """Gradients of ``L E R`` from the one of the product."""
     KR: tl.constexpr = K * R
@@ -135,19 +139,19 @@ def channel_low_rank_bwd(
     m_t = (o_p < P)[:, None] & (o_j < KR)[None, :]
     b = tl.zeros((BKR, BC), tl.float32)
     b = matmul(
-        b, p_u, 1, KR, p_dy, C, 1, o_j, o_c, KR, C, P, BK, DOT, PRECISION
+        b, p_u, 1, KR, p_dy, C, 1, o_j, o_c, KR, C, P, BK, DOT, PRECISION, p_0
     )
     m = (o_j < KR)[:, None] & (o_c < C)[None, :]
     store(p_dr, b, C, 1, o_j, o_c, m)
     b_0 = tl.zeros((BP, BKR), tl.float32)
     b = matmul(
-        b_0, p_dy, C, 1, p_r, 1, C, o_p, o_j, P, KR, C, BK, DOT, PRECISION
+        b_0, p_dy, C, 1, p_r, 1, C, o_p, o_j, P, KR, C, BK, DOT, PRECISION, p_0
     )
     store(p_v, b, KR, 1, o_p, o_j, m_t)
     tl.debug_barrier()
     b = tl.zeros((BKR, BKR), tl.float32)
     b = matmul(
-        b, p_t, 1, KR, p_v, KR, 1, o_j, o_j, KR, KR, P, BK, DOT, PRECISION
+        b, p_t, 1, KR, p_v, KR, 1, o_j, o_j, KR, KR, P, BK, DOT, PRECISION, p_0
     )
     store_cores(p_de, b, K, R, BKR)
     b = matmul(
@@ -166,13 +170,14 @@ def channel_low_rank_bwd(
         BK,
         DOT,
         PRECISION,
+        p_0,
         CORE=R,
     )
     store(p_w, b, KR, 1, o_p, o_j, m_t)
     tl.debug_barrier()
     b = tl.zeros((BC, BKR), tl.float32)
     b = matmul(
-        b, p_x, 1, C, p_w, KR, 1, o_c, o_j, C, KR, P, BK, DOT, PRECISION
+        b, p_x, 1, C, p_w, KR, 1, o_c, o_j, C, KR, P, BK, DOT, PRECISION, p_0
     )
     m = (o_c < C)[:, None] & (o_j < KR)[None, :]
     store(p_dl, b, KR, 1, o_c, o_j, m)

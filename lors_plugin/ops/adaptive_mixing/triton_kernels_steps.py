@@ -32,6 +32,7 @@ def matmul(
     BK: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    p_0,
     CORE: tl.constexpr = 0,
     RELU: tl.constexpr = False,
 ):
@@ -39,8 +40,15 @@ def matmul(
 
     With ``CORE``, the second matrix is made of blocks of that size on the
     diagonal, which lie one after the other. ``RELU`` applies to it too.
+
+    The first slice is at zero, which the compiler must not know: it would
+    unroll all loops, share offsets between products and keep them all in
+    registers.
     """
-    for i_d in range(0, D, BK):
+    i_0 = tl.multiple_of(tl.load(p_0, volatile=True), 16)
+    o_i += i_0
+    o_j += i_0
+    for i_d in range(i_0, D, BK):
         o_d = i_d + tl.arange(0, BK)
         m_a = (o_i < I)[:, None] & (o_d < D)[None, :]
         m_b = (o_d < D)[:, None] & (o_j < J)[None, :]
@@ -85,6 +93,7 @@ def channel_step(
     BK: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    p_0,
 ):
     """Multiply ``x (M + L E R)``, the low-rank part kept in factors."""
     o_p = tl.arange(0, BP)
@@ -96,7 +105,22 @@ def channel_step(
         m_t = (o_p < P)[:, None] & (o_j < KR)[None, :]
         b_0 = tl.zeros((BP, BKR), tl.float32)
         b_t = matmul(
-            b_0, p_x, C, 1, p_l, KR, 1, o_p, o_j, P, KR, C, BK, DOT, PRECISION
+            b_0,
+            p_x,
+            C,
+            1,
+            p_l,
+            KR,
+            1,
+            o_p,
+            o_j,
+            P,
+            KR,
+            C,
+            BK,
+            DOT,
+            PRECISION,
+            p_0,
         )
         store(p_t, b_t, KR, 1, o_p, o_j, m_t)
         tl.debug_barrier()
@@ -116,15 +140,31 @@ def channel_step(
             BK,
             DOT,
             PRECISION,
+            p_0,
             CORE=R,
         )
         store(p_u, b_u, KR, 1, o_p, o_j, m_t)
         tl.debug_barrier()
         b_y = matmul(
-            b_y, p_u, KR, 1, p_r, C, 1, o_p, o_c, P, C, KR, BK, DOT, PRECISION
+            b_y,
+            p_u,
+            KR,
+            1,
+            p_r,
+            C,
+            1,
+            o_p,
+            o_c,
+            P,
+            C,
+            KR,
+            BK,
+            DOT,
+            PRECISION,
+            p_0,
         )
     return matmul(
-        b_y, p_x, C, 1, p_m, C, 1, o_p, o_c, P, C, C, BK, DOT, PRECISION
+        b_y, p_x, C, 1, p_m, C, 1, o_p, o_c, P, C, C, BK, DOT, PRECISION, p_0
     )
 
 
@@ -146,6 +186,7 @@ def spatial_step(
     BK: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    p_0,
 ):
     """Form ``S + L E R``: fewer products than keeping the factors."""
     KR: tl.constexpr = K * R
@@ -167,6 +208,7 @@ def spatial_step(
         BK,
         DOT,
         PRECISION,
+        p_0,
         CORE=R,
     )
     m_f = (o_p < P)[:, None] & (o_j < KR)[None, :]
@@ -178,7 +220,22 @@ def spatial_step(
         o = o_q[:, None] * P + o_p[None, :]
         b_s = tl.load(p_s + o, mask=m, other=0).to(tl.float32)
         b_s = matmul(
-            b_s, p_l, KR, 1, p_f, 1, KR, o_q, o_p, Q, P, KR, BK, DOT, PRECISION
+            b_s,
+            p_l,
+            KR,
+            1,
+            p_f,
+            1,
+            KR,
+            o_q,
+            o_p,
+            Q,
+            P,
+            KR,
+            BK,
+            DOT,
+            PRECISION,
+            p_0,
         )
         store(p_st, b_s, P, 1, o_q, o_p, m)
     tl.debug_barrier()
@@ -198,6 +255,7 @@ def adaptive_mixing_fwd_kernel_steps(
     p_stats,  # (B N G, 4)
     p_scratch,  # (programs, SCRATCH)
     num,  # B N G
+    p_0,  # (1, ), zero, see matmul
     SCRATCH: tl.constexpr,
     G: tl.constexpr,
     P: tl.constexpr,
@@ -249,6 +307,7 @@ def adaptive_mixing_fwd_kernel_steps(
             BK,
             DOT,
             PRECISION,
+            p_0,
         )
         y_mean = tl.sum(tl.sum(b_y, 1), 0) / (P * C)
         b_y = tl.where(m_pc, b_y - y_mean, 0.0)
@@ -276,6 +335,7 @@ def adaptive_mixing_fwd_kernel_steps(
                 BK,
                 DOT,
                 PRECISION,
+                p_0,
             )
         z_sum = 0.0
         for i_q in range(0, Q, BQ):
@@ -298,6 +358,7 @@ def adaptive_mixing_fwd_kernel_steps(
                 BK,
                 DOT,
                 PRECISION,
+                p_0,
             )
             m_qc = (o_q < Q)[:, None] & (o_c < C)[None, :]
             store(p_z, b_z, C, 1, o_q, o_c, m_qc)
