@@ -1,0 +1,105 @@
+"""The Triton kernels compile for GPUs that are not here, within limits.
+
+A part of what ``tools/benchmarks/compile_kernels.py`` does: the largest
+shapes, each kernel once with tensor cores and once without. The tool does
+all of them.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('triton')
+
+ROOT = Path(__file__).parents[2]
+GATED = [
+    ('mix-fwd', 'lors-k3', 'float16', 80),
+    ('mix-fwd', 'lors-k3', 'bfloat16', 90),
+    ('mix-fwd', 'lors-k3', 'float16', 70),
+    ('mix-fwd', 'lors-k3', 'float32', 80),
+    ('mix-bwd', 'lors-k3', 'float16', 80),
+    ('mix-bwd', 'lors-k3', 'bfloat16', 90),
+    ('mix-bwd', 'adamixer', 'float16', 90),
+    ('mix-bwd', 'adamixer', 'float32', 70),
+    ('sample-fwd', 'lors-k3', 'float16', 80),
+    ('sample-bwd', 'lors-k3', 'float32', 70),
+]
+
+
+@pytest.fixture
+def gate(monkeypatch, tmp_path):
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'benchmarks'))
+    import compile_kernels
+
+    return compile_kernels
+
+
+@pytest.mark.parametrize(
+    'case', GATED, ids=['-'.join(map(str, case)) for case in GATED]
+)
+def test_kernel_is_within_limits(gate, case):
+    row = gate.measure(*case)
+    assert row['problems'] == []
+    assert row['registers'] > 0
+
+
+def test_gate_sees_spills_and_missing_tensor_cores(gate, monkeypatch):
+    monkeypatch.setattr(gate, 'resources', lambda cubin: (255, 40))
+    monkeypatch.setattr(gate, 'SHARED_LIMIT', {80: 1})
+    problems = gate.measure('mix-fwd', 'adamixer', 'float16', 80)['problems']
+    assert problems[0] == 'spills 40 bytes'
+    assert 'shared memory' in problems[1]
+
+
+def test_table_is_written_between_the_marks(gate, tmp_path):
+    path = tmp_path / 'kernels.md'
+    path.write_text('a\n<!-- kernels -->\nold\n<!-- end -->\nb\n')
+    gate.write(path, ['| new |'])
+    assert path.read_text() == (
+        'a\n<!-- kernels -->\n\n| new |\n\n<!-- end -->\nb\n'
+    )
+    path.write_text('no marks')
+    with pytest.raises(ValueError, match='has no lines'):
+        gate.write(path, [])
+
+
+def test_traffic_counts_every_input_and_output(gate):
+    moved, work = gate.traffic('mix-fwd', 'adamixer', 2)
+    assert moved == 2 * (32 * 64 + 64 * 64 + 128 * 32 + 128 * 64) + 16
+    assert work == 2 * (32 * 64 * 64 + 128 * 32 * 64)
+
+
+def test_tables_that_are_wider_than_a_tile_are_refused(gate):
+    import torch
+
+    size = dict(G=1, P=64, C=512, Q=128, KC=0, RC=1, KS=0, RS=1)
+    with pytest.raises(ValueError, match="backend='torch'"):
+        gate.mixing.config(size, torch.float16, 80, 'forward')
+    with pytest.raises(TypeError, match='float64'):
+        gate.mixing.config(dict(size, C=64), torch.float64, 80, 'forward')
+
+
+@pytest.mark.parametrize(
+    'allowed, cap, want',
+    [(False, 80, 'ieee'), (True, 80, 'tf32'), (True, 70, 'ieee')],
+)
+def test_exact_float32_unless_pytorch_may_use_tf32(gate, allowed, cap, want):
+    import torch
+
+    size = dict(G=1, P=64, C=64, Q=128, KC=0, RC=1, KS=0, RS=1)
+    kept = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        tiles = gate.mixing.config(size, torch.float32, cap, 'steps')
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = kept
+    assert tiles['PRECISION'] == want
+
+
+def test_kernels_are_imported_at_the_first_use_only():
+    import subprocess
+
+    code = 'import lors_plugin.ops, sys; assert "triton" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,0 +1,81 @@
+"""The Triton kernels against the reference, under Triton's interpreter."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('triton')
+
+RUNNER = Path(__file__).with_name('triton_runner.py')
+SPEC = importlib.util.spec_from_file_location('triton_runner', RUNNER)
+CASES = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(CASES)
+HALF = ('odd', 'adamixer', 'spatial side only')
+
+
+def run(what):
+    """Errors by case, from a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(RUNNER), what],
+        env={**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope='module')
+def mixing():
+    return run('mixing')
+
+
+@pytest.fixture(scope='module')
+def others():
+    return run('others')
+
+
+@pytest.mark.parametrize('kernels', ['steps', 'on chip'])
+@pytest.mark.parametrize('case', list(CASES.MIXING))
+def test_mixing_float32(mixing, case, kernels):
+    errors = mixing[f'{case}: {kernels}']
+    low_rank = CASES.MIXING[case][6:8]
+    assert len(errors) == 3 + 3 * sum(k > 0 for k in low_rank)
+    for name, (mine, _) in errors.items():
+        assert mine < 2e-6, name
+
+
+@pytest.mark.parametrize('case', HALF)
+def test_mixing_float16_is_as_good_as_pytorch(mixing, case):
+    for name, (mine, plain) in mixing[f'{case}: half'].items():
+        assert mine < 2 * plain + 5e-4, name
+
+
+@pytest.mark.parametrize('case', list(CASES.SAMPLING))
+def test_sampling_float32(others, case):
+    for name, error in others[f'{case}: float'].items():
+        assert error < 2e-6, name
+
+
+def test_sampling_float16(others):
+    for name, error in others['lors: half'].items():
+        assert error < 1e-3, name
+
+
+def test_points_far_away_read_zero(others):
+    assert others['far away'] == dict(outside=0.0, inside=1.0, gradient=0.0)
+
+
+def test_two_runs_agree_to_the_bit(others):
+    assert others['repeated'] == 0.0
+
+
+def test_public_functions_with_triton(others):
+    assert len(others['public']) == 15
+    for name, error in others['public'].items():
+        assert error < 2e-6, name
