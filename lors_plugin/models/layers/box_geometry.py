@@ -93,7 +93,8 @@ def box_position_encoding(xyzr: Tensor, width: int) -> Tensor:
     each = width // 4
     index = torch.arange(each, device=xyzr.device)
     exponent = 2 * index.div(2, rounding_mode='floor') / each
-    values = xyzr / xyzr.new_tensor([1000.0, 1000.0, 1.0, 1.0])
+    # No tensor of constants: a GPU would wait for it in every stage.
+    values = torch.cat([xyzr[..., :2] / 1000, xyzr[..., 2:]], dim=-1)
     angle = values[..., None] / 10000**exponent
     code = torch.where(index % 2 == 0, angle.sin(), angle.cos())
     return code.flatten(-2)
