@@ -1,0 +1,157 @@
+"""The command that counts, and the tables that it writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / 'tools' / 'analysis_tools'
+READMES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / 'configs').rglob('README.md')
+    if '<!-- get_flops:' in path.read_text(encoding='utf-8')
+)
+QUICK = (
+    'configs/lors_adamixer/lors-adamixer_mobilenetv2_quickstart_tree-crowns.py'
+)
+
+
+@pytest.fixture
+def get_flops(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.chdir(ROOT)
+    import get_flops
+
+    return get_flops
+
+
+@pytest.fixture(scope='module')
+def known():
+    """Counts that all READMEs share."""
+    return {}
+
+
+def test_readmes_with_tables():
+    folders = {Path(path).parent.name for path in READMES}
+    assert folders >= {'adamixer', 'lors_adamixer'}
+
+
+@pytest.mark.parametrize('readme', READMES)
+def test_tables_are_what_the_command_writes(readme, get_flops, known):
+    from flops_tables import ReadmeTables
+
+    tables = ReadmeTables()
+    tables._known = known
+    text = Path(readme).read_text(encoding='utf-8')
+    assert '| ' in text.split('<!-- get_flops: ')[1]
+    assert tables.rewrite(text, Path(readme)) == text
+
+
+def run(get_flops, capsys, *argv, code=0):
+    assert get_flops.main([str(arg) for arg in argv]) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+def test_detector(get_flops, capsys):
+    out = run(get_flops, capsys, QUICK)
+    assert '1 x 256 x 256\n' in out
+    assert 'decoder / mixing: low rank' in out
+    assert '3,868,551' in out
+    assert 'NOT COUNTED' not in out
+
+
+def test_classifier_and_batch(get_flops, capsys):
+    """ResNet-18 at 224 x 224 takes 1.814 G, as its authors say (1.8)."""
+    config = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
+    out = run(get_flops, capsys, config, '--json', '-', '--batch', 2)
+    counts = json.loads(out[out.index('{') :])
+    assert counts['total']['parameters'] == 11_689_512
+    assert f'{counts["total"]["multiply_adds"] / 2e9:.3f}' == '1.814'
+    assert counts['shape'] == [224, 224]
+    assert counts['batch'] == 2
+
+
+def test_shape_and_options(get_flops, capsys, tmp_path):
+    path = tmp_path / 'counts.json'
+    run(
+        get_flops, capsys, QUICK, '--shape', 100, 70, '--json', path,
+        '--cfg-options', 'model.decoder.num_stages=1',
+    )  # fmt: skip
+    counts = json.loads(path.read_text())
+    assert counts['shape'] == [100, 70]
+    assert counts['padded_shape'] == [128, 96]
+    decoder = [k for k in counts['parts'] if k.startswith('decoder / ')]
+    assert len(decoder) >= 7
+    assert sum(counts['parts'][name]['shared'] for name in decoder) == 0
+    queries, width = 64, 96
+    ffn = counts['parts']['decoder / FFN']
+    assert ffn['multiply_adds'] == queries * 2 * width * 384
+
+
+@pytest.mark.parametrize(
+    ('argv', 'text'),
+    [
+        (['no_such_file.py'], 'no_such_file.py'),
+        (['configs/_base_/default_runtime.py'], 'has no model'),
+        ([QUICK, '--cfg-options', 'model.decoder.num_groups=5'], 'num_groups'),
+        (
+            ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'],
+            '--real runs it with numbers',
+        ),
+    ],
+    ids=['file', 'model', 'option', 'values'],
+)
+def test_mistakes(argv, text, get_flops, capsys):
+    assert text in run(get_flops, capsys, *argv, code=2)
+
+
+@pytest.mark.parametrize(
+    'argv', [[], [QUICK, '--check-readme', 'x'], [QUICK, '--shape', '0']]
+)
+def test_wrong_arguments(argv, get_flops, capsys):
+    with pytest.raises(SystemExit) as error:
+        get_flops.main(argv)
+    assert error.value.code == 2
+
+
+def test_update_and_check(get_flops, capsys, tmp_path):
+    config = (ROOT / QUICK).as_posix()
+    (tmp_path / 'tiny.py').write_text(f'_base_ = {config!r}\n')
+    readme = tmp_path / 'README.md'
+    empty = (
+        'before\n<!-- get_flops: models t*.py -->\nold\n'
+        '<!-- get_flops: end -->\nbetween\n'
+        '<!-- get_flops: parts tiny.py -->\n<!-- get_flops: end -->\nafter\n'
+    )
+    readme.write_text(empty)
+    error = run(get_flops, capsys, '--check-readme', readme, code=1)
+    assert 'tables differ' in error and readme.read_text() == empty
+    run(get_flops, capsys, '--update-readme', readme)
+    text = readme.read_text()
+    assert text.startswith('before\n<!--') and text.endswith('-->\nafter\n')
+    assert 'old' not in text and 'between' in text
+    assert '| [tiny](tiny.py) | 256 x 256 | 3.869 M | 1.503 M |' in text
+    assert '| **all** | 3.869 M | 0.65 G |' in text
+    run(get_flops, capsys, '--check-readme', readme)
+    readme.write_text(text.replace('3.869 M', '3.870 M', 1))
+    run(get_flops, capsys, '--check-readme', readme, code=1)
+
+
+@pytest.mark.parametrize(
+    ('mark', 'message'),
+    [
+        ('<!-- get_flops: models *.py -->', 'no end'),
+        ('<!-- get_flops: all *.py -->\n<!-- get_flops: end -->', 'no kind'),
+        (
+            '<!-- get_flops: models x*.py -->\n<!-- get_flops: end -->',
+            'no config is named x',
+        ),
+    ],
+)
+def test_wrong_marks(mark, message, get_flops, capsys, tmp_path):
+    readme = tmp_path / 'README.md'
+    readme.write_text(mark)
+    error = run(get_flops, capsys, '--update-readme', readme, code=2)
+    assert message in error
