@@ -161,8 +161,10 @@ def test_modes_and_providers(run, capsys):
     code, rows = run(
         'adaptive_mixing', '--no-plots', '--no-memory', '--modes', 'forward',
         '--providers', 'original', 'torch', '--dtypes', 'bfloat16',
+        '--clock', 'cpu',
     )  # fmt: skip
     assert code == 0
+    assert {row['metric'] for row in rows} == {'cpu time'}
     assert {row['provider'] for row in rows} == {'original', 'torch'}
     assert {row['mode'] for row in rows} == {'forward'}
     assert {row['dtype'] for row in rows} == {'float32', 'bfloat16'}

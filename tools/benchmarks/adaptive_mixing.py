@@ -3,14 +3,15 @@
 All stages of a decoder together, from sampled features and queries to the
 output projection: generating the matrices, mixing, projecting. 'bare' is the
 four matrix products alone (generator, x M, S y, projection), which no
-program can do without; 'torch-recompute' keeps the inputs of a stage only
-and computes it again in backward.
+program can do without; 'torch-recompute' is the modules with
+``recompute=True``, which generate the matrices again in backward.
 
 Example:
     python tools/benchmarks/adaptive_mixing.py --quick
     python tools/benchmarks/adaptive_mixing.py --device cuda
 """
 
+import contextlib
 import sys
 from functools import partial
 
@@ -21,9 +22,21 @@ from driver import make_parser, read_arguments, run
 from harness import Lane
 from models import build_decoder
 from report import Case
-from torch.utils.checkpoint import checkpoint
 
 EXTRA = ('bare', 'torch-recompute')
+
+
+@contextlib.contextmanager
+def recomputed(mixing):
+    """Switch ``recompute`` on for a while."""
+    modules = [m for m in mixing.modules() if hasattr(m, 'recompute')]
+    for module in modules:
+        module.recompute = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.recompute = False
 
 
 def make_inputs(decoder, batch, queries, seed, device):
@@ -104,8 +117,9 @@ def make_lanes(args, decoder, queries, batch):
     def stages(function):
         return [function(*pair, i) for i, pair in enumerate(inputs)]
 
-    def recompute(x, query, stage):
-        return checkpoint(mixing, x, query, stage, use_reentrant=False)
+    def recompute():
+        with recomputed(mixing):
+            return stages(mixing)
 
     makers = [partial(Lane, 'reference', partial(stages, mixing), leaves)]
     if 'original' in args.providers:
@@ -123,7 +137,7 @@ def make_lanes(args, decoder, queries, batch):
             partial(
                 Lane,
                 'torch-recompute',
-                partial(stages, recompute),
+                recompute,
                 leaves,
                 backend='torch',
             )

@@ -304,7 +304,12 @@ def training_memory(lane: Lane, device: torch.device) -> dict[str, int]:
     return found
 
 
-def time_once(lane: Lane, modes: list, device: torch.device) -> dict:
+def time_once(
+    lane: Lane,
+    modes: list,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict:
     """Time a lane once.
 
     Returns:
@@ -312,28 +317,26 @@ def time_once(lane: Lane, modes: list, device: torch.device) -> dict:
         'full' is a forward pass that keeps what backward needs, and
         backward, whose share is 'backward'.
     """
+
+    def now():
+        synchronize(device)
+        return clock()
+
     seconds = {}
     if 'forward' in modes:
-        synchronize(device)
-        start = time.perf_counter()
+        start = now()
         lane.forward(training=False)
-        synchronize(device)
-        seconds['forward'] = time.perf_counter() - start
+        seconds['forward'] = now() - start
     if lane.trains and {'backward', 'full'} & set(modes):
         lane.forget()
-        synchronize(device)
-        start = time.perf_counter()
+        start = now()
         outputs = lane.forward(training=True)
-        synchronize(device)
-        middle = time.perf_counter()
+        ahead = now() - start
         lane.prepare(outputs)
-        synchronize(device)
-        again = time.perf_counter()
+        start = now()
         lane.backward(outputs)
-        synchronize(device)
-        end = time.perf_counter()
-        seconds['backward'] = end - again
-        seconds['full'] = end - again + middle - start
+        seconds['backward'] = now() - start
+        seconds['full'] = ahead + seconds['backward']
         lane.forget()
     return {mode: seconds[mode] for mode in modes if mode in seconds}
 
@@ -345,6 +348,7 @@ def time_lanes(
     repeats: int,
     budget: Optional[float] = None,
     seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, list[float]]]:
     """Time all lanes in turns, in a random order each round.
 
@@ -356,6 +360,7 @@ def time_lanes(
         budget (float, optional): Seconds after which no further round is
             begun, once three count. Defaults to None.
         seed (int): Of the order. Defaults to 0.
+        clock (Callable): Gives seconds. Defaults to the wall clock.
 
     Returns:
         dict[str, dict[str, list[float]]]: For each lane and mode the
@@ -368,7 +373,8 @@ def time_lanes(
     for number in range(repeats + 1):
         shuffle(order)
         for lane in order:
-            for mode, value in time_once(lane, modes, device).items():
+            found = time_once(lane, modes, device, clock)
+            for mode, value in found.items():
                 if number:
                     seconds[lane.name].setdefault(mode, []).append(value)
         spent = time.perf_counter() - start
