@@ -5,7 +5,13 @@ sampled points a group, ``Q`` mixed points a group, ``C`` channels a group,
 ``K`` parameter groups, ``r`` rank, ``L`` levels.
 """
 
-from .adaptive_mixing import LowRank, adaptive_mixing
+from .adaptive_mixing import LowRank, adaptive_mixing, generated_mixing
 from .sampling_3d import sampling_3d, share_levels
 
-__all__ = ['LowRank', 'adaptive_mixing', 'sampling_3d', 'share_levels']
+__all__ = [
+    'LowRank',
+    'adaptive_mixing',
+    'generated_mixing',
+    'sampling_3d',
+    'share_levels',
+]

@@ -7,9 +7,11 @@ and the gradients differ by one element. :class:`Kinks` finds such elements
 and can put chosen ones on the other side, which tells rounding from error.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -18,6 +20,7 @@ from lors_plugin.ops.adaptive_mixing.reference import (
     adaptive_mixing_reference,
 )
 
+_OPS = torch.ops.lors_plugin
 _RELUS = (
     torch.relu,
     torch.relu_,
@@ -85,9 +88,16 @@ class Kinks(TorchFunctionMode):
             if value < self.width
         ]
 
-    def _mix(self, func, args: tuple) -> tuple[Tensor, Tensor]:
-        out, stats = func(*args)
-        x, weights, *factors, eps, _ = args
+    def _mix(
+        self,
+        func: Callable,
+        args: tuple,
+        x: Tensor,
+        weights: Tensor,
+        factors: Sequence[Optional[Tensor]],
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        out, *rest = func(*args)
         parts = [
             None if part[0] is None else LowRank(*part)
             for part in (factors[:3], factors[3:])
@@ -96,11 +106,17 @@ class Kinks(TorchFunctionMode):
         with self:
             watched = adaptive_mixing_reference(x, weights, *parts, eps)
         flipped = any(first <= e.call < self._calls for e in self.flipped)
-        return (watched if flipped else out), stats
+        return (watched if flipped else out), *rest
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.lors_plugin.adaptive_mixing_forward.default:
-            return self._mix(func, args)
+        if func is _OPS.adaptive_mixing_forward.default:
+            x, weights, *factors, eps, _ = args
+            return self._mix(func, args, x, weights, factors, eps)
+        if func is _OPS.generated_mixing_forward.default:
+            x, query, weight, bias, *factors, eps = args
+            generated = F.linear(query, weight, bias)
+            weights = generated.unflatten(-1, (x.shape[2], -1))
+            return self._mix(func, args, x, weights, factors, eps)
         x = args[0] if args else None
         if func not in _RELUS or not isinstance(x, Tensor):
             return func(*args, **(kwargs or {}))

@@ -74,15 +74,15 @@ def test_opcheck(sides, dtype):
 
 @pytest.mark.parametrize('sides', SIDES)
 def test_chunks_do_not_matter(sides, monkeypatch):
-    """Two queries a chunk, the last with fewer."""
+    """Four queries a chunk, the last with fewer; and one."""
     tensors = make(sides, torch.float64)
     upstream = torch.randn(B, N, G, Q, C, dtype=torch.float64)
     wanted = grads_of(call, tensors, upstream)
-    numbers = G * (P * C + C * C + Q * P)
+    _, spatial = fused.by_group(tensors[1], P, C)
+    numbers = P * C + C * C + Q * P
     for queries in (4, 1):
         monkeypatch.setattr(fused, 'CHUNK_BYTES', queries * numbers * 8)
-        size = fused._chunk_size(tensors[0], tensors[1])
-        assert size == queries * G
+        assert fused._chunk_size(tensors[0], spatial) == queries
         assert_close(grads_of(call, tensors, upstream), wanted)
 
 

@@ -12,9 +12,15 @@ import pytest
 import torch
 
 from lors_plugin.models.layers import AdaptiveMixing, low_rank
+from lors_plugin.models.layers import adaptive_mixing as layers
 from lors_plugin.models.layers.adaptive_mixing import MixingShape
 from lors_plugin.ops.backend import ENV_NAME
-from lors_plugin.testing import Golden, check_golden, golden_detector
+from lors_plugin.testing import (
+    Golden,
+    check_golden,
+    golden_detector,
+    golden_ops,
+)
 from lors_plugin.testing.golden import TOLERANCE, relative_error
 from lors_plugin.testing.golden_detector import _detection_error, _norm_error
 
@@ -151,16 +157,27 @@ def channel_transposed(shape, channel, spatial):
 @pytest.fixture
 def change_matrices(monkeypatch):
     """Let numbers of the generator mean other entries of the matrices."""
-    plain = MixingShape.by_group
+    plain = layers.generated_mixing
 
     def change(function):
-        def by_group(self, generated):
-            weights = plain(self, generated)
-            sizes = [self.width**2, self.out_points * self.in_points]
-            parts = function(self, *weights.split(sizes, -1))
-            return torch.cat(parts, -1)
+        def changed(x, query, weight, bias, *args, **kwargs):
+            groups, (points, width) = x.shape[2], x.shape[3:]
+            numbers = weight.shape[0] // groups
+            out_points = (numbers - width**2) // points
+            sizes = MixingShape(groups * width, groups, points, out_points)
 
-        monkeypatch.setattr(MixingShape, 'by_group', by_group)
+            def moved(rows):
+                parts = (
+                    rows.movedim(0, -1)
+                    .unflatten(-1, (groups, -1))
+                    .split([width**2, numbers - width**2], -1)
+                )
+                generated = torch.cat(function(sizes, *parts), -1)
+                return generated.flatten(-2).movedim(-1, 0)
+
+            return plain(x, query, moved(weight), moved(bias), *args, **kwargs)
+
+        monkeypatch.setattr(layers, 'generated_mixing', changed)
 
     return change
 
@@ -195,14 +212,13 @@ def test_swapped_cores_are_noticed(name, goldens, monkeypatch, no_kinks):
 
 
 def test_other_level_weights_are_noticed(goldens, monkeypatch):
-    from lors_plugin.ops.sampling_3d import reference
+    plain = golden_ops.sampling_3d
 
-    weights = reference.level_weights
-    monkeypatch.setattr(
-        reference,
-        'level_weights',
-        lambda z, strides: weights(z * 1.001, strides),
-    )
+    def rescaled(feats, points, strides, **kwargs):
+        points = points * points.new_tensor([1, 1, 1.001])
+        return plain(feats, points, strides, **kwargs)
+
+    monkeypatch.setattr(golden_ops, 'sampling_3d', rescaled)
     assert largest(goldens / 'sampling_3d_small.npz') > TOLERANCE
 
 

@@ -8,7 +8,7 @@ from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lors_plugin.ops import adaptive_mixing
+from lors_plugin.ops import adaptive_mixing, generated_mixing
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible, per_layer
 
@@ -51,17 +51,6 @@ class MixingShape:
     def num_mixed(self) -> int:
         """int: Numbers after mixing, ``G Q C``."""
         return self.groups * self.out_points * self.width
-
-    def by_group(self, generated: Tensor) -> Tensor:
-        """Cut the generator's output into the numbers of each group.
-
-        Args:
-            generated (Tensor): Shape (B, N, G (C C + Q P)).
-
-        Returns:
-            Tensor: Shape (B, N, G, C C + Q P), a view.
-        """
-        return generated.unflatten(-1, (self.groups, -1))
 
 
 def _run(function: Callable, *args, recompute: bool) -> Tensor:
@@ -134,8 +123,10 @@ class AdaptiveMixing(BaseModule):
 
     def mix(self, x: Tensor, query: Tensor) -> Tensor:
         """Generate the matrices and mix, shape (B, N, G, Q, C)."""
-        weights = self.shape.by_group(self.generator(query))
-        return adaptive_mixing(x, weights, backend=self.backend)
+        generator = self.generator
+        return generated_mixing(
+            x, query, generator.weight, generator.bias, backend=self.backend
+        )
 
 
 class PrivateMixing(ModuleList):
@@ -334,9 +325,16 @@ class LORSAdaptiveMixing(BaseModule):
         if self.generator is None:
             # Nothing to add them to: the parts are the matrices.
             products = [part.product().flatten(-2) for part in parts]
-            weights, parts = torch.cat(products, dim=-1), []
-        elif isinstance(self.generator, LinearStack):
-            weights = self.shape.by_group(self.generator(query, stage))
-        else:
-            weights = self.shape.by_group(self.generator(query))
-        return adaptive_mixing(x, weights, *parts, backend=self.backend)
+            weights = torch.cat(products, dim=-1)
+            return adaptive_mixing(x, weights, backend=self.backend)
+        generator = self.generator
+        if isinstance(generator, LinearStack):
+            generator = generator[stage]
+        return generated_mixing(
+            x,
+            query,
+            generator.weight,
+            generator.bias,
+            *parts,
+            backend=self.backend,
+        )

@@ -4,13 +4,14 @@ from functools import reduce
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import select_backend
-from .op import mixing_forward
+from .op import generated_forward, mixing_forward
 from .reference import LowRank, adaptive_mixing_reference
 
-__all__ = ['LowRank', 'adaptive_mixing']
+__all__ = ['LowRank', 'adaptive_mixing', 'generated_mixing']
 
 
 def adaptive_mixing(
@@ -78,6 +79,96 @@ def adaptive_mixing(
     )[0]
 
 
+def generated_mixing(
+    x: Tensor,
+    query: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    channel_low_rank: Optional[LowRank] = None,
+    spatial_low_rank: Optional[LowRank] = None,
+    eps: float = 1e-5,
+    backend: str = 'auto',
+) -> Tensor:
+    """Generate the matrices from queries and mix with them.
+
+    The same as ``linear(query, weight, bias)`` and :func:`adaptive_mixing`,
+    to which the contract on types belongs. In one operator, the matrices are
+    made in the order in which mixing reads them, and so are their gradients.
+
+    Args:
+        x (Tensor): Sampled features, shape (B, N, G, P, C).
+        query (Tensor): Content of the queries, shape (B, N, D).
+        weight (Tensor): Of the generator, shape (G (C C + Q P), D).
+        bias (Tensor, optional): Of the generator, shape (G (C C + Q P), ).
+        channel_low_rank (LowRank, optional): Low-rank part of ``M``.
+        spatial_low_rank (LowRank, optional): Low-rank part of ``S``.
+        eps (float): Added to the variances. Defaults to 1e-5.
+        backend (str): As in :func:`adaptive_mixing`.
+
+    Returns:
+        Tensor: Mixed features, shape (B, N, G, Q, C).
+
+    Raises:
+        ValueError: If shapes do not fit together.
+    """
+    _check_generator(x, query, weight, bias)
+    parts = *(channel_low_rank or ()), *(spatial_low_rank or ())
+    dtype = _product_dtype(x, query, weight, *parts)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    like = x if x.dtype == dtype else x.new_empty(0, dtype=dtype)
+    if autocast or select_backend(backend, like) != 'torch':
+        # Autocast keeps the cast weight for all stages; kernels read the
+        # numbers of a query in one piece.
+        generated = F.linear(query, weight, bias)
+        weights = generated.unflatten(-1, (x.shape[2], -1))
+        return adaptive_mixing(
+            x, weights, channel_low_rank, spatial_low_rank, eps, backend
+        )
+    points, width = x.shape[-2:]
+    rows = (weight.shape[0] // x.shape[2] - width**2) // points
+    _check_parts(x, rows, channel_low_rank, spatial_low_rank)
+    none = (None,) * 3
+    return generated_forward(
+        x.to(dtype),
+        query.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        *(_cast(channel_low_rank, dtype) or none),
+        *(_cast(spatial_low_rank, dtype) or none),
+        eps,
+    )[0]
+
+
+def _check_generator(x, query, weight, bias):
+    if x.dim() != 5:
+        raise ValueError(
+            f'x must have shape (B, N, G, P, C), got {tuple(x.shape)}'
+        )
+    batch, queries, groups, points, width = x.shape
+    if query.dim() != 3 or tuple(query.shape[:2]) != (batch, queries):
+        raise ValueError(
+            f'query must have shape {(batch, queries, "D")} for x of shape '
+            f'{tuple(x.shape)}, got {tuple(query.shape)}'
+        )
+    numbers = weight.shape[0]
+    spatial = numbers - groups * width**2
+    if (
+        tuple(weight.shape[1:]) != tuple(query.shape[2:])
+        or not points
+        or spatial < groups * points
+        or spatial % (groups * points)
+    ):
+        raise ValueError(
+            'weight must have shape '
+            f'{(f"{groups} ({width**2} + {points} Q)", query.shape[2])} for '
+            f'x of shape {tuple(x.shape)}, got {tuple(weight.shape)}'
+        )
+    if bias is not None and tuple(bias.shape) != (numbers,):
+        raise ValueError(
+            f'bias must have shape {(numbers,)}, got {tuple(bias.shape)}'
+        )
+
+
 def _product_dtype(*tensors: Tensor) -> torch.dtype:
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
     device = tensors[0].device.type
@@ -106,6 +197,11 @@ def _check(x, weights, channel_low_rank, spatial_low_rank):
             f'weights must have shape {(*lead, f"{width**2} + {points} Q")} '
             f'for x of shape {tuple(x.shape)}, got {tuple(weights.shape)}'
         )
+    _check_parts(x, out_points, channel_low_rank, spatial_low_rank)
+
+
+def _check_parts(x, out_points, channel_low_rank, spatial_low_rank):
+    *lead, points, width = x.shape
     for name, part, rows, cols in (
         ('channel_low_rank', channel_low_rank, width, width),
         ('spatial_low_rank', spatial_low_rank, out_points, points),

@@ -7,6 +7,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from . import generated
+
 _MODULES = {'torch': 'fused', 'triton': 'triton_kernels'}
 
 
@@ -17,6 +19,19 @@ def _implementation(backend: str) -> ModuleType:
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _filled(like: Tensor, *grads: Optional[Tensor]) -> tuple[Tensor, ...]:
+    """An operator returns tensors, so what is absent is empty."""
+    return tuple(like.new_empty(0) if g is None else g for g in grads)
+
+
+def _given(tensors: list, grads: tuple) -> list:
+    return [None if t is None else g for t, g in zip(tensors, grads)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 @torch.library.custom_op(
@@ -44,10 +59,9 @@ def mixing_forward(
 def _(x, weights, *rest):
     *lead, points, width = x.shape
     out_points = (weights.shape[-1] - width**2) // points
-    wide = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(*lead, out_points, width),
-        x.new_empty(*lead, 4, dtype=wide),
+        x.new_empty(*lead, 4, dtype=_wide(x.dtype)),
     )
 
 
@@ -68,16 +82,13 @@ def mixing_backward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`lors_plugin.ops.adaptive_mixing.fused.backward`.
-
-    An operator returns tensors, so what is absent is empty here.
-    """
+    """See :func:`lors_plugin.ops.adaptive_mixing.fused.backward`."""
     factors = c_left, c_core, c_right, s_left, s_core, s_right
     with _no_autocast(x):
         grads = _implementation(backend).backward(
             grad_out, x, weights, *factors, stats, eps
         )
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+    return _filled(x, *grads)
 
 
 @mixing_backward.register_fake
@@ -95,8 +106,126 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, _):
     *tensors, stats = ctx.saved_tensors
     grads = mixing_backward(grad_out, *tensors, stats, ctx.eps, ctx.backend)
-    given = [None if t is None else g for t, g in zip(tensors, grads)]
-    return *given, None, None
+    return *_given(tensors, grads), None, None
 
 
 mixing_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op(
+    'lors_plugin::generated_mixing_forward', mutates_args=()
+)
+def generated_forward(
+    x: Tensor,
+    query: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    c_left: Optional[Tensor],
+    c_core: Optional[Tensor],
+    c_right: Optional[Tensor],
+    s_left: Optional[Tensor],
+    s_core: Optional[Tensor],
+    s_right: Optional[Tensor],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lors_plugin.ops.adaptive_mixing.generated.forward`."""
+    factors = c_left, c_core, c_right, s_left, s_core, s_right
+    return generated.forward(x, query, weight, bias, factors, eps)
+
+
+@generated_forward.register_fake
+def _(x, query, weight, *rest):
+    batch, queries, groups, points, width = x.shape
+    out_points = (weight.shape[0] // groups - width**2) // points
+    number = batch * queries
+    return (
+        x.new_empty(batch, queries, groups, out_points, width),
+        x.new_empty(batch, queries, groups, 4, dtype=_wide(x.dtype)),
+        x.new_empty(groups, number, width, width),
+        x.new_empty(groups, number, out_points, points),
+    )
+
+
+@torch.library.custom_op(
+    'lors_plugin::generated_mixing_backward', mutates_args=()
+)
+def generated_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    query: Tensor,
+    weight: Tensor,
+    with_bias: bool,
+    c_left: Optional[Tensor],
+    c_core: Optional[Tensor],
+    c_right: Optional[Tensor],
+    s_left: Optional[Tensor],
+    s_core: Optional[Tensor],
+    s_right: Optional[Tensor],
+    stats: Tensor,
+    channel: Tensor,
+    spatial: Tensor,
+    eps: float,
+) -> tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+]:
+    """See :func:`lors_plugin.ops.adaptive_mixing.generated.backward`."""
+    factors = c_left, c_core, c_right, s_left, s_core, s_right
+    *grads, grad_factors = generated.backward(
+        grad_out,
+        x,
+        query,
+        weight,
+        with_bias,
+        factors,
+        stats,
+        channel,
+        spatial,
+        eps,
+    )
+    return _filled(x, *grads, *grad_factors)
+
+
+@generated_backward.register_fake
+def _(grad_out, x, query, weight, with_bias, *rest):
+    grads = [torch.empty_like(t) for t in (query, weight)]
+    bias = x.new_empty(weight.shape[0] if with_bias else 0)
+    factors = [x.new_empty(0 if t is None else t.shape) for t in rest[:6]]
+    return x.new_empty(x.shape), *grads, bias, *factors
+
+
+def _generated_setup(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _generated_backward(ctx, grad_out, *_):
+    *tensors, stats, channel, spatial = ctx.saved_tensors
+    x, query, weight, bias, *factors = tensors
+    grads = generated_backward(
+        grad_out,
+        x,
+        query,
+        weight,
+        bias is not None,
+        *factors,
+        stats,
+        channel,
+        spatial,
+        ctx.eps,
+    )
+    return *_given(tensors, grads), None
+
+
+generated_forward.register_autograd(
+    _generated_backward, setup_context=_generated_setup
+)

@@ -200,13 +200,13 @@ def test_backend_reaches_the_operator(monkeypatch, backend):
     from lors_plugin.models.layers import adaptive_mixing as module
 
     seen = []
-    operator = module.adaptive_mixing
+    operator = module.generated_mixing
 
     def spy(*args, **kwargs):
         seen.append(kwargs['backend'])
         return operator(*args, **kwargs)
 
-    monkeypatch.setattr(module, 'adaptive_mixing', spy)
+    monkeypatch.setattr(module, 'generated_mixing', spy)
     x, query = inputs(torch.float32)
     AdaptiveMixing(**SIZES, backend=backend)(x, query)
     lors(backend=backend)(x, query, 0)

@@ -1,0 +1,105 @@
+"""Generating the matrices and mixing with them, in plain PyTorch.
+
+Matrices that lie group by group, each kind for itself, are what the products
+of mixing read and write without gaps: nothing is copied, and the gradient of
+the generator is made from them in place.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .fused import Factors, mix, mix_backward
+
+
+def forward(
+    x: Tensor,
+    query: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    factors: Factors,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Generate and mix.
+
+    Args:
+        x (Tensor): Shape (B, N, G, P, C), all tensors of one type.
+        query (Tensor): Shape (B, N, D).
+        weight (Tensor): Of the generator, shape (G (C C + Q P), D).
+        bias (Tensor, optional): Of the generator, shape (G (C C + Q P), ).
+        factors (tuple[Tensor | None]): See :func:`fused.forward`.
+        eps (float): Added to the variances.
+
+    Returns:
+        tuple[Tensor]: The output (B, N, G, Q, C), and for backward the
+        statistics (B, N, G, 4), the channel matrices (G, B N, C, C) and the
+        spatial matrices (G, B N, Q, P).
+    """
+    groups, points, width = x.shape[2:]
+    query = query.flatten(0, 1).expand(groups, -1, -1)
+    generated = []
+    for rows in kinds(weight, groups, width):
+        generated.append((rows, query @ rows.mT))
+    if bias is not None:
+        for (_, out), row in zip(generated, kinds(bias, groups, width)):
+            out += row.unsqueeze(1)
+    channel = generated[0][1].unflatten(-1, (width, width))
+    spatial = generated[1][1].unflatten(-1, (-1, points))
+    return *mix(x, channel, spatial, factors, eps), channel, spatial
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    query: Tensor,
+    weight: Tensor,
+    with_bias: bool,
+    factors: Factors,
+    stats: Tensor,
+    channel: Tensor,
+    spatial: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor], Factors]:
+    """Gradients of the inputs of :func:`forward`.
+
+    Returns:
+        tuple: Of ``x``, ``query``, ``weight``, ``bias`` (None without one)
+        and the factors.
+    """
+    groups, width = x.shape[2], x.shape[4]
+    grads = torch.empty_like(channel), torch.empty_like(spatial)
+    grad_x, grad_factors = mix_backward(
+        grad_out, x, channel, spatial, factors, stats, eps, *grads
+    )
+    grads = [grad.flatten(2) for grad in grads]
+    query_n = query.flatten(0, 1)
+    grad_query = torch.zeros_like(query_n)
+    grad_weight = torch.empty_like(weight)
+    grad_bias = weight.new_empty(len(weight)) if with_bias else None
+    for grad, rows, grad_rows in zip(
+        grads, kinds(weight, groups, width), kinds(grad_weight, groups, width)
+    ):
+        for group in range(groups):
+            grad_query.addmm_(grad[group], rows[group])
+            torch.mm(grad[group].T, query_n, out=grad_rows[group])
+    if with_bias:
+        for grad, row in zip(grads, kinds(grad_bias, groups, width)):
+            row.copy_(grad.sum(1))
+    grad_query = grad_query.view(query.shape)
+    return grad_x, grad_query, grad_weight, grad_bias, grad_factors
+
+
+def kinds(weight: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor]:
+    """Rows of the generator that make channel and spatial matrices.
+
+    Args:
+        weight (Tensor): Shape (G (C C + Q P), ...).
+        groups (int): ``G``.
+        width (int): ``C``.
+
+    Returns:
+        tuple[Tensor]: Shapes (G, C C, ...) and (G, Q P, ...), views.
+    """
+    weight = weight.unflatten(0, (groups, -1))
+    return weight[:, : width**2], weight[:, width**2 :]

@@ -1,0 +1,100 @@
+"""Low-rank part of generated matrices, formed chunk by chunk."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+class LowRankSide:
+    """Low-rank part of one kind of matrix, with its gradients.
+
+    ``n`` stands for the ``B N`` queries.
+
+    Args:
+        left (Tensor): Shape (G, K, rows, r).
+        core (Tensor): Shape (B, N, G, K, r, r).
+        right (Tensor): Shape (G, K, r, cols).
+        size (int): Queries in a chunk.
+    """
+
+    def __init__(
+        self, left: Tensor, core: Tensor, right: Tensor, size: int
+    ) -> None:
+        self.groups, self.num, _, self.rank = left.shape
+        self.core_shape, self.core = core.shape, core.flatten(0, 1)
+        self.right = right
+        # A left factor for each query of a chunk: (G, size, rows, K r).
+        left = left.transpose(1, 2).flatten(2).unsqueeze(1)
+        self.left = left.repeat(1, min(size, len(self.core)), 1, 1)
+        # core_k right_k, one below the other: (G, n, K r, cols).
+        self.inner = torch.stack(
+            [self._inner(group) for group in range(self.groups)]
+        )
+        self.grad_left = self.grad_inner = None
+
+    def _inner(self, group: int) -> Tensor:
+        # All queries in one product, not one small product each.
+        products = [
+            (self.core[:, group, k].flatten(0, 1) @ right).unflatten(
+                0, (-1, self.rank)
+            )
+            for k, right in enumerate(self.right[group])
+        ]
+        return products[0] if self.num == 1 else torch.cat(products, dim=1)
+
+    def add_to(
+        self, base: Tensor, group: int, part: slice, out: Tensor
+    ) -> Tensor:
+        """Full matrices (m, rows, cols) of a chunk from generated ones."""
+        left = self.left[group, : len(base)]
+        return torch.baddbmm(base, left, self.inner[group, part], out=out)
+
+    def collect(self, grad: Tensor, group: int, part: slice) -> None:
+        """Take the gradient (m, rows, cols) of a chunk's full matrices."""
+        if self.grad_inner is None:
+            self.grad_inner = torch.empty_like(self.inner)
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            self.grad_left = torch.zeros_like(self.left, dtype=wide)
+        left, inner = self.left[group, : len(grad)], self.inner[group, part]
+        torch.bmm(left.mT, grad, out=self.grad_inner[group, part])
+        total = self.grad_left[group, : len(grad)]
+        if total.dtype == grad.dtype:
+            total.baddbmm_(grad, inner.mT)
+        else:
+            total += grad.bmm(inner.mT)
+
+    def grads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of ``left``, ``core`` and ``right``."""
+        core, right = self.core, self.right
+        grad_core = core.new_zeros(core.shape)
+        grad_right = torch.zeros_like(right)
+        if self.grad_inner is None:  # no query
+            rows = self.left.shape[2]
+            shape = self.groups, self.num, rows, self.rank
+            return (
+                right.new_zeros(shape),
+                grad_core.view(self.core_shape),
+                grad_right,
+            )
+        inner = self.grad_inner.unflatten(2, (self.num, self.rank))
+        for group in range(self.groups):
+            for k in range(self.num):
+                grad = inner[group, :, k].flatten(0, 1)
+                product = grad @ right[group, k].T
+                grad_core[:, group, k] = product.unflatten(0, (-1, self.rank))
+                cores = core[:, group, k].flatten(0, 1)
+                grad_right[group, k] = cores.T @ grad
+        left = self.grad_left.sum(1).unflatten(2, (self.num, self.rank))
+        left = left.transpose(1, 2).to(core.dtype).contiguous()
+        return left, grad_core.view(self.core_shape), grad_right
+
+
+def make_side(
+    left: Optional[Tensor],
+    core: Optional[Tensor],
+    right: Optional[Tensor],
+    size: int,
+) -> Optional[LowRankSide]:
+    """A side, or None where there are no factors."""
+    return None if left is None else LowRankSide(left, core, right, size)
