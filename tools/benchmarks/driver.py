@@ -23,6 +23,7 @@ from harness import (
 from report import Case, Report
 
 EXIT_WRONG_RESULT = 1
+DOUBLE = 1e-6  # largest difference in float64
 CLOCKS = dict(wall=time.perf_counter, cpu=time.process_time)
 
 
@@ -212,7 +213,13 @@ def run_case(case: Case, report: Report) -> None:
     if not training:
         for lane in lanes:
             lane.trains = False
+    if case.double is not None and training:
+        check_lanes(case.double(batch), DOUBLE, DOUBLE)
+        for lane in lanes:
+            lane.trains = False  # outputs only
     errors = check_lanes(lanes, args.tolerance, args.gradient_tolerance)
+    for lane in lanes:
+        lane.trains = training
     needs = {}
     if training and case.batch > batch:
         for lane in lanes:

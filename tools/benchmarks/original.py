@@ -47,7 +47,7 @@ def sampling(feats, points, strides):
         for level, (feat, stride) in enumerate(zip(feats, strides)):
             height, width = feat.shape[-2:]
             size = points.new_tensor([width * stride, height * stride])
-            maps = feat.float().reshape(
+            maps = feat.to(points.dtype).reshape(
                 batch * groups, -1, height, width
             )  # (B G, C, H, W)
             sampled = F.grid_sample(

@@ -38,6 +38,8 @@ class Case:
             the first is the reference in float32.
         batch (int): Images.
         rate (bool): Whether images per second are reported too.
+        double (Callable, optional): As ``build``, in float64 throughout,
+            where gradients in float32 prove nothing.
     """
 
     label: str
@@ -45,6 +47,7 @@ class Case:
     build: Callable[[int], list[Lane]]
     batch: int
     rate: bool = False
+    double: Optional[Callable[[int], list[Lane]]] = None
 
 
 def device_name(device: torch.device) -> str:
