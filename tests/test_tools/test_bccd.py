@@ -13,6 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / 'docs' / 'en' / 'benchmarks' / 'bccd.md'
+RESULTS = PAGE.with_suffix('')
 TOOL = ROOT / 'tools' / 'benchmarks' / 'bccd.py'
 CLASSES = ('RBC', 'WBC', 'Platelets')
 SMALL = [
@@ -214,3 +215,17 @@ def test_documented_conversion(tmp_path):
         assert coco['annotations'][0]['bbox'] == [10, 20, 40, 40]
         for image in coco['images']:
             assert (folder / 'images' / image['file_name']).is_file()
+
+
+def test_page_shows_the_results(report, tool):
+    """The tables of the page are those that the numbers give."""
+    results = json.loads((RESULTS / 'results.json').read_text())
+    assert list(results['models']) == list(tool.MODELS)
+    page = PAGE.read_text()
+    assert report.make_table(results['models'], tool.BASELINE) in page
+    assert report.make_cost_table(results['models'], tool.BASELINE) in page
+    for name, model in results['models'].items():
+        assert (ROOT / model['config']).is_file(), name
+        assert len(model['runs']) >= 3, name
+        values = [run['AP'] for run in model['runs']]
+        assert model['AP'] == report.summarise(values)

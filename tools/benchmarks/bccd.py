@@ -200,7 +200,8 @@ def report(
     text = json.dumps(content, indent=1) + '\n'
     (out / 'results.json').write_text(text)
     write_csv(models, out / 'results.csv')
-    table = f'{make_table(models, BASELINE)}\n{make_cost_table(models)}'
+    tables = [f(models, BASELINE) for f in (make_table, make_cost_table)]
+    table = '\n'.join(tables)
     (out / 'table.md').write_text(table)
     plot_ap(models, out / 'bccd_ap.png')
     losses = {

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from torch import nn
@@ -167,6 +168,8 @@ def measure(
         dict[str, dict]: For each model sizes, seconds and bytes.
     """
     init_default_scope('mmdet')
+    # Not a word on each frozen parameter.
+    MMLogger.get_current_instance().setLevel(logging.ERROR)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     logger.info(
         'time of an iteration: %d rounds, %d threads, %s',

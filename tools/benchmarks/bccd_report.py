@@ -169,31 +169,38 @@ def make_table(models: Mapping[str, dict], baseline: str) -> str:
     return make_rows(header, rows)
 
 
-def make_cost_table(models: Mapping[str, dict]) -> str:
+def make_cost_table(models: Mapping[str, dict], baseline: str) -> str:
     """Write time and memory as a table in markdown.
 
     Args:
         models (dict[str, dict]): Results of each model.
+        baseline (str): Model that times are relative to.
 
     Returns:
         str: The table.
     """
     header = [
-        'model', 'training iteration', 'detection', 'state',
-        'kept for backward', 'peak of the process',
+        'model', 'training iteration', 'of the baseline', 'detection',
+        'of the baseline', 'state', 'kept for backward',
+        'peak of the process',
     ]  # fmt: skip
     rows = []
     for name, model in models.items():
-        times = [
-            f'{1000 * model[key]["median"]:.0f} ms' if key in model else '-'
-            for key in ('train_seconds', 'predict_seconds')
-        ]
+        row = [name]
+        for key in ('train_seconds', 'predict_seconds'):
+            if key not in model:
+                row += ['-', '-']
+                continue
+            seconds, share = model[key]['median'], '-'
+            if baseline in models:
+                share = seconds / models[baseline][key]['median']
+                share = f'{100 * share:.0f} %'
+            row += [f'{1000 * seconds:.0f} ms', share]
         sizes = [
             *(model['memory'][key] for key in ('state', 'saved')),
             model['peak_memory'],
         ]
-        sizes = [f'{size / MEGA:.0f} MB' for size in sizes]
-        rows.append([name, *times, *sizes])
+        rows.append([*row, *(f'{size / MEGA:.0f} MB' for size in sizes)])
     return make_rows(header, rows)
 
 
