@@ -139,7 +139,7 @@ def test_no_timings_of_wrong_results(
 
     owner, name = tools('original'), 'mixing'
     if lane == 'torch':
-        owner, name = layer, 'adaptive_mixing'
+        owner, name = layer, 'generated_mixing'
     right = getattr(owner, name)
 
     def wrong(*args, **kwargs):
