@@ -6,12 +6,14 @@ sampled points a group, ``Q`` mixed points a group, ``C`` channels a group,
 """
 
 from .adaptive_mixing import LowRank, adaptive_mixing, generated_mixing
+from .low_rank_linear import low_rank_linear
 from .sampling_3d import sampling_3d, share_levels
 
 __all__ = [
     'LowRank',
     'adaptive_mixing',
     'generated_mixing',
+    'low_rank_linear',
     'sampling_3d',
     'share_levels',
 ]

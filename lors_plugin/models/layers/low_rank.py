@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
-from lors_plugin.ops import LowRank
+from lors_plugin.ops import LowRank, low_rank_linear
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import per_layer
 
@@ -126,10 +126,11 @@ class LowRankLinearStack(BaseModule):
             return F.linear(
                 F.linear(x, self.down[layer]), self.up[layer], bias
             )
-        out = F.linear(x, self.weight, bias)
-        if self.down[layer].numel():
-            out = out + F.linear(F.linear(x, self.down[layer]), self.up[layer])
-        return out
+        if not self.down[layer].numel():
+            return F.linear(x, self.weight, bias)
+        return low_rank_linear(
+            x, self.weight, self.down[layer], self.up[layer], bias
+        )
 
     def layer_weight(self, layer: int) -> Tensor:
         """The full weight of a layer, shape (out_features, in_features)."""

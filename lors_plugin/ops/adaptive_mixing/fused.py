@@ -10,7 +10,7 @@ parts are added to a chunk's matrices, where this costs no more than factored
 products. ``n`` stands for the ``B N`` queries, ``m`` for those of a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Optional
 
 import torch
@@ -21,7 +21,7 @@ from .reference import split_weights
 
 aten = torch.ops.aten
 # Inputs of one chunk; about three times as much is alive at a time.
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**22
 
 Factors = tuple[Optional[Tensor], ...]
 
@@ -166,6 +166,7 @@ def mix_backward(
     eps: float,
     grad_channel: Tensor,
     grad_spatial: Tensor,
+    after_group: Optional[Callable[[int], None]] = None,
 ) -> tuple[Tensor, Factors]:
     """Gradients of the inputs of :func:`mix`.
 
@@ -179,6 +180,8 @@ def mix_backward(
         eps (float): Added to the variances.
         grad_channel (Tensor): Written: gradient of ``channel``.
         grad_spatial (Tensor): Written: gradient of ``spatial``.
+        after_group (Callable, optional): Called with the number of a group
+            when its gradients are there; the next group may overwrite them.
 
     Returns:
         tuple: Gradient of ``x``, and those of the factors, None for absent
@@ -226,6 +229,8 @@ def mix_backward(
                 target.copy_(product)
             if side is not None:
                 side.collect(product, group, part)
+        if after_group is not None and part.stop == len(x_n):
+            after_group(group)
     grads = [
         t
         for side in (channel_side, spatial_side)

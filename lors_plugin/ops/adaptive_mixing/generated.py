@@ -38,14 +38,16 @@ def forward(
     """
     groups, points, width = x.shape[2:]
     query = query.flatten(0, 1).expand(groups, -1, -1)
-    generated = []
-    for rows in kinds(weight, groups, width):
-        generated.append((rows, query @ rows.mT))
-    if bias is not None:
-        for (_, out), row in zip(generated, kinds(bias, groups, width)):
-            out += row.unsqueeze(1)
-    channel = generated[0][1].unflatten(-1, (width, width))
-    spatial = generated[1][1].unflatten(-1, (-1, points))
+    rows = kinds(weight, groups, width)
+    if bias is None:
+        channel, spatial = (query @ part.mT for part in rows)
+    else:
+        channel, spatial = (
+            torch.baddbmm(shift.unsqueeze(1), query, part.mT)
+            for shift, part in zip(kinds(bias, groups, width), rows)
+        )
+    channel = channel.unflatten(-1, (width, width))
+    spatial = spatial.unflatten(-1, (-1, points))
     return *mix(x, channel, spatial, factors, eps), channel, spatial
 
 
@@ -68,24 +70,37 @@ def backward(
         and the factors.
     """
     groups, width = x.shape[2], x.shape[4]
-    grads = torch.empty_like(channel), torch.empty_like(spatial)
-    grad_x, grad_factors = mix_backward(
-        grad_out, x, channel, spatial, factors, stats, eps, *grads
-    )
-    grads = [grad.flatten(2) for grad in grads]
     query_n = query.flatten(0, 1)
     grad_query = torch.zeros_like(query_n)
-    grad_weight = torch.empty_like(weight)
-    grad_bias = weight.new_empty(len(weight)) if with_bias else None
-    for grad, rows, grad_rows in zip(
-        grads, kinds(weight, groups, width), kinds(grad_weight, groups, width)
-    ):
-        for group in range(groups):
-            grad_query.addmm_(grad[group], rows[group])
-            torch.mm(grad[group].T, query_n, out=grad_rows[group])
-    if with_bias:
-        for grad, row in zip(grads, kinds(grad_bias, groups, width)):
-            row.copy_(grad.sum(1))
+    # Without queries, no group ever comes to its end.
+    make = torch.empty_like if len(query_n) else torch.zeros_like
+    grad_weight = make(weight)
+    grad_bias = make(weight[:, 0]) if with_bias else None
+    rows = kinds(weight, groups, width)
+    grad_rows = kinds(grad_weight, groups, width)
+    grad_shifts = kinds(grad_bias, groups, width) if with_bias else ()
+    # One group's gradients are used up before the next one's are made.
+    buffers = [torch.empty_like(t[0]) for t in (channel, spatial)]
+
+    def after_group(group: int) -> None:
+        for kind, buffer in enumerate(buffers):
+            grad = buffer.flatten(1)
+            grad_query.addmm_(grad, rows[kind][group])
+            torch.mm(grad.T, query_n, out=grad_rows[kind][group])
+            if with_bias:
+                torch.sum(grad, 0, out=grad_shifts[kind][group])
+
+    grad_x, grad_factors = mix_backward(
+        grad_out,
+        x,
+        channel,
+        spatial,
+        factors,
+        stats,
+        eps,
+        *(buffer.expand(groups, -1, -1, -1) for buffer in buffers),
+        after_group,
+    )
     grad_query = grad_query.view(query.shape)
     return grad_x, grad_query, grad_weight, grad_bias, grad_factors
 
