@@ -16,7 +16,8 @@ from torch import Tensor
 
 BACKENDS = ('auto', 'torch', 'triton', 'reference')
 ENV_NAME = 'LORS_PLUGIN_BACKEND'
-OLDEST_TRITON = (3, 2)
+# The kernels of sampling do not compile with 3.2.
+OLDEST_TRITON = (3, 3)
 OLDEST_CAPABILITY = (7, 0)
 # Below it there are no tensor-core paths in Triton any more and no
 # conversions of bfloat16; kernels compute in float32 there.
@@ -25,7 +26,7 @@ FULL_CAPABILITY = (8, 0)
 logger = logging.getLogger('lors_plugin')
 
 
-def select_backend(requested: str, tensor: Tensor) -> str:
+def select_backend(requested: str, tensor: Tensor, refusal: str = '') -> str:
     """Choose the implementation for one call.
 
     Costs a few microseconds, asks the driver once a device, and may be
@@ -39,6 +40,8 @@ def select_backend(requested: str, tensor: Tensor) -> str:
             on a GPU that it works on, plain PyTorch elsewhere.
         tensor (Tensor): An input as the implementation will get it, of any
             shape: its device and its type decide.
+        refusal (str): Why the kernels cannot take these sizes, '' if they
+            can.
 
     Returns:
         str: ``'torch'`` (fast, plain PyTorch, any device), ``'triton'`` or
@@ -49,11 +52,15 @@ def select_backend(requested: str, tensor: Tensor) -> str:
         RuntimeError: If Triton is asked for and cannot run here.
     """
     device = tensor.device
-    return _choose(requested, device.type, device.index, tensor.dtype)
+    return _choose(requested, device.type, device.index, tensor.dtype, refusal)
 
 
 def _choose(
-    requested: str, kind: str, index: Optional[int], dtype: torch.dtype
+    requested: str,
+    kind: str,
+    index: Optional[int],
+    dtype: torch.dtype,
+    refusal: str,
 ) -> str:
     name, source = _requested(requested)
     if name in ('torch', 'reference'):
@@ -61,6 +68,8 @@ def _choose(
     if name == 'auto' and kind != 'cuda':
         return 'torch'
     possible, reason = device_verdict(kind, index, dtype)
+    if possible and refusal:
+        possible, reason = False, refusal
     if name == 'triton':
         if not possible:
             raise RuntimeError(

@@ -5,12 +5,14 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lors_plugin import ops
 from lors_plugin.ops import backend
+from lors_plugin.ops.adaptive_mixing import _too_large
 from lors_plugin.ops.backend import ENV_NAME, select_backend, triton_verdict
 
 FLOAT, HALF, BRAIN, DOUBLE = (
@@ -44,8 +46,8 @@ def machine(monkeypatch):
             torch.cuda, 'get_device_capability', lambda index: capability
         )
         monkeypatch.setattr(backend, 'triton_version', lambda: version)
-        return lambda requested, dtype=FLOAT: backend._choose(
-            requested, 'cuda', 0, dtype
+        return lambda requested, dtype=FLOAT, refusal='': backend._choose(
+            requested, 'cuda', 0, dtype, refusal
         )
 
     return make
@@ -110,6 +112,33 @@ def test_auto_falls_back_and_says_why_once(machine, caplog):
         choose('triton', BRAIN)
 
 
+def test_sizes_that_the_kernels_cannot_take(machine, caplog):
+    choose = machine((8, 0))
+    assert choose('auto', HALF, 'too large') == 'torch'
+    assert 'too large' in caplog.text
+    assert choose('torch', HALF, 'too large') == 'torch'
+    with pytest.raises(RuntimeError, match='too large'):
+        choose('triton', HALF, 'too large')
+
+
+@pytest.mark.parametrize(
+    ('points', 'width', 'out_points', 'fits'),
+    [
+        (64, 128, 128, True),
+        (32, 64, 128, True),
+        (32, 64, 256, True),
+        (32, 64, 257, False),
+        (64, 129, 128, False),
+    ],
+)
+def test_sizes_of_tiles(points, width, out_points, fits):
+    numbers = width**2 + out_points * points
+    cuda = SimpleNamespace(type='cuda')
+    x = SimpleNamespace(device=cuda, shape=(1, 1, 1, points, width))
+    weights = SimpleNamespace(shape=(1, 1, 1, numbers))
+    assert (_too_large(x, weights) == '') == fits
+
+
 def test_auto_leaves_the_interpreter_alone(machine, monkeypatch, caplog):
     monkeypatch.setenv('TRITON_INTERPRET', '1')
     choose = machine((8, 0))
@@ -129,13 +158,14 @@ def test_auto_leaves_the_interpreter_alone(machine, monkeypatch, caplog):
         (dict(dtype=DOUBLE), 'not torch.float64'),
         (dict(dtype=torch.int32), 'not torch.int32'),
         (dict(version=None), 'not installed'),
-        (dict(version=(3, 1, 0)), '3.1.0 is older than 3.2'),
-        (dict(version=(2, 9)), '2.9 is older than 3.2'),
-        (dict(version=(3, 2, 0)), ''),
+        (dict(version=(3, 1, 0)), '3.1.0 is older than 3.3'),
+        (dict(version=(2, 9)), '2.9 is older than 3.3'),
+        (dict(version=(3, 2, 1)), '3.2.1 is older than 3.3'),
+        (dict(version=(3, 3, 0)), ''),
         (dict(version=(4, 0)), ''),
         (dict(capability=(7, 0)), ''),
         (dict(capability=(7, 5), dtype=HALF), ''),
-        (dict(capability=(7, 0), dtype=HALF, version=(3, 2)), ''),
+        (dict(capability=(7, 0), dtype=HALF, version=(3, 3)), ''),
         (dict(capability=(7, 0), dtype=BRAIN), '7.0 has no bfloat16'),
         (dict(capability=(6, 1)), '6.1, Triton needs 7.0'),
         (dict(capability=(12, 0), dtype=BRAIN), ''),

@@ -11,6 +11,9 @@ from ..backend import select_backend
 from .op import generated_forward, mixing_forward
 from .reference import LowRank, adaptive_mixing_reference
 
+# Of the kernels, 128 x 128: more does not fit into registers.
+LARGEST_TILE = 2**14
+
 __all__ = ['LowRank', 'adaptive_mixing', 'generated_mixing']
 
 
@@ -63,7 +66,7 @@ def adaptive_mixing(
     x, weights = x.to(dtype), weights.to(dtype)
     channel_low_rank = _cast(channel_low_rank, dtype)
     spatial_low_rank = _cast(spatial_low_rank, dtype)
-    chosen = select_backend(backend, x)
+    chosen = select_backend(backend, x, _too_large(x, weights))
     if chosen == 'reference':
         return adaptive_mixing_reference(
             x, weights, channel_low_rank, spatial_low_rank, eps
@@ -198,6 +201,23 @@ def _check(x, weights, channel_low_rank, spatial_low_rank):
             f'for x of shape {tuple(x.shape)}, got {tuple(weights.shape)}'
         )
     _check_parts(x, out_points, channel_low_rank, spatial_low_rank)
+
+
+def _too_large(x: Tensor, weights: Tensor) -> str:
+    """Why the kernels, which keep whole matrices, cannot take the sizes."""
+    if x.device.type != 'cuda':
+        return ''
+    points, width = x.shape[-2:]
+    spatial = (weights.shape[-1] - width**2) // points
+    columns, *rows = (
+        1 << (n - 1).bit_length() for n in (width, points, spatial)
+    )
+    if columns * max(columns, *rows) <= LARGEST_TILE:
+        return ''
+    return (
+        f'the kernels hold tiles of {LARGEST_TILE} numbers, too few for '
+        f'C {width}, P {points} and Q {spatial}'
+    )
 
 
 def _check_parts(x, out_points, channel_low_rank, spatial_low_rank):
