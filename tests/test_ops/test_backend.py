@@ -207,7 +207,7 @@ def test_inside_a_compiled_function(monkeypatch, caplog, requested):
     monkeypatch.setattr(backend, 'device_verdict', no)
 
     def scale(x):
-        name = backend._choose(requested, 'cuda', 0, x.dtype)
+        name = backend._choose(requested, 'cuda', 0, x.dtype, '')
         same = name == select_backend(requested, x)
         return x * (2 if name == 'torch' else 3) + same
 
