@@ -1,6 +1,7 @@
 """The benchmark on BCCD, on four small pictures of the same layout."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from mmengine.logging import MMLogger
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +40,11 @@ def tool(monkeypatch):
         monkeypatch.syspath_prepend(str(ROOT / 'tools' / folder))
     import bccd
 
-    return bccd
+    logger, threads = MMLogger.get_current_instance(), torch.get_num_threads()
+    level = logger.level
+    yield bccd
+    logger.setLevel(level)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -98,6 +105,7 @@ def test_command(tool, data, tmp_path, caplog):
         cwd=ROOT,
         capture_output=True,
         text=True,
+        env={k: v for k, v in os.environ.items() if k != 'OMP_NUM_THREADS'},
     )
     assert done.returncode == 0, done.stderr
     out = work_dir / 'report'
@@ -115,6 +123,7 @@ def test_command(tool, data, tmp_path, caplog):
         assert [p['step'] for p in model['runs'][0]['curve']] == [1]
         assert 0 <= model['AP']['mean'] <= 100
     assert set(results['against_baseline']) == {'LORS G2 P32'}
+    assert results['threads'] == 1
     assert (out / 'table.md').read_text().count('\n') == 9
     assert len((out / 'results.csv').read_text().splitlines()) == 3
     for name in ('bccd_ap.png', 'bccd_curves.png'):
@@ -169,6 +178,7 @@ def test_comparison(report):
     assert near == dict(difference=-1.0, spread=0.82, within=True)
     far = report.compare(runs(20.0, 21.0, 22.0), runs(31.0, 32.0, 33.0))
     assert far['difference'] == -11 and not far['within']
+    assert report.compare(runs(20.0), runs(31.0))['within'] is None
     assert report.summarise([1.0, 3.0]) == dict(mean=2.0, std=1.41)
     assert report.summarise([1.0]) == dict(mean=1.0, std=0.0)
 

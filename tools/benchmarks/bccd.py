@@ -64,6 +64,11 @@ MODELS = {
 }
 BASELINE = 'AdaMixer G2 P32'
 RECIPE = 'recipe.json'
+SPREAD = {
+    True: 'within the spread',
+    False: 'beyond the spread',
+    None: 'one seed says nothing of the spread',
+}
 
 
 def short(name: str) -> str:
@@ -221,7 +226,7 @@ def report(
             values['difference'],
             BASELINE,
             values['spread'],
-            'within the spread' if values['within'] else 'beyond the spread',
+            SPREAD[values['within']],
         )
     logger.info('results: %s', out)
 

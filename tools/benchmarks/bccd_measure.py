@@ -1,6 +1,7 @@
 """Size, time and memory of the models of the BCCD benchmark."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 
@@ -170,6 +171,8 @@ def measure(
     init_default_scope('mmdet')
     # Not a word on each frozen parameter.
     MMLogger.get_current_instance().setLevel(logging.ERROR)
+    # As the trainings: threads that wait for each other measure the machine.
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '1')))
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     logger.info(
         'time of an iteration: %d rounds, %d threads, %s',

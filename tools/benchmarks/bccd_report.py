@@ -100,7 +100,7 @@ def compare(runs: Sequence[dict], other: Sequence[dict]) -> dict:
     Returns:
         dict: ``difference`` of the means, ``spread``, its standard error
         from the spreads of both, and ``within``: whether the difference is
-        at most twice that.
+        at most twice that, None where a single seed has no spread.
     """
     ours, theirs = ([run['AP'] for run in r] for r in (runs, other))
     difference = statistics.fmean(ours) - statistics.fmean(theirs)
@@ -113,7 +113,11 @@ def compare(runs: Sequence[dict], other: Sequence[dict]) -> dict:
     return dict(
         difference=round(difference, 2),
         spread=round(spread, 2),
-        within=abs(difference) <= 2 * spread,
+        within=(
+            abs(difference) <= 2 * spread
+            if min(len(ours), len(theirs)) > 1
+            else None
+        ),
     )
 
 
