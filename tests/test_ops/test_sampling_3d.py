@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -211,3 +212,20 @@ def test_levels_of_other_widths():
         ValueError, match=re.escape('feats[2] must have shape')
     ):
         share_levels(feats, strides, [(3, 2, 4)])
+
+
+def test_one_pass_without_gradients_packs_nothing(monkeypatch):
+    """On a CPU packing costs more than one forward pass can save."""
+    # The function has the name of its module.
+    module = sys.modules[sampling_3d.__module__]
+    packed, plain = [], module._pack
+    monkeypatch.setattr(
+        module, '_pack', lambda *a: packed.append(a) or plain(*a)
+    )
+    feats = [torch.randn(1, 4, 5, 6)]
+    points = torch.rand(1, 2, 2, 3, 3) * 10
+    still = sampling_3d(feats, points, [4])
+    assert not packed
+    moving = sampling_3d(feats, points.requires_grad_(), [4])
+    assert packed
+    torch.testing.assert_close(still, moving)

@@ -55,7 +55,8 @@ def sampling_3d(
     (coordinates of large images need the digits), and in float64 if any
     input is float64. The gradient of a level is laid out channels last. It
     is not computed where no level needs it. Levels that are sampled several
-    times should go through :func:`share_levels` first.
+    times should go through :func:`share_levels` first; one pass without
+    gradients over other levels samples them level by level on a CPU.
 
     Args:
         feats (Sequence[Tensor] | PackedLevels): Levels, each of shape
@@ -79,7 +80,7 @@ def sampling_3d(
         _check(feats, points, strides)
         points = points.to(_dtype(points, *feats))
     backend = select_backend(backend, points)
-    if backend == 'reference':
+    if backend == 'reference' or (backend == 'torch' and _once(feats, points)):
         return sampling_3d_reference(_unpack(feats), points, strides)
     packed = _pack(feats, points.dtype)
     return op.sample(
@@ -129,6 +130,17 @@ def share_levels(
         packed._replace(tokens=tuple(tokens[i : i + op.TOKENS]))
         for i in range(0, len(tokens), op.TOKENS)
     ]
+
+
+def _once(feats: Levels, points: Tensor) -> bool:
+    """Whether packing the levels would never be paid back.
+
+    On a CPU it costs more than all that one forward pass can save.
+    """
+    if isinstance(feats, PackedLevels) or points.device.type != 'cpu':
+        return False
+    needs_grad = any(t.requires_grad for t in (points, *feats))
+    return not (needs_grad and torch.is_grad_enabled())
 
 
 def _pack(feats: Levels, dtype: torch.dtype) -> PackedLevels:
