@@ -21,7 +21,7 @@ from .reference import split_weights
 
 aten = torch.ops.aten
 # Inputs of one chunk; about three times as much is alive at a time.
-CHUNK_BYTES = 2**22
+CHUNK_BYTES = 2**21
 
 Factors = tuple[Optional[Tensor], ...]
 

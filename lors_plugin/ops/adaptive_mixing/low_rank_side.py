@@ -27,21 +27,19 @@ class LowRankSide:
         # A left factor for each query of a chunk: (G, size, rows, K r).
         left = left.transpose(1, 2).flatten(2).unsqueeze(1)
         self.left = left.repeat(1, min(size, len(self.core)), 1, 1)
-        # core_k right_k, one below the other: (G, n, K r, cols).
-        self.inner = torch.stack(
-            [self._inner(group) for group in range(self.groups)]
+        # core_k right_k, one below the other.
+        queries, cols = len(self.core), right.shape[-1]
+        self.inner = core.new_empty(
+            self.groups, queries, self.num * self.rank, cols
         )
+        inner = self.inner.unflatten(2, (self.num, self.rank))
+        for group in range(self.groups):
+            for k in range(self.num):
+                # All queries in one product, not one small product each.
+                cores = self.core[:, group, k].flatten(0, 1)
+                product = cores @ right[group, k]
+                inner[group, :, k] = product.unflatten(0, (-1, self.rank))
         self.grad_left = self.grad_inner = None
-
-    def _inner(self, group: int) -> Tensor:
-        # All queries in one product, not one small product each.
-        products = [
-            (self.core[:, group, k].flatten(0, 1) @ right).unflatten(
-                0, (-1, self.rank)
-            )
-            for k, right in enumerate(self.right[group])
-        ]
-        return products[0] if self.num == 1 else torch.cat(products, dim=1)
 
     def add_to(
         self, base: Tensor, group: int, part: slice, out: Tensor
