@@ -72,6 +72,15 @@ def test_opcheck(sides, dtype):
     )
 
 
+def test_opcheck_of_inputs_with_gaps():
+    tensors = [t.detach().mT.contiguous().mT for t in make('both')]
+    out, stats = mixing_forward(*tensors, 1e-5, 'torch')
+    torch.library.opcheck(
+        mixing_backward,
+        (torch.randn_like(out), *tensors, stats, 1e-5, 'torch'),
+    )
+
+
 @pytest.mark.parametrize('sides', SIDES)
 def test_chunks_do_not_matter(sides, monkeypatch):
     """Four queries a chunk, the last with fewer; and one."""

@@ -153,6 +153,8 @@ def test_opcheck(sides):
             query,
             weight,
             True,
+            True,
+            True,
             *factors,
             *kept,
             1e-5,
@@ -183,10 +185,62 @@ def test_autocast(backend):
     assert error <= 2 * (wanted - exact).norm() + 1e-3 * exact.norm()
 
 
-def test_mixed_types_promote():
+@pytest.mark.parametrize('index', [0, 1])
+@pytest.mark.parametrize('backend', ['torch', 'reference'])
+def test_mixed_types_promote(index, backend):
     tensors = make('none')
-    tensors[0] = tensors[0].detach().bfloat16()
-    assert call(tensors).dtype == torch.float32
+    tensors[index] = tensors[index].detach().bfloat16()
+    assert call(tensors, backend).dtype == torch.float32
+
+
+@pytest.mark.parametrize('frozen', [(1,), (2, 3), (1, 2, 3), (0,), (3,)])
+def test_gradients_that_nobody_needs(frozen):
+    tensors = make('both', torch.float64)
+    for index in frozen:
+        tensors[index].requires_grad_(False)
+    upstream = torch.randn(B, N, G, Q, C, dtype=torch.float64)
+    given = [t for t in tensors if t.requires_grad]
+    have = torch.autograd.grad(call(tensors), given, upstream)
+    wanted = torch.autograd.grad(two_steps(tensors), given, upstream)
+    assert_close(have, wanted)
+
+
+def test_opcheck_of_inputs_with_gaps():
+    tensors = make('both')
+    gaps = [
+        t.detach().mT.contiguous().mT.requires_grad_() if t.dim() > 1 else t
+        for t in tensors
+    ]
+    torch.library.opcheck(generated_forward, (*gaps, 1e-5))
+    x, query, weight, _, *factors = [t.detach() for t in gaps]
+    out, *kept = generated_forward(x, query, weight, None, *factors, 1e-5)
+    for needs in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(
+            generated_backward,
+            (
+                torch.randn_like(out),
+                x,
+                query.transpose(0, 1).contiguous().transpose(0, 1),
+                weight,
+                False,
+                *needs,
+                *factors,
+                *kept,
+                1e-5,
+            ),
+        )
+
+
+def test_compiles_to_machine_code():
+    """Inductor relies on the strides that the operators announce."""
+    tensors = make('channel')
+    tensors[1] = torch.randn(N, B, D).transpose(0, 1).requires_grad_()
+    compiled = torch.compile(call, fullgraph=True)
+    upstream = torch.randn(B, N, G, Q, C)
+    assert_close(
+        grads_of(compiled, tensors, upstream),
+        grads_of(call, tensors, upstream),
+    )
 
 
 @pytest.mark.parametrize(

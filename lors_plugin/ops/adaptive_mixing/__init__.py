@@ -122,6 +122,9 @@ def generated_mixing(
     if autocast or select_backend(backend, like) != 'torch':
         # Autocast keeps the cast weight for all stages; kernels read the
         # numbers of a query in one piece.
+        if not autocast:
+            query, weight = query.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         generated = F.linear(query, weight, bias)
         weights = generated.unflatten(-1, (x.shape[2], -1))
         return adaptive_mixing(

@@ -57,13 +57,20 @@ def backward(
     query: Tensor,
     weight: Tensor,
     with_bias: bool,
+    needs_query: bool,
+    needs_generator: bool,
     factors: Factors,
     stats: Tensor,
     channel: Tensor,
     spatial: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor], Factors]:
+) -> tuple[
+    Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Factors
+]:
     """Gradients of the inputs of :func:`forward`.
+
+    Those of the query and of the generator, large products, only where they
+    are needed: adapters freeze a generator.
 
     Returns:
         tuple: Of ``x``, ``query``, ``weight``, ``bias`` (None without one)
@@ -71,23 +78,27 @@ def backward(
     """
     groups, width = x.shape[2], x.shape[4]
     query_n = query.flatten(0, 1)
-    grad_query = torch.zeros_like(query_n)
-    # Without queries, no group ever comes to its end.
-    make = torch.empty_like if len(query_n) else torch.zeros_like
-    grad_weight = make(weight)
-    grad_bias = make(weight[:, 0]) if with_bias else None
+    grad_query = query_n.new_zeros(query_n.shape) if needs_query else None
+    grad_weight = grad_bias = None
+    if needs_generator:
+        # Without queries, no group ever comes to its end.
+        make = weight.new_empty if len(query_n) else weight.new_zeros
+        grad_weight = make(weight.shape)
+        grad_bias = make(len(weight)) if with_bias else None
     rows = kinds(weight, groups, width)
     grad_rows = kinds(grad_weight, groups, width)
-    grad_shifts = kinds(grad_bias, groups, width) if with_bias else ()
+    grad_shifts = kinds(grad_bias, groups, width)
     # One group's gradients are used up before the next one's are made.
     buffers = [torch.empty_like(t[0]) for t in (channel, spatial)]
 
     def after_group(group: int) -> None:
         for kind, buffer in enumerate(buffers):
             grad = buffer.flatten(1)
-            grad_query.addmm_(grad, rows[kind][group])
-            torch.mm(grad.T, query_n, out=grad_rows[kind][group])
-            if with_bias:
+            if grad_query is not None:
+                grad_query.addmm_(grad, rows[kind][group])
+            if grad_weight is not None:
+                torch.mm(grad.T, query_n, out=grad_rows[kind][group])
+            if grad_bias is not None:
                 torch.sum(grad, 0, out=grad_shifts[kind][group])
 
     grad_x, grad_factors = mix_backward(
@@ -101,20 +112,26 @@ def backward(
         *(buffer.expand(groups, -1, -1, -1) for buffer in buffers),
         after_group,
     )
-    grad_query = grad_query.view(query.shape)
+    if grad_query is not None:
+        grad_query = grad_query.view(query.shape)
     return grad_x, grad_query, grad_weight, grad_bias, grad_factors
 
 
-def kinds(weight: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor]:
+def kinds(
+    weight: Optional[Tensor], groups: int, width: int
+) -> tuple[Optional[Tensor], Optional[Tensor]]:
     """Rows of the generator that make channel and spatial matrices.
 
     Args:
-        weight (Tensor): Shape (G (C C + Q P), ...).
+        weight (Tensor, optional): Shape (G (C C + Q P), ...).
         groups (int): ``G``.
         width (int): ``C``.
 
     Returns:
-        tuple[Tensor]: Shapes (G, C C, ...) and (G, Q P, ...), views.
+        tuple[Tensor]: Shapes (G, C C, ...) and (G, Q P, ...), views; None
+        and None of None.
     """
+    if weight is None:
+        return None, None
     weight = weight.unflatten(0, (groups, -1))
     return weight[:, : width**2], weight[:, width**2 :]

@@ -65,8 +65,9 @@ class LowRankSide:
     def grads(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of ``left``, ``core`` and ``right``."""
         core, right = self.core, self.right
+        # Dense, whatever gaps the inputs have: the compiler relies on it.
         grad_core = core.new_zeros(core.shape)
-        grad_right = torch.zeros_like(right)
+        grad_right = right.new_zeros(right.shape)
         if self.grad_inner is None:  # no query
             rows = self.left.shape[2]
             shape = self.groups, self.num, rows, self.rank

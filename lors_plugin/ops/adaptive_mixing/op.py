@@ -155,6 +155,8 @@ def generated_backward(
     query: Tensor,
     weight: Tensor,
     with_bias: bool,
+    needs_query: bool,
+    needs_generator: bool,
     c_left: Optional[Tensor],
     c_core: Optional[Tensor],
     c_right: Optional[Tensor],
@@ -185,6 +187,8 @@ def generated_backward(
         query,
         weight,
         with_bias,
+        needs_query,
+        needs_generator,
         factors,
         stats,
         channel,
@@ -195,11 +199,17 @@ def generated_backward(
 
 
 @generated_backward.register_fake
-def _(grad_out, x, query, weight, with_bias, *rest):
-    grads = [torch.empty_like(t) for t in (query, weight)]
-    bias = x.new_empty(weight.shape[0] if with_bias else 0)
-    factors = [x.new_empty(0 if t is None else t.shape) for t in rest[:6]]
-    return x.new_empty(x.shape), *grads, bias, *factors
+def _(
+    grad_out, x, query, weight, with_bias, needs_query, needs_generator, *rest
+):
+    rows = weight.shape[0]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(query.shape if needs_query else 0),
+        x.new_empty(weight.shape if needs_generator else 0),
+        x.new_empty(rows if with_bias and needs_generator else 0),
+        *(x.new_empty(0 if t is None else t.shape) for t in rest[:6]),
+    )
 
 
 def _generated_setup(ctx, inputs, output):
@@ -217,12 +227,18 @@ def _generated_backward(ctx, grad_out, *_):
         query,
         weight,
         bias is not None,
+        ctx.needs_input_grad[1],
+        any(ctx.needs_input_grad[2:4]),
         *factors,
         stats,
         channel,
         spatial,
         ctx.eps,
     )
+    grads = [
+        grad if needed else None
+        for grad, needed in zip(grads, ctx.needs_input_grad)
+    ]
     return *_given(tensors, grads), None
 
 
