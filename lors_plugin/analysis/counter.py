@@ -104,7 +104,7 @@ class OperatorCounter:
             ours = func.namespace == 'lors_plugin'
             owner = module if ours else next(weights, module)
             for kind, count in multiply_adds(func, args, kwargs, out).items():
-                where = f'{module}.{kind}' if kind else owner
+                where = f'{module}.{kind}'.lstrip('.') if kind else owner
                 self.multiply_adds[where] += count
         elif not number and may_multiply(func):
             self.uncounted[func._schema.name] += 1

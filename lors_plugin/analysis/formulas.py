@@ -109,7 +109,7 @@ def _generated_mixing(x, query, weight, c_core, s_core, **_):
     generated = *lead, x.shape[2], numbers // x.shape[2]
     return {
         **mixing_multiply_adds(x.shape, generated, *cores),
-        'generator': prod(lead) * weight.numel(),
+        'generator.weight': prod(lead) * weight.numel(),
     }
 
 
@@ -125,6 +125,10 @@ def _grid_sample(x, grid, mode=0, *_, out, **__):
 def _matrix_vector(*args, **_):
     matrix = next(a for a in args if isinstance(a, Tensor) and a.dim() == 2)
     return {'': matrix.numel()}
+
+
+def _addmm(_, first, second, *__, **___):
+    return {'': first.numel() * second.shape[1]}
 
 
 def _dot(x, *_, **__):
@@ -156,6 +160,7 @@ _OURS: dict[str, Callable] = {
     'aten::grid_sampler_3d': _grid_sample,
     'torchvision::deform_conv2d': _deform_conv,
     'aten::mv': _matrix_vector,
+    'aten::addmm_': _addmm,
     'aten::addmv': _matrix_vector,
     'aten::dot': _dot,
     'aten::vdot': _dot,

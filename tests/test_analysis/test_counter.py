@@ -76,7 +76,7 @@ def test_lors_mixing_by_hand():
         'generator.weight': rows * 24 * 2 * (36 + 20),
         'core_generators.1.weight': rows * 24 * 2 * (2 * 2 * 4),
         '': rows * 2 * (4 * 6 * 6 + 5 * 4 * 6),
-        '.low_rank': rows * 2 * 2 * (channel + spatial),
+        'low_rank': rows * 2 * 2 * (channel + spatial),
         'out_proj.weight': rows * (2 * 5 * 6) * 24,
         'out_proj.down.1': rows * (2 * 5 * 6) * 3,
         'out_proj.up.1': rows * 3 * 24,

@@ -41,7 +41,9 @@ class RepAdapterHook(Hook):
         """Adapt the model; in training, remake what depends on it."""
         model = _unwrapped(runner.model)
         if adapters_of(model):
-            # A second run (train, then test) of the same runner.
+            # A second run (train, then test) of the same runner, or adapters
+            # that somebody injected before.
+            runner.logger.info('RepAdapter: the model has adapters already')
             return
         report = inject_adapters(model, **self.options)
         runner.logger.info(f'RepAdapter\n{report.table()}')
@@ -57,6 +59,8 @@ class RepAdapterHook(Hook):
         """Watch for the first gradient of every adapter."""
         self._waiting = set()
         for name, adapter in adapters_of(_unwrapped(runner.model)).items():
+            if not adapter.up_bias.requires_grad:
+                continue
             self._waiting.add(name)
             self._handles.append(
                 adapter.up_bias.register_hook(

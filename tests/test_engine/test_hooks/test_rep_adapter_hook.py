@@ -5,11 +5,22 @@ import copy
 import pytest
 import torch
 from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
 from lors_plugin.adapters import adapters_of
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """Runners leave their default scope behind, which others would find."""
+    known = DefaultScope._instance_dict
+    before = dict(known)
+    yield
+    known.clear()
+    known.update(before)
 
 
 class Numbers(Dataset):
