@@ -9,7 +9,7 @@ from torch.library import opcheck
 from torch.testing import assert_close
 
 from lors_plugin.ops import sampling_3d, share_levels
-from lors_plugin.ops.sampling_3d import PackedLevels, fused, op
+from lors_plugin.ops.sampling_3d import MAX_WIDTH, PackedLevels, fused, op
 
 SIZES = {
     'square_strides': dict(),
@@ -243,6 +243,12 @@ def test_shared_levels_used_wrongly():
         sampling_3d(level, points[:, :2], strides)
     with pytest.raises(ValueError, match='3 feature levels do not fit 2'):
         sampling_3d(level, points, strides[:2])
+    message = 'shared for strides (4, 8, 16), got (8, 16, 32)'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sampling_3d(level, points, (8, 16, 32))
+    message = 'got torch.float64; use share_levels(..., dtype=torch.float64)'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sampling_3d(level, points.double(), strides)
     with pytest.raises(ValueError, match='points of 1 images do not fit'):
         sampling_3d(level, points[:1], strides)
     twice = sampling_3d(level, points, strides) + sampling_3d(
@@ -250,6 +256,67 @@ def test_shared_levels_used_wrongly():
     )
     with pytest.raises(RuntimeError, match='sampled twice'):
         twice.sum().backward()
+
+
+def test_a_call_that_no_loss_depends_on():
+    """Compiled programs may give zeros for it, and count no use."""
+    feats, points, strides = make()
+    sizes = [size for feat in feats for size in feat.shape[2:]]
+    grads = [torch.randn(*points.shape[:4], 3), torch.zeros(2, 3, 2, 4, 3)]
+    where = [points.detach(), torch.zeros_like(points)]
+    counts = [torch.ones(1), torch.zeros(1)]
+    total = op.table_gradient(grads, where, counts, sizes, list(strides))
+    alone = op.table_gradient(
+        grads[:1], where[:1], counts[:1], sizes, list(strides)
+    )
+    assert_close(total, alone)
+    counts = [torch.ones(1), torch.full((1,), 2.0)]
+    with pytest.raises(RuntimeError, match='sampled twice'):
+        op.table_gradient(grads, where, counts, sizes, list(strides))
+
+
+@pytest.mark.parametrize(
+    ('reads', 'rows'), [(500, 7), (20, 60), (1, 1), (0, 3)]
+)
+def test_rows_are_found_alike_by_counting_and_searching(reads, rows):
+    rng = torch.Generator().manual_seed(0)
+    where = torch.randint(rows, (reads,), generator=rng)
+    counted, searched = (fused._by_row(where, rows, s) for s in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(counted, searched))
+    begins = [int((where < row).sum()) for row in range(rows)]
+    assert counted[1].tolist() == begins
+
+
+def test_widths_beyond_the_kernels(monkeypatch):
+    """'auto' goes on without them, 'triton' says why it cannot."""
+    from lors_plugin.ops import backend
+
+    choose, asked = backend._choose, []
+
+    def on_a_gpu(requested, kind, index, dtype, refusal):
+        asked.append(refusal)
+        return choose(requested, 'cuda', index, dtype, refusal)
+
+    monkeypatch.setattr(backend, 'device_verdict', lambda *args: (True, ''))
+    monkeypatch.setattr(backend, '_choose', on_a_gpu)
+    monkeypatch.delenv(backend.ENV_NAME, raising=False)
+    feats = [torch.randn(1, MAX_WIDTH + 1, 2, 2)]
+    points = torch.rand(1, 1, 1, 2, 3) * 8
+    out = sampling_3d(feats, points, (4,))
+    assert_close(out, sampling_3d(feats, points, (4,), 'reference'))
+    assert f'up to {MAX_WIDTH} channels' in asked[0]
+    with pytest.raises(RuntimeError, match=f'got {MAX_WIDTH + 1}'):
+        sampling_3d(feats, points, (4,), 'triton')
+    asked.clear()
+    sampling_3d([feats[0][:, 1:]], points, (4,), 'torch')
+    assert asked == ['']
+
+
+def test_the_kernels_take_the_widths_that_are_said():
+    pytest.importorskip('triton')
+    from lors_plugin.ops.sampling_3d import triton_kernels
+
+    assert triton_kernels.MAX_TILE == MAX_WIDTH
 
 
 def test_compiled():

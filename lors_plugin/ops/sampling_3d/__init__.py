@@ -12,6 +12,8 @@ from .reference import sampling_3d_reference
 
 __all__ = ['PackedLevels', 'sampling_3d', 'share_levels']
 
+MAX_WIDTH = 4096  # channels a group that fit into a tile of the kernels
+
 
 class PackedLevels(NamedTuple):
     """Levels in the layout of the kernels.
@@ -20,6 +22,7 @@ class PackedLevels(NamedTuple):
         table (Tensor): Cells of all levels, shape (sum_l B H_l W_l, D).
         batch (int): Images ``B``.
         sizes (tuple[int]): Height and width of each level in turn.
+        strides (tuple[int]): Pixels a cell of each level.
         tokens (tuple[Tensor]): Where the gradient of the one call goes that
             these levels are for; empty for any number of calls.
     """
@@ -27,6 +30,7 @@ class PackedLevels(NamedTuple):
     table: Tensor
     batch: int
     sizes: tuple
+    strides: tuple
     tokens: tuple = ()
 
     @property
@@ -71,18 +75,22 @@ def sampling_3d(
         Tensor: Shape (B, N, G, P, C), with C = D / G.
 
     Raises:
-        ValueError: If shapes do not fit together.
+        ValueError: If shapes do not fit together, or levels from
+            :func:`share_levels` were made for other strides or types.
     """
     if isinstance(feats, PackedLevels):
         _check_packed(feats, points, strides)
+        channels = feats.table.shape[1]
         points = points.to(feats.table.dtype)
     else:
         _check(feats, points, strides)
+        channels = feats[0].shape[1]
         points = points.to(_dtype(points, *feats))
-    backend = select_backend(backend, points)
+    refusal = _refusal(channels // points.shape[2])
+    backend = select_backend(backend, points, refusal)
     if backend == 'reference' or (backend == 'torch' and _once(feats, points)):
         return sampling_3d_reference(_unpack(feats), points, strides)
-    packed = _pack(feats, points.dtype)
+    packed = _pack(feats, strides, points.dtype)
     return op.sample(
         packed.table.detach() if packed.tokens else packed.table,
         points,
@@ -119,7 +127,7 @@ def share_levels(
     probe = feats[0].new_empty(0, dtype=dtype)
     if select_backend(backend, probe) == 'reference':
         return [feats] * len(calls)
-    packed = _pack(feats, _dtype(probe, *feats))
+    packed = _pack(feats, strides, _dtype(probe, *feats))
     if not (torch.is_grad_enabled() and packed.table.requires_grad):
         return [packed] * len(calls)
     shapes = [size for call in calls for size in (packed.batch, *call)]
@@ -143,11 +151,24 @@ def _once(feats: Levels, points: Tensor) -> bool:
     return not (needs_grad and torch.is_grad_enabled())
 
 
-def _pack(feats: Levels, dtype: torch.dtype) -> PackedLevels:
+def _refusal(width: int) -> str:
+    """Why the kernels refuse so many channels a group, '' if they do not."""
+    if width > MAX_WIDTH:
+        return (
+            f'the kernels of sampling take up to {MAX_WIDTH} channels a '
+            f'group, got {width}'
+        )
+    return ''
+
+
+def _pack(
+    feats: Levels, strides: Sequence[int], dtype: torch.dtype
+) -> PackedLevels:
     if isinstance(feats, PackedLevels):
         return feats
     sizes = tuple(size for feat in feats for size in feat.shape[2:])
-    return PackedLevels(op.pack(list(feats), dtype), feats[0].shape[0], sizes)
+    table = op.pack(list(feats), dtype)
+    return PackedLevels(table, feats[0].shape[0], sizes, tuple(strides))
 
 
 def _unpack(feats: Levels) -> Sequence[Tensor]:
@@ -185,7 +206,17 @@ def _check_levels(feats, strides):
 
 def _check_packed(packed, points, strides):
     _check_number(packed.num_levels, strides)
+    if tuple(strides) != packed.strides:
+        raise ValueError(
+            f'these levels were shared for strides {packed.strides}, '
+            f'got {tuple(strides)}'
+        )
     _check_points(points, packed.batch, packed.table.shape[1])
+    if points.dtype == torch.float64 != packed.table.dtype:
+        raise ValueError(
+            f'these levels were shared for points of {packed.table.dtype}, '
+            'got torch.float64; use share_levels(..., dtype=torch.float64)'
+        )
     if packed.tokens and packed.tokens[0].shape[:4] != points.shape[:4]:
         raise ValueError(
             'these levels were shared for points of shape '

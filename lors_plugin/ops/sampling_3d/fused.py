@@ -277,15 +277,34 @@ def _sum_by_row(
     where = _join([read.rows.view(-1) for read in reads])
     weights = _join([read.weights().view(-1) for read in reads])
     each = reads[0].flat[1]
-    number = torch.bincount(where, minlength=rows)
-    order = where.argsort(stable=True)
+    order, offsets = _by_row(where, rows, where.device.type == 'cuda')
     return F.embedding_bag(
         order.div(each, rounding_mode='floor'),
         grads,
-        number.cumsum(0) - number,
+        offsets,
         mode='sum',
         per_sample_weights=weights[order],
     )
+
+
+def _by_row(where: Tensor, rows: int, search: bool) -> tuple[Tensor, Tensor]:
+    """Order of the reads by row, and where in it each row begins.
+
+    Args:
+        where (Tensor): Row of each read, shape (reads, ).
+        rows (int): Number of rows.
+        search (bool): Search the sorted rows rather than count. For GPUs,
+            where counting is atomic and waits for the largest row.
+
+    Returns:
+        tuple[Tensor]: Shapes (reads, ) and (rows, ).
+    """
+    if search:
+        ordered, order = where.sort(stable=True)
+        each = torch.arange(rows, device=where.device, dtype=where.dtype)
+        return order, torch.searchsorted(ordered, each)
+    number = torch.bincount(where, minlength=rows)
+    return where.argsort(stable=True), number.cumsum(0) - number
 
 
 def _join(parts: list) -> Tensor:
