@@ -135,7 +135,7 @@ def share_levels(
         packed.table, shapes, list(packed.sizes), list(strides)
     )
     return [
-        packed._replace(tokens=tuple(tokens[i : i + op.TOKENS]))
+        PackedLevels(*packed[:-1], tuple(tokens[i : i + op.TOKENS]))
         for i in range(0, len(tokens), op.TOKENS)
     ]
 
