@@ -1,6 +1,6 @@
 _base_ = [
     '../_base_/models/lors-adamixer_r50.py',
-    'mmdet::_base_/datasets/coco_detection.py',
+    '../_base_/datasets/coco_detection.py',
     '../_base_/schedules/adamixer_1x.py',
     '../_base_/default_runtime.py',
 ]

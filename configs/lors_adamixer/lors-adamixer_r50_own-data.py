@@ -100,7 +100,9 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(
-    type='CocoMetric', ann_file=data_root + val_ann, metric='bbox'
+    type='lors_plugin.CocoMetric',
+    ann_file=data_root + val_ann,
+    metric='bbox',
 )
 test_evaluator = val_evaluator
 

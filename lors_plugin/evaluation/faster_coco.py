@@ -38,7 +38,7 @@ def why_not(ground_truth: COCO) -> str:
 
 
 class FasterCOCOeval(COCOeval):
-    """``pycocotools.cocoeval.COCOeval`` in a tenth of the time or less.
+    """``pycocotools.cocoeval.COCOeval`` several times as fast.
 
     Matching and accumulation run in the compiled code of
     ``faster-coco-eval``; the parameters before and the summary afterwards

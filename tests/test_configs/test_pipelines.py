@@ -8,6 +8,9 @@ import pytest
 from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
 
+from lors_plugin.evaluation import CocoMetric
+from lors_plugin.registry import METRICS
+
 HEIGHT, WIDTH = 480, 640
 MULTI_SCALE = list(range(480, 801, 32))
 
@@ -120,4 +123,9 @@ def test_data_sets(path, read_config):
     }
     assert classes == {config.model.decoder.num_classes}
     assert config.val_evaluator.ann_file.endswith(val.dataset.ann_file)
+    for evaluator in (config.val_evaluator, config.test_evaluator):
+        assert evaluator.type == 'lors_plugin.CocoMetric'
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            metric = METRICS.build({**evaluator, 'ann_file': None})
+        assert isinstance(metric, CocoMetric)
     assert train.dataset.ann_file != val.dataset.ann_file

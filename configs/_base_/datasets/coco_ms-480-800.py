@@ -1,5 +1,5 @@
 # COCO, the short side of a training image drawn from 480 to 800.
-_base_ = 'mmdet::_base_/datasets/coco_detection.py'
+_base_ = './coco_detection.py'
 
 scales = [
     (480, 1333),

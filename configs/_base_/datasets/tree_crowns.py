@@ -86,7 +86,7 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 
 val_evaluator = dict(
-    type='CocoMetric',
+    type='lors_plugin.CocoMetric',
     ann_file=data_root + 'annotations/val.json',
     metric='bbox',
     format_only=False,
