@@ -63,7 +63,11 @@ class AdaMixerDecoder(BaseModule):
         loss_iou (dict): GIoU loss.
         with_cp (bool): Recompute each stage in the backward pass, which
             trades time for memory. Defaults to False.
-        backend (str): 'auto', 'torch' or 'reference', for the operators.
+        recompute_mixing (bool): Generate the matrices of the mixing again in
+            the backward pass rather than keep them: less memory for less
+            time than ``with_cp``, which covers it. Defaults to False.
+        backend (str): 'auto', 'torch', 'triton' or 'reference', for the
+            operators. Defaults to 'auto'.
         train_cfg (dict, optional): ``assigner``, matched in every stage.
         test_cfg (dict, optional): ``max_per_img``, the number of detections;
             as many as queries if not given.
@@ -89,6 +93,7 @@ class AdaMixerDecoder(BaseModule):
         loss_bbox: Optional[dict] = None,
         loss_iou: Optional[dict] = None,
         with_cp: bool = False,
+        recompute_mixing: bool = False,
         backend: str = 'auto',
         train_cfg: Optional[dict] = None,
         test_cfg: Optional[dict] = None,
@@ -114,6 +119,7 @@ class AdaMixerDecoder(BaseModule):
         self.strides = tuple(strides)
         self.backend = backend
         self.with_cp = with_cp
+        self.recompute_mixing = recompute_mixing
         self.max_per_img = ConfigDict(test_cfg or {}).get('max_per_img')
 
         self.num_groups = per_layer('num_groups', num_groups, num_stages)
@@ -168,7 +174,11 @@ class AdaMixerDecoder(BaseModule):
         return PrivateMixing(
             [
                 AdaptiveMixing(
-                    self.embed_dims, self.feat_channels, *sizes, self.backend
+                    self.embed_dims,
+                    self.feat_channels,
+                    *sizes,
+                    backend=self.backend,
+                    recompute=self.recompute_mixing,
                 )
                 for sizes in zip(
                     self.num_groups, self.in_points, self.out_points

@@ -96,6 +96,7 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
             self.embed_dims,
             self.feat_channels,
             backend=self.backend,
+            recompute=self.recompute_mixing,
             **shared,
             **self._lors,
         )
