@@ -155,7 +155,6 @@ _OURS: dict[str, Callable] = {
     MIXING: _mixing,
     GENERATED_MIXING: _generated_mixing,
     'lors_plugin::sampling_3d_table': _sampling,
-    'lors_plugin::sampling_3d_triton': _sampling,
     'aten::grid_sampler_2d': _grid_sample,
     'aten::grid_sampler_3d': _grid_sample,
     'torchvision::deform_conv2d': _deform_conv,

@@ -7,6 +7,7 @@ from torch import nn
 
 from lors_plugin.analysis import OperatorCounter
 from lors_plugin.analysis.formulas import (
+    _OURS,
     low_rank_products,
     mixing_multiply_adds,
     sampling_multiply_adds,
@@ -18,6 +19,15 @@ B, N, G, P, Q, C, RANK = 1, 100, 2, 64, 128, 128, 16
 
 def giga(number):
     return f'{number / 1e9:.2f}'
+
+
+def test_operators_with_a_formula_exist():
+    import lors_plugin.ops  # noqa: F401 (registers them)
+
+    names = [key for key in _OURS if key.startswith('lors_plugin::')]
+    assert names
+    for name in names:
+        assert hasattr(torch.ops.lors_plugin, name.split('::')[1]), name
 
 
 def test_products_of_mixing():
