@@ -1,6 +1,7 @@
 """Rules that hold for the whole repository."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -238,3 +239,15 @@ def test_test_paths_follow_the_sources():
         and folder.name.removeprefix('test_') not in packages
     ]
     assert strange == []
+
+
+def test_every_page_can_be_found():
+    """From the README or from the page to start with."""
+    docs = ROOT / 'docs' / 'en'
+    start = docs / 'get_started.md'
+    linked = set()
+    for page in (ROOT / 'README.md', start):
+        for link in re.findall(r'\]\(([^)#\s]+)', page.read_text('utf-8')):
+            linked.add((page.parent / link).resolve())
+    lost = sorted(set(docs.rglob('*.md')) - linked - {start})
+    assert [str(page.relative_to(ROOT)) for page in lost] == []
