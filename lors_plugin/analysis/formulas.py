@@ -253,5 +253,6 @@ def may_multiply(func: Any) -> bool:
     if func.namespace == 'lors_plugin':
         return not func._schema.name.endswith(_COPIES)
     if func.namespace not in ('aten', 'prim'):
-        return True
+        # One that takes no tensor tells something, such as a version.
+        return any('Tensor' in str(a.type) for a in func._schema.arguments)
     return any(part in func._schema.name for part in _UNKNOWN)
