@@ -27,9 +27,11 @@ V100_REMEDY = (
     'for a V100 take torch 2.8 to 2.10 from the package index (CUDA 12.8), '
     'or a cu126 build of torch up to 2.14'
 )
+OLDEST_TRITON = (3, 3)
 TRITON_OF_TORCH = {
     (2, 6): '3.2', (2, 7): '3.3', (2, 8): '3.4', (2, 9): '3.5',
-    (2, 10): '3.6', (2, 11): '3.6', (2, 12): '3.7', (2, 14): '3.8',
+    (2, 10): '3.6', (2, 11): '3.6', (2, 12): '3.7', (2, 13): '3.7',
+    (2, 14): '3.8',
 }  # fmt: skip
 
 
@@ -309,12 +311,13 @@ def check_triton(
 def _check_triton_on(text, version, capability):
     """Say what a Triton version does on a GPU, see docs on kernels."""
     where = f'{text} on sm_{capability[0]}{capability[1]}'
+    # As in ops/backend.py, which this file must not import.
+    if version[:2] < OLDEST_TRITON or capability < (7, 0):
+        return Check('note', f'{where}: not used, the PyTorch operators run')
     if capability >= (8, 0):
-        return Check('ok', f'{where}: kernels run')
+        return Check('ok', f'{where}: kernels compile')
     reason = 'float16 products spill registers and use no tensor cores'
-    if version[:2] <= (3, 2):
-        reason = 'float16 products abort the process or return zeros'
-    elif version[:2] == (3, 3):
+    if version[:2] == (3, 3):
         reason = 'float16 products do not compile'
     return Check(
         'note',

@@ -18,6 +18,7 @@ from lors_plugin.doctor_checks import (
     release,
 )
 
+P100 = Gpu('Tesla P100', (6, 0))
 V100 = Gpu('Tesla V100-SXM2-16GB', (7, 0))
 T4 = Gpu('Tesla T4', (7, 5))
 A100 = Gpu('NVIDIA A100', (8, 0))
@@ -145,7 +146,6 @@ def test_weights_only(torch_version, handled, status):
 @pytest.mark.parametrize(
     ('version', 'word'),
     [
-        ('3.2.0', 'abort'),
         ('3.3.1', 'do not compile'),
         ('3.4.0', 'spill'),
         ('3.8.0', 'spill'),
@@ -165,7 +165,28 @@ def test_triton_elsewhere():
     (check,) = check_triton('3.8.0', '2.14.1', [], False)
     assert 'TRITON_INTERPRET=1' in check.what
     found = check_triton('3.2.0', '2.14.1', [T4, A100], False)
-    assert statuses(found) == ['note', 'note', 'ok']
+    assert statuses(found) == ['note', 'note', 'note']
+    assert 'not the one' in found[0].what
+    for check in found[1:]:
+        assert 'not used, the PyTorch operators run' in check.what
+    found = check_triton('3.7.1', '2.13.0', [P100, A100], False)
+    assert statuses(found) == ['note', 'ok']
+    assert 'sm_60: not used' in found[0].what
+    assert 'kernels compile' in found[1].what
+    assert len(check_triton('3.8.0', '2.13.0', [A100], False)) == 2
+
+
+def test_triton_is_judged_as_the_operators_judge_it():
+    from lors_plugin.ops import backend
+
+    for version in ((3, 2, 0), (3, 3, 0), (3, 6, 1), (3, 8, 0)):
+        for gpu in (P100, V100, T4, A100):
+            used, _ = backend.triton_verdict(
+                'cuda', backend.torch.float32, version, gpu.capability
+            )
+            text = '.'.join(map(str, version))
+            (check,) = check_triton(text, None, [gpu], False)
+            assert used == ('not used' not in check.what)
 
 
 YES, NO = (True, ''), (False, 'no such type')

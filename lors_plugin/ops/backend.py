@@ -129,7 +129,7 @@ def triton_verdict(
     if version[:2] < OLDEST_TRITON:
         return False, (
             f'Triton {_dotted(version)} is older than '
-            f'{_dotted(OLDEST_TRITON)}, the oldest that is known to be right'
+            f'{_dotted(OLDEST_TRITON)}, the oldest whose kernels compiled'
         )
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False, (

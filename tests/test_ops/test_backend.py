@@ -1,6 +1,7 @@
 """The choice of an implementation."""
 
 import functools
+import importlib.util
 import logging
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 from lors_plugin import ops
 from lors_plugin.ops import backend
-from lors_plugin.ops.adaptive_mixing import _too_large
+from lors_plugin.ops.adaptive_mixing import LowRank, _too_large
 from lors_plugin.ops.backend import ENV_NAME, select_backend, triton_verdict
 
 FLOAT, HALF, BRAIN, DOUBLE = (
@@ -122,21 +123,50 @@ def test_sizes_that_the_kernels_cannot_take(machine, caplog):
 
 
 @pytest.mark.parametrize(
-    ('points', 'width', 'out_points', 'fits'),
+    ('points', 'width', 'out_points', 'groups', 'rank', 'fits'),
     [
-        (64, 128, 128, True),
-        (32, 64, 128, True),
-        (32, 64, 256, True),
-        (32, 64, 257, False),
-        (64, 129, 128, False),
+        (64, 128, 128, 3, 16, True),
+        (64, 128, 128, 3, 32, True),
+        (64, 128, 128, 8, 16, True),
+        (64, 128, 128, 3, 43, False),
+        (64, 128, 128, 3, 64, False),
+        (32, 64, 128, 0, 1, True),
+        (32, 64, 256, 0, 1, True),
+        (32, 64, 257, 0, 1, False),
+        (64, 129, 128, 0, 1, False),
+        (16, 8, 1024, 0, 1, True),
+        (16, 8, 2048, 0, 1, False),
     ],
 )
-def test_sizes_of_tiles(points, width, out_points, fits):
+@pytest.mark.parametrize('side', [0, 1])
+def test_sizes_of_tiles(points, width, out_points, groups, rank, fits, side):
     numbers = width**2 + out_points * points
     cuda = SimpleNamespace(type='cuda')
     x = SimpleNamespace(device=cuda, shape=(1, 1, 1, points, width))
     weights = SimpleNamespace(shape=(1, 1, 1, numbers))
-    assert (_too_large(x, weights) == '') == fits
+    core = SimpleNamespace(shape=(1, 1, 1, groups, rank, rank))
+    parts = [None, None]
+    if groups:
+        parts[side] = LowRank(None, core, None)
+    refusal = _too_large(x, weights, *parts)
+    assert (refusal == '') == fits
+    assert fits or not groups or f'K r {groups * rank}' in refusal
+    if importlib.util.find_spec('triton'):
+        from lors_plugin.ops.adaptive_mixing import triton_kernels
+
+        size = dict(G=1, P=points, C=width, Q=out_points)
+        for i, name in enumerate('CS'):
+            here = parts[i] is not None
+            size[f'K{name}'] = groups if here else 0
+            size[f'R{name}'] = rank if here else 1
+        launch = functools.partial(
+            triton_kernels.config, size, HALF, 80, 'forward'
+        )
+        if fits:
+            launch()
+        else:
+            with pytest.raises(ValueError, match="backend='torch'"):
+                launch()
 
 
 def test_auto_leaves_the_interpreter_alone(machine, monkeypatch, caplog):

@@ -17,6 +17,7 @@ GATED = [
     ('mix-fwd', 'lors-k3', 'float16', 80),
     ('mix-fwd', 'lors-k3', 'bfloat16', 90),
     ('mix-fwd', 'lors-k3', 'float16', 70),
+    ('mix-fwd', 'lors-r32', 'float16', 80),
     ('mix-fwd', 'lors-k3', 'float32', 80),
     ('mix-bwd', 'lors-k3', 'float16', 80),
     ('mix-bwd', 'lors-k3', 'bfloat16', 90),
@@ -96,6 +97,20 @@ def test_exact_float32_unless_pytorch_may_use_tf32(gate, allowed, cap, want):
     finally:
         torch.backends.cuda.matmul.allow_tf32 = kept
     assert tiles['PRECISION'] == want
+
+
+def test_no_kernel_is_specialised_for_a_number_of_queries(gate):
+    """Else 1 and multiples of 16 compile again, ungated kernels."""
+    mixing, sampling = gate.mixing, gate.sampling
+    for kernel in (
+        mixing.adaptive_mixing_bwd_kernel,
+        mixing.adaptive_mixing_fwd_kernel_steps,
+        sampling.sampling_3d_fwd_kernel,
+        sampling.sampling_3d_bwd_kernel,
+    ):
+        numbers = [p for p in kernel.params if p.name.startswith('num')]
+        assert numbers
+        assert all(p.do_not_specialize for p in numbers)
 
 
 def test_kernels_are_imported_at_the_first_use_only():

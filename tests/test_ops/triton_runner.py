@@ -121,13 +121,29 @@ def sampling_inputs(case, dtype):
     return feats, points, [4, 8, 16, 32][: len(sizes)], draw(b, n, g, p, c)
 
 
+def sampling_kernels(feats, points, strides, grad_out=None):
+    """The result, the gradient of the points and those of the levels."""
+    from lors_plugin.ops.sampling_3d import fused, triton_kernels
+
+    table = fused.pack(feats, feats[0].dtype)
+    sizes = [size for feat in feats for size in feat.shape[2:]]
+    out = triton_kernels.sample(table, points, sizes, strides)
+    grad_out = out if grad_out is None else grad_out
+    grad_points = triton_kernels.points_gradient(
+        grad_out, table, points, sizes, strides
+    )
+    # Sums of many rows: in float32, whatever the levels are in.
+    grad = fused.table_gradient([grad_out.float()], [points], sizes, strides)
+    grads = fused.unpack(grad, feats[0].shape[0], sizes)
+    return out, grad_points, [g.to(f.dtype) for g, f in zip(grads, feats)]
+
+
 def sampling_errors(case, dtype):
-    from lors_plugin.ops.sampling_3d import reference, triton_kernels
+    from lors_plugin.ops.sampling_3d import reference
 
     feats, points, strides, grad_out = sampling_inputs(case, dtype)
-    out = triton_kernels.forward(feats, points, strides)
-    grad_points, grads = triton_kernels.backward(
-        grad_out.to(dtype), feats, points, strides
+    out, grad_points, grads = sampling_kernels(
+        feats, points, strides, grad_out.to(dtype)
     )
     truth = with_gradients(
         lambda where, *maps: reference.sampling_3d_reference(
@@ -143,14 +159,11 @@ def sampling_errors(case, dtype):
 
 def far_away():
     """Points that no integer can hold, and NaN: zero, and no crash."""
-    from lors_plugin.ops.sampling_3d import triton_kernels
-
     feats = [torch.ones(1, 16, 3, 4)]
     points = torch.full((1, 1, 1, 4, 3), 2.0)
     far = (float('nan'), 1e30, -1e30)
     points[0, 0, 0, :3, 0] = torch.tensor(far)
-    out = triton_kernels.forward(feats, points, [4])
-    grad, _ = triton_kernels.backward(out, feats, points, [4])
+    out, grad, _ = sampling_kernels(feats, points, [4])
     return dict(
         outside=out[0, 0, 0, :3].abs().max().item(),
         inside=out[0, 0, 0, 3].mean().item(),

@@ -32,7 +32,9 @@ SHAPES = {
     'adamixer': dict(P=32, C=64, Q=128, K=0, R=1),
     'lors-k1': dict(P=64, C=128, Q=128, K=1, R=16),
     'lors-k3': dict(P=64, C=128, Q=128, K=3, R=16),
+    'lors-r32': dict(P=64, C=128, Q=128, K=3, R=32),
 }
+SAMPLED = 'adamixer', 'lors-k3'  # the others sample as lors-k3
 KERNELS = ('mix-fwd', 'mix-bwd', 'sample-fwd', 'sample-bwd')
 DTYPES = dict(
     float16=(torch.float16, 'fp16', 2),
@@ -264,8 +266,8 @@ def main(argv=None):
     print(f'Triton {triton.__version__}\n{HEADER}\n{rule}')
     for kernel in args.kernel:
         for shape in args.shape:
-            if kernel.startswith('sample') and shape == 'lors-k1':
-                continue  # samples as lors-k3
+            if kernel.startswith('sample') and shape not in SAMPLED:
+                continue
             for cap in args.capability:
                 for dtype in args.dtype:
                     if dtype == 'bfloat16' and cap < 80:

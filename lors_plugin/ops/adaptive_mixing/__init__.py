@@ -11,7 +11,8 @@ from ..backend import select_backend
 from .op import generated_forward, mixing_forward
 from .reference import LowRank, adaptive_mixing_reference
 
-# Of the kernels, 128 x 128: more does not fit into registers.
+# Of the kernels, 128 x 128: more does not fit into registers. Their launcher
+# takes it from here, so that nobody imports Triton for it.
 LARGEST_TILE = 2**14
 
 __all__ = ['LowRank', 'adaptive_mixing', 'generated_mixing']
@@ -66,7 +67,8 @@ def adaptive_mixing(
     x, weights = x.to(dtype), weights.to(dtype)
     channel_low_rank = _cast(channel_low_rank, dtype)
     spatial_low_rank = _cast(spatial_low_rank, dtype)
-    chosen = select_backend(backend, x, _too_large(x, weights))
+    refusal = _too_large(x, weights, channel_low_rank, spatial_low_rank)
+    chosen = select_backend(backend, x, refusal)
     if chosen == 'reference':
         return adaptive_mixing_reference(
             x, weights, channel_low_rank, spatial_low_rank, eps
@@ -198,7 +200,7 @@ def _check(x, weights, channel_low_rank, spatial_low_rank):
         # Not `divmod`, which the compiler does not know for dynamic shapes.
         numbers = weights.shape[-1] - width**2
         out_points, rest = numbers // points, numbers % points
-    if list(weights.shape[:-1]) != lead or out_points < 1 or rest:
+    if tuple(weights.shape[:-1]) != tuple(lead) or out_points < 1 or rest:
         raise ValueError(
             f'weights must have shape {(*lead, f"{width**2} + {points} Q")} '
             f'for x of shape {tuple(x.shape)}, got {tuple(weights.shape)}'
@@ -206,20 +208,34 @@ def _check(x, weights, channel_low_rank, spatial_low_rank):
     _check_parts(x, out_points, channel_low_rank, spatial_low_rank)
 
 
-def _too_large(x: Tensor, weights: Tensor) -> str:
+def _too_large(
+    x: Tensor,
+    weights: Tensor,
+    channel_low_rank: Optional[LowRank],
+    spatial_low_rank: Optional[LowRank],
+) -> str:
     """Why the kernels, which keep whole matrices, cannot take the sizes."""
     if x.device.type != 'cuda':
         return ''
     points, width = x.shape[-2:]
     spatial = (weights.shape[-1] - width**2) // points
-    columns, *rows = (
-        1 << (n - 1).bit_length() for n in (width, points, spatial)
+    # The cores of all groups are one square matrix of side K r.
+    ranks = [
+        part.core.shape[-3] * part.core.shape[-1]
+        for part in (channel_low_rank, spatial_low_rank)
+        if part is not None
+    ]
+    columns, rows, *sides = (
+        max(16, 1 << (n - 1).bit_length())
+        for n in (width, max(width, points, spatial), *ranks)
     )
-    if columns * max(columns, *rows) <= LARGEST_TILE:
+    tiles = columns * rows, *(side * side for side in sides)
+    if max(tiles) <= LARGEST_TILE:
         return ''
+    text = f'C {width}, P {points}, Q {spatial}'
+    text += ''.join(f', K r {rank}' for rank in ranks)
     return (
-        f'the kernels hold tiles of {LARGEST_TILE} numbers, too few for '
-        f'C {width}, P {points} and Q {spatial}'
+        f'the kernels hold tiles of {LARGEST_TILE} numbers, too few for {text}'
     )
 
 

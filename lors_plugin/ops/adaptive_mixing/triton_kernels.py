@@ -19,11 +19,11 @@ from ..triton_kernels_launch import (
     on,
     precision,
 )
+from . import LARGEST_TILE
 from .triton_kernels_backward import adaptive_mixing_bwd_kernel
 from .triton_kernels_forward import adaptive_mixing_fwd_kernel
 from .triton_kernels_steps import adaptive_mixing_fwd_kernel_steps
 
-MAX_TILE = 128 * 128
 PROGRAMS_PER_PROCESSOR = 2
 
 
@@ -69,12 +69,15 @@ def config(size: dict, dtype: torch.dtype, cap: int, kernel: str) -> dict:
     dot = dot_type(dtype, cap)
     width, out_points = block(size['C']), block(size['Q'])
     rows = max(width, out_points, block(size['P']))
-    if width * rows > MAX_TILE:
-        raise ValueError(
-            f'the Triton kernels hold tiles of {MAX_TILE} numbers, not '
-            f'{rows} x {width} (P {size["P"]}, Q {size["Q"]}, C {size["C"]}); '
-            "use backend='torch'"
-        )
+    side_c = block(size['KC'] * size['RC'])
+    side_s = block(size['KS'] * size['RS'])
+    for tile in ((rows, width), (side_c, side_c), (side_s, side_s)):
+        if tile[0] * tile[1] > LARGEST_TILE:
+            raise ValueError(
+                f'the Triton kernels hold tiles of {LARGEST_TILE} numbers, '
+                f'not {tile[0]} x {tile[1]} (sizes {size}); use '
+                "backend='torch'"
+            )
     half = on_chip(size, dtype, cap)
     rows_at_once = 64 if half else 32
     tiles = dict(
@@ -84,8 +87,8 @@ def config(size: dict, dtype: torch.dtype, cap: int, kernel: str) -> dict:
         BQ=out_points
         if kernel == 'forward'
         else min(rows_at_once, out_points),
-        BKC=block(size['KC'] * size['RC']),
-        BKS=block(size['KS'] * size['RS']),
+        BKC=side_c,
+        BKS=side_s,
         BK=min(32, width) if half else 16,
         DOT=dot,
         PRECISION=precision(cap) if dtype == torch.float32 else 'ieee',

@@ -119,7 +119,7 @@ def spatial_bwd(
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['num'])
 def adaptive_mixing_bwd_kernel(
     p_go,  # (B N G, Q, C)
     p_x,  # (B N G, P, C)

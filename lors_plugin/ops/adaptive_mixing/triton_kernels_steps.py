@@ -241,7 +241,7 @@ def spatial_step(
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['num'])
 def adaptive_mixing_fwd_kernel_steps(
     p_x,  # (B N G, P, C)
     p_w,  # (B N G, C C + Q P)

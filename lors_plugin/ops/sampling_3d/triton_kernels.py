@@ -9,6 +9,7 @@ gradient of the table is left to :func:`fused.table_gradient`, which sorts the
 reads by row: no atomics, so the same result each time.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_kernels_launch import block, dot_type, on
-from . import fused
 
 MAX_TILE = 4096
 
@@ -76,7 +76,7 @@ def read(
     return tl.load(p, mask=m, other=0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['num_batch', 'num_queries'])
 def sampling_3d_fwd_kernel(
     p_table,  # (sum_l B H_l W_l, D)
     p_points,  # (B N G, P, 3)
@@ -136,7 +136,7 @@ def sampling_3d_fwd_kernel(
     tl.store(p, b_out.to(p_out.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['num_batch', 'num_queries'])
 def sampling_3d_bwd_kernel(
     p_go,  # (B N G, P, C)
     p_table,  # (sum_l B H_l W_l, D)
@@ -236,6 +236,12 @@ def config(num_points: int, groups: int, width: int, strides) -> dict:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _on_device(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Sizes as a tensor: one copy to the device, not one a launch."""
+    return torch.tensor(sizes, dtype=torch.int32, device=device)
+
+
 def _launch(kernel, grad_out, table, points, sizes, strides, out):
     batch, queries, groups, num_points, _ = points.shape
     width = table.shape[1] // groups
@@ -243,7 +249,7 @@ def _launch(kernel, grad_out, table, points, sizes, strides, out):
     dot_type(table.dtype, 80)  # whether there is a kernel
     if not out.numel():
         return out
-    sizes = torch.tensor(list(sizes), dtype=torch.int32, device=table.device)
+    sizes = _on_device(tuple(sizes), table.device)
     grid = (
         batch * queries * groups,
         triton.cdiv(num_points, options['BP']),
@@ -289,31 +295,3 @@ def points_gradient(
     return _launch(
         sampling_3d_bwd_kernel, grad_out, table, points, sizes, strides, out
     )
-
-
-def forward(
-    feats: Sequence[Tensor], points: Tensor, strides: Sequence[int]
-) -> Tensor:
-    """Sample levels as they are, see :func:`lors_plugin.ops.sampling_3d`."""
-    table = fused.pack(feats, feats[0].dtype)
-    return sample(table, points, _sizes(feats), strides)
-
-
-def backward(
-    grad_out: Tensor,
-    feats: Sequence[Tensor],
-    points: Tensor,
-    strides: Sequence[int],
-) -> tuple:
-    """Gradients of the points and of each level."""
-    table = fused.pack(feats, feats[0].dtype)
-    sizes = _sizes(feats)
-    grad_points = points_gradient(grad_out, table, points, sizes, strides)
-    # Sums of many rows: in float32, whatever the levels are in.
-    grad = fused.table_gradient([grad_out.float()], [points], sizes, strides)
-    grads = fused.unpack(grad, feats[0].shape[0], sizes)
-    return grad_points, [g.to(f.dtype) for g, f in zip(grads, feats)]
-
-
-def _sizes(feats: Sequence[Tensor]) -> list[int]:
-    return [size for feat in feats for size in feat.shape[2:]]
