@@ -27,7 +27,7 @@ V100_REMEDY = (
     'for a V100 take torch 2.8 to 2.10 from the package index (CUDA 12.8), '
     'or a cu126 build of torch up to 2.14'
 )
-OLDEST_TRITON = (3, 3)
+OLDEST_TRITON = (3, 6)
 TRITON_OF_TORCH = {
     (2, 6): '3.2', (2, 7): '3.3', (2, 8): '3.4', (2, 9): '3.5',
     (2, 10): '3.6', (2, 11): '3.6', (2, 12): '3.7', (2, 13): '3.7',
@@ -317,8 +317,6 @@ def _check_triton_on(text, version, capability):
     if capability >= (8, 0):
         return Check('ok', f'{where}: kernels compile')
     reason = 'float16 products spill registers and use no tensor cores'
-    if version[:2] == (3, 3):
-        reason = 'float16 products do not compile'
     return Check(
         'note',
         f'{where}: {reason}',

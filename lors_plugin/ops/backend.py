@@ -16,8 +16,9 @@ from torch import Tensor
 
 BACKENDS = ('auto', 'torch', 'triton', 'reference')
 ENV_NAME = 'LORS_PLUGIN_BACKEND'
-# The kernels of sampling do not compile with 3.2.
-OLDEST_TRITON = (3, 3)
+# The kernels of sampling do not compile with 3.2 and 3.3; 3.4 and 3.5 were
+# not tried.
+OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (7, 0)
 # Below it there are no tensor-core paths in Triton any more and no
 # conversions of bfloat16; kernels compute in float32 there.
