@@ -146,7 +146,6 @@ def test_weights_only(torch_version, handled, status):
 @pytest.mark.parametrize(
     ('version', 'word'),
     [
-        ('3.3.1', 'not used'),
         ('3.6.0', 'spill'),
         ('3.8.0', 'spill'),
     ],
