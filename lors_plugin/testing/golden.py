@@ -16,6 +16,15 @@ Errors = dict[str, float]
 NOISE_FLOOR = 1e-8
 # What a right port must reach, relative to the largest value of an entry.
 TOLERANCE = 1e-4
+# Entries that tell a kind from the kinds below it.
+KINDS: dict[str, set[str]] = {
+    'rep_adapter': {'merged_weight', 'adapted'},
+    'detector': {'total_loss'},
+    'sampling': {'points', 'strides', 'n_points'},
+    'lors_mixing': {'upstream', 's0.out'},
+    'adamixer_mixing': {'upstream', 'out', 'grad_query'},
+    'parameternet': {'x', 'logits', 'config'},
+}
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -50,20 +59,12 @@ class Golden:
         self.notes = []
 
     def _recognise(self) -> str:
-        names = set(self.arrays)
-        if {'merged_weight', 'adapted'} <= names:
-            return 'rep_adapter'
-        if 'total_loss' in names:
-            return 'detector'
-        if {'points', 'strides', 'n_points'} <= names:
-            return 'sampling'
-        if 'upstream' in names and 's0.out' in names:
-            return 'lors_mixing'
-        if {'upstream', 'out', 'grad_query'} <= names:
-            return 'adamixer_mixing'
+        for kind, entries in KINDS.items():
+            if entries <= self.arrays.keys():
+                return kind
         raise ValueError(
-            f'{self.path} is no golden of sampling, mixing, a detector or an '
-            f'adapter; it holds {sorted(names)[:8]}'
+            f'{self.path} is no golden of a kind known here '
+            f'({", ".join(KINDS)}); it holds {sorted(self.arrays)[:8]}'
         )
 
     def __contains__(self, key: str) -> bool:
