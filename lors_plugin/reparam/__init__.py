@@ -1,5 +1,6 @@
 """Everything that merges for inference, behind one function."""
 
-from .merge import MergeError, reparameterize, unmerge
+from .checks import MergeError
+from .merge import reparameterize, unmerge
 
 __all__ = ['MergeError', 'reparameterize', 'unmerge']
