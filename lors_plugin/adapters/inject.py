@@ -128,15 +128,36 @@ def inject_adapters(
 
     for key, param in host.named_parameters():
         param.requires_grad_(key in kept and param.requires_grad)
+    attach(host, adapters)
+    return report_of(model)
+
+
+def attach(model: nn.Module, adapters: dict[str, RepAdapter]) -> None:
+    """Give layers their adapters.
+
+    Args:
+        model (nn.Module): Any part of a model.
+        adapters (dict[str, RepAdapter]): By the name of the layer.
+    """
     for name, adapter in adapters.items():
-        layer = host.get_submodule(name)
+        layer = model.get_submodule(name)
         weight = next(layer.parameters())
         adapter.to(weight.device, weight.dtype).train(layer.training)
         layer.add_module(CHILD, adapter)
         layer.register_forward_pre_hook(adapt_input, with_kwargs=True)
-    trained, frozen = _count(model)
-    adapted = [_join(module, name) for name in adapters]
-    return AdapterReport(adapted, trained, frozen)
+
+
+def detach(model: nn.Module, names: Sequence[str]) -> None:
+    """Take the adapters off layers.
+
+    Args:
+        model (nn.Module): Any part of a model.
+        names (Sequence[str]): Names of adapted layers in it.
+    """
+    for name in names:
+        layer = model.get_submodule(name)
+        remove_hook(layer)
+        delattr(layer, CHILD)
 
 
 def adapt_input(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
@@ -215,14 +236,15 @@ def _full_matches(pattern: str, names: Sequence[str]) -> set:
     return {name for name in names if name and re.fullmatch(pattern, name)}
 
 
-def _count(model: nn.Module) -> tuple[dict, dict]:
+def report_of(model: nn.Module) -> AdapterReport:
+    """Adapted layers of a model, and what of it is trained."""
     trained, frozen = {}, {}
     for name, param in model.named_parameters():
         parts = name.split('.')
         part = 'adapters' if CHILD in parts else parts[0]
         side = trained if param.requires_grad else frozen
         side[part] = side.get(part, 0) + param.numel()
-    return trained, frozen
+    return AdapterReport(list(adapters_of(model)), trained, frozen)
 
 
 def _join(prefix: str, name: str) -> str:

@@ -1,7 +1,7 @@
 """The adapter: two small linear maps around nothing, and a way back out."""
 
 import math
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,17 @@ class RepAdapter(nn.Module):
         for param in (self.down_bias, self.up_weight, self.up_bias):
             nn.init.zeros_(param)
 
+    def options(self) -> dict[str, Union[int, float]]:
+        """Arguments that build such an adapter."""
+        return dict(
+            embed_dims=self.embed_dims,
+            hidden_dims=len(self.down_weight),
+            groups=self.groups,
+            scale=self.scale.item(),
+            dropout=self.dropout,
+            channel_dim=self.channel_dim,
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """Adapt tokens or maps.
 
@@ -117,11 +128,9 @@ class RepAdapter(nn.Module):
         return matrix, scale * offset
 
     def extra_repr(self) -> str:
-        return (
-            f'{self.embed_dims}, hidden_dims={len(self.down_weight)}, '
-            f'groups={self.groups}, scale={self.scale.item():g}, '
-            f'dropout={self.dropout}, channel_dim={self.channel_dim}'
-        )
+        if self.scale.is_meta:
+            return f'{self.embed_dims}, without values'
+        return ', '.join(f'{k}={v:g}' for k, v in self.options().items())
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, *args, **kwargs
