@@ -7,6 +7,13 @@ from torch import Tensor
 
 from .backbones import backbone_problems
 from .key_map import CONSTANT_KEY, CONSTANT_ROW, KEY_MAPS, find_rule
+from .parameternet import (
+    RULES,
+    is_parameternet,
+    missing_keys,
+    to_classifier,
+    to_released,
+)
 
 StateDict = dict[str, Tensor]
 BACKBONE = 'backbone.'
@@ -20,8 +27,10 @@ def guess_source(state: StateDict) -> str:
     """Which original program a state dict comes from.
 
     Raises:
-        ConversionError: If the keys are of neither.
+        ConversionError: If the keys are of none.
     """
+    if is_parameternet(state):
+        return 'parameternet'
     keys = ' '.join(state)
     if 'common_parameter_generator' in keys or 'mixing.channel_part' in keys:
         return 'lors'
@@ -44,8 +53,8 @@ def to_lors_plugin(
 
     Args:
         state (dict[str, Tensor]): Original keys and weights, of a whole
-            detector or of parts without the backbone.
-        source (str): 'adamixer' or 'lors'.
+            detector, of parts without the backbone, or of a classifier.
+        source (str): 'adamixer', 'lors' or 'parameternet'.
         check_backbone (bool): Compare the backbone's keys with those of the
             published ones. Backbones of other kinds are taken over as they
             are. Defaults to True.
@@ -56,6 +65,8 @@ def to_lors_plugin(
     Raises:
         ConversionError: If keys are unknown or missing; lists all of them.
     """
+    if source == 'parameternet':
+        return to_classifier(_checked_classifier(state, reverse=False))
     state = {k: v for k, v in state.items() if k != CONSTANT_KEY}
     rules = KEY_MAPS[source]
     _check_complete(state, rules, False, check_backbone)
@@ -81,7 +92,7 @@ def to_original(
 
     Args:
         state (dict[str, Tensor]): Keys of this package.
-        target (str): 'adamixer' or 'lors'.
+        target (str): 'adamixer', 'lors' or 'parameternet'.
         check_backbone (bool): As in :func:`to_lors_plugin`.
 
     Returns:
@@ -90,6 +101,8 @@ def to_original(
     Raises:
         ConversionError: As in :func:`to_lors_plugin`.
     """
+    if target == 'parameternet':
+        return to_released(_checked_classifier(state, reverse=True))
     rules = KEY_MAPS[target]
     _check_complete(state, rules, True, check_backbone)
     converted = {}
@@ -140,7 +153,17 @@ def _check_complete(
         _, strangers, absent = backbone_problems(backbone_keys(state))
         unknown += [BACKBONE + key for key in strangers]
         missing.update(BACKBONE + key for key in absent)
-    missing = sorted(missing)
+    _raise_problems(unknown, sorted(missing))
+
+
+def _checked_classifier(state: StateDict, reverse: bool) -> StateDict:
+    """The state dict of a ParameterNet, if it is a whole one."""
+    unknown = [k for k in state if find_rule(RULES, k, reverse) is None]
+    _raise_problems(unknown, missing_keys(state, reverse))
+    return state
+
+
+def _raise_problems(unknown: list, missing: list) -> None:
     problems = []
     if unknown:
         problems.append(f'{len(unknown)} unknown keys: ' + ', '.join(unknown))

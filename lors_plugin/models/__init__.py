@@ -2,6 +2,7 @@
 
 from lors_plugin.compat import register_safe_globals
 
+from .backbones import ParameterNet
 from .dense_heads import InitialQueryGenerator
 from .detectors import AdaMixer
 from .layers import (
@@ -29,5 +30,6 @@ __all__ = [
     'LORSAdaMixerDecoder',
     'LORSAdaptiveMixing',
     'LowRankLinearStack',
+    'ParameterNet',
     'SharedNormChannelMapping',
 ]

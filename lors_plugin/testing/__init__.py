@@ -8,6 +8,7 @@ from .golden_ops import (
     check_lors_mixing,
     check_sampling,
 )
+from .golden_parameternet import check_parameternet
 from .weights import randomize, rule_weight
 
 __all__ = [
@@ -25,6 +26,7 @@ _CHECKS = {
     'lors_mixing': check_lors_mixing,
     'detector': check_detector,
     'rep_adapter': check_rep_adapter,
+    'parameternet': check_parameternet,
 }
 
 
