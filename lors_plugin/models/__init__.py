@@ -1,6 +1,7 @@
 """Everything that registers a model; imported when a config needs it."""
 
 from lors_plugin.compat import register_safe_globals
+from lors_plugin.lors import build_lors_stack
 
 from .backbones import ParameterNet
 from .dense_heads import InitialQueryGenerator
@@ -32,4 +33,5 @@ __all__ = [
     'LowRankLinearStack',
     'ParameterNet',
     'SharedNormChannelMapping',
+    'build_lors_stack',
 ]

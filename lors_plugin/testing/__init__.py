@@ -3,6 +3,7 @@
 from .golden import Errors, Golden, relative_error
 from .golden_adapter import check_rep_adapter
 from .golden_detector import check_detector
+from .golden_lors_vit import check_lors_vit
 from .golden_ops import (
     check_adamixer_mixing,
     check_lors_mixing,
@@ -24,6 +25,7 @@ _CHECKS = {
     'sampling': check_sampling,
     'adamixer_mixing': check_adamixer_mixing,
     'lors_mixing': check_lors_mixing,
+    'lors_vit': check_lors_vit,
     'detector': check_detector,
     'rep_adapter': check_rep_adapter,
     'parameternet': check_parameternet,

@@ -23,6 +23,7 @@ KINDS: dict[str, set[str]] = {
     'sampling': {'points', 'strides', 'n_points'},
     'lors_mixing': {'upstream', 's0.out'},
     'adamixer_mixing': {'upstream', 'out', 'grad_query'},
+    'lors_vit': {'layer0_attn', 'layer0_ffn', 'config'},
     'parameternet': {'x', 'logits', 'config'},
 }
 

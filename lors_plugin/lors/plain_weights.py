@@ -1,0 +1,74 @@
+"""Weights of a plain model are read as those of its shared stacks."""
+
+import logging
+from collections.abc import Iterator
+
+from mmengine.logging import print_log
+from torch import nn
+
+from .factors import factorize
+from .linear import LowRankResidualLinear
+
+Named = list[tuple[str, LowRankResidualLinear]]
+
+
+def named_stacks(module: nn.Module) -> Iterator[tuple[list, Named]]:
+    """Stacks below a module.
+
+    Yields:
+        tuple: The layers of a stack, and all names with their layers; a
+        layer at two places of a model has two names.
+    """
+    stacks = {}
+    for name, layer in module.named_modules(remove_duplicate=False):
+        if isinstance(layer, LowRankResidualLinear):
+            stacks.setdefault(layer.owner, []).append((name, layer))
+    for named in stacks.values():
+        yield list(dict.fromkeys(layer for _, layer in named)), named
+
+
+def read_plain_weights(
+    module: nn.Module,
+    state_dict: dict,
+    prefix: str = '',
+    local_metadata: object = None,
+    strict: object = None,
+    missing_keys: object = None,
+    unexpected_keys: object = None,
+    error_msgs: object = None,
+) -> None:
+    """Load-state-dict pre-hook: replace full weights by their factors.
+
+    It changes ``state_dict`` where it holds the full weight of every layer
+    of a stack, in its shape; anything else is left to the usual messages.
+    A function of the module, with no state of its own, so that copies of a
+    model (EMA) use their own layers.
+    """
+    for layers, named in named_stacks(module):
+        keys = {layer: f'{prefix}{name}.weight' for name, layer in named}
+        shape = layers[0].shared.shape
+        if any(
+            key not in state_dict or state_dict[key].shape != shape
+            for key in keys.values()
+        ):
+            continue
+        factors = factorize(
+            [state_dict[keys[layer]] for layer in layers],
+            [layer.rank for layer in layers],
+        )
+        values = dict(zip(layers, zip(factors.down, factors.up)))
+        for name, layer in named:
+            at = f'{prefix}{name}.'
+            state_dict.pop(f'{at}weight')
+            if layer.owner is layer:
+                state_dict[f'{at}shared_weight'] = factors.shared
+            if layer.rank:
+                down, up = values[layer]
+                state_dict.update({f'{at}down': down, f'{at}up': up})
+        print_log(
+            f'{prefix}{named[0][0]} to {named[-1][0]}: full weights become '
+            f'a shared one and low-rank parts; {factors.error:.1%} of their '
+            'norm is lost',
+            logger='current',
+            level=logging.INFO,
+        )

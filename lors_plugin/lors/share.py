@@ -1,0 +1,202 @@
+"""Any stack of linear layers as one shared weight and low-rank parts."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+from torch import nn
+
+from .factors import factorize
+from .linear import LowRankResidualLinear
+from .plain_weights import read_plain_weights
+from .stacks import Stack, find_stacks
+
+INITS = ('kaiming', 'svd')
+
+
+@dataclass
+class SharedStack:
+    """What became of one stack.
+
+    Attributes:
+        names (list[str]): Of its layers in the model.
+        before (int): Parameters of the weights before.
+        after (int): Parameters of what stands for them.
+        error (float, optional): Share of the norm of the weights that is
+            lost, where they were kept.
+    """
+
+    names: list
+    before: int
+    after: int
+    error: Optional[float] = None
+
+
+@dataclass
+class ShareReport:
+    """What :func:`share_stack` did.
+
+    Attributes:
+        stacks (list[SharedStack]): Each stack, in the order of the targets.
+    """
+
+    stacks: list
+
+    @property
+    def before(self) -> int:
+        """int: Parameters of all these weights before; no biases."""
+        return sum(stack.before for stack in self.stacks)
+
+    @property
+    def after(self) -> int:
+        """int: Parameters of what stands for them."""
+        return sum(stack.after for stack in self.stacks)
+
+    def table(self) -> str:
+        """Counts as text, one line a stack."""
+        rows = [('stack', 'layers', 'before', 'after', 'lost')]
+        for stack in self.stacks:
+            rows.append(
+                (
+                    stack.names[0],
+                    str(len(stack.names)),
+                    f'{stack.before:,}',
+                    f'{stack.after:,}',
+                    '-' if stack.error is None else f'{stack.error:.1%}',
+                )
+            )
+        rows.append(('all', '', f'{self.before:,}', f'{self.after:,}', ''))
+        width = max(len(row[0]) for row in rows)
+        return '\n'.join(
+            f'{a:<{width}} {b:>6} {c:>13} {d:>13} {e:>6}'.rstrip()
+            for a, b, c, d, e in rows
+        )
+
+
+def share_stack(
+    model: nn.Module,
+    targets: Sequence[Union[str, dict]],
+    ranks: Union[int, Sequence[int]] = 32,
+    groups: Union[int, Sequence[int]] = 1,
+    init: str = 'kaiming',
+    module: str = '',
+) -> ShareReport:
+    r"""Let the linear layers of a stack share their weight (LORS^T).
+
+    Each layer becomes a :class:`LowRankResidualLinear`: one weight for the
+    whole stack, and a low-rank part and the bias of its own. Everything else
+    of the model stays. All is checked before the model is touched.
+
+    Weights of a plain model can still be loaded: they are read as the mean
+    of the layers and the best low-rank parts. ``reparameterize`` makes the
+    plain model again.
+
+    Args:
+        model (nn.Module): Any model.
+        targets (Sequence[str | dict]): A pattern (full match) for each kind
+            of layer, such as ``r'layers\.(\d+)\.attn\.qkv'``. The last group
+            is the number of the layer in its stack; earlier groups tell
+            stacks apart. A dict has the ``pattern`` and ``ranks`` or
+            ``groups`` of its own.
+        ranks (int | Sequence[int]): Rank of a parameter group, one value or
+            one a layer. 0 leaves a layer without a private part. Defaults
+            to 32.
+        groups (int | Sequence[int]): Parameter groups ``K``, one value or
+            one a layer. Defaults to 1.
+        init (str): 'kaiming' draws weights as for a new model, all layers
+            of a stack alike; 'svd' keeps what the layers have, as far as the
+            ranks allow. Biases stay. Defaults to 'kaiming'.
+        module (str): Name of the part of the model to which patterns refer.
+            Defaults to the model itself.
+
+    Returns:
+        ShareReport: Names and counts.
+
+    Raises:
+        ValueError: If a pattern finds nothing or layers cannot share.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)])
+        >>> report = share_stack(model, [r'(\d+)'], ranks=4)
+        >>> report.before, report.after
+        (24576, 7168)
+    """
+    if init not in INITS:
+        raise ValueError(f'init={init!r} must be one of {INITS}')
+    try:
+        host = model.get_submodule(module)
+    except AttributeError:
+        parts = [child for child, _ in model.named_children()]
+        raise ValueError(
+            f'{type(model).__name__} has no part {module!r}; there are {parts}'
+        ) from None
+    stacks = find_stacks(host, targets, ranks=ranks, groups=groups)
+    for stack in stacks:
+        if init == 'svd' and stack.layers[0].weight.is_meta:
+            raise ValueError(
+                f"{stack.names[0]} is on the meta device, but init='svd' "
+                'needs its weights'
+            )
+
+    shared = [_share(model, stack, init) for stack in stacks]
+    for name in {_common_parent(stack.names) for stack in stacks}:
+        host.get_submodule(name)._register_load_state_dict_pre_hook(
+            read_plain_weights, with_module=True
+        )
+    return ShareReport(shared)
+
+
+@torch.no_grad()
+def _share(model: nn.Module, stack: Stack, init: str) -> SharedStack:
+    new, owner = {}, None
+    for layer, rank in zip(stack.layers, stack.ranks):
+        weight = layer.weight
+        new[layer] = LowRankResidualLinear(
+            layer.in_features,
+            layer.out_features,
+            rank,
+            bias=False,
+            owner=owner,
+            device=weight.device,
+            dtype=weight.dtype,
+        ).train(layer.training)
+        new[layer].requires_grad_(weight.requires_grad)
+        new[layer].bias = layer.bias
+        owner = owner or new[layer]
+    # A layer that was frozen must not change with those that train.
+    owner.shared_weight.requires_grad_(
+        all(layer.weight.requires_grad for layer in stack.layers)
+    )
+
+    error = None
+    if init == 'svd':
+        weights = [layer.weight for layer in stack.layers]
+        factors = factorize(weights, stack.ranks)
+        owner.shared_weight.copy_(factors.shared)
+        for layer, down, up in zip(new.values(), factors.down, factors.up):
+            if layer.rank:
+                layer.down.copy_(down)
+                layer.up.copy_(up)
+        error = factors.error
+
+    # Some hosts hold a layer at several places.
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new:
+                parent._modules[name] = new[child]
+    rows, cols = owner.shared_weight.shape
+    return SharedStack(
+        names=stack.names,
+        before=rows * cols * len(stack.layers),
+        after=rows * cols + (rows + cols) * sum(stack.ranks),
+        error=error,
+    )
+
+
+def _common_parent(names: Sequence[str]) -> str:
+    """Name of the innermost module that holds all these modules."""
+    parts = os.path.commonprefix([name.split('.')[:-1] for name in names])
+    return '.'.join(parts)
