@@ -1,6 +1,7 @@
 """Hooks for MMEngine's runner."""
 
 from .epoch_seed_hook import EpochSeedHook
+from .lors_hook import LORSHook
 from .rep_adapter_hook import RepAdapterHook
 
-__all__ = ['EpochSeedHook', 'RepAdapterHook']
+__all__ = ['EpochSeedHook', 'LORSHook', 'RepAdapterHook']

@@ -1,0 +1,130 @@
+"""Shared stacks by config: what real runners make of them."""
+
+import pytest
+import torch
+from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import Dataset
+
+from lors_plugin.lors import share_stack
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """Runners leave their default scope behind, which others would find."""
+    known = DefaultScope._instance_dict
+    before = dict(known)
+    yield
+    known.clear()
+    known.update(before)
+
+
+class Numbers(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return dict(x=torch.randn(6, generator=generator))
+
+
+class Model(BaseModel):
+    def __init__(self):
+        super().__init__(init_cfg=dict(type='Xavier', layer='Linear'))
+        self.layers = nn.Sequential(
+            *[nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(3)]
+        )
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x, mode='tensor'):
+        out = self.head(self.layers(torch.stack(list(x))))
+        if mode == 'loss':
+            return dict(loss=(out - 1).square().mean())
+        return [out]
+
+
+SCHEDULE = dict(type='MultiStepLR', milestones=[1], gamma=0.1, end=9)
+OPTIMIZER = dict(optimizer=dict(type='AdamW', lr=0.01))
+TARGETS = [r'layers\.(\d)\.0']
+
+
+def make(tmp_path, name, epochs=2, **kwargs):
+    torch.manual_seed(0)
+    config = dict(optim_wrapper=OPTIMIZER, param_scheduler=SCHEDULE)
+    return Runner(
+        Model(),
+        str(tmp_path / name),
+        train_dataloader=dict(
+            dataset=Numbers(),
+            batch_size=4,
+            sampler=dict(type='DefaultSampler', shuffle=False),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=OPTIMIZER,
+        param_scheduler=SCHEDULE,
+        custom_hooks=[
+            dict(type='lors_plugin.LORSHook', targets=TARGETS, ranks=2),
+            dict(type='EMAHook', momentum=0.5),
+        ],
+        cfg=config,
+        experiment_name=f'{tmp_path.name}_{name}',
+        randomness=dict(seed=0),
+        default_scope='mmengine',
+        log_level='WARNING',
+        **kwargs,
+    )
+
+
+def test_trains_what_is_shared(tmp_path):
+    runner = make(tmp_path, 'a')
+    model = runner.train()
+    in_optimizer = [
+        id(p)
+        for group in runner.optim_wrapper.param_groups
+        for p in group['params']
+    ]
+    assert sorted(in_optimizer) == sorted(map(id, model.parameters()))
+    assert model.layers[2][0].shared is model.layers[0][0].shared_weight
+    assert model.layers[1][0].up.abs().max() > 0
+    assert runner.optim_wrapper.get_lr()['lr'][0] == pytest.approx(1e-3)
+    saved = torch.load(tmp_path / 'a/epoch_2.pth', weights_only=False)
+    shared = [key for key in saved['state_dict'] if 'shared_weight' in key]
+    assert shared == ['layers.0.0.shared_weight']
+    key = f'module.{shared[0]}'
+    assert not torch.equal(
+        saved['ema_state_dict'][key], saved['state_dict'][shared[0]]
+    )
+
+
+def test_resumed_training_goes_on(tmp_path):
+    whole = make(tmp_path, 'whole').train()
+    make(tmp_path, 'half', epochs=1).train()
+    resumed = make(
+        tmp_path,
+        'resumed',
+        load_from=str(tmp_path / 'half/epoch_1.pth'),
+        resume=True,
+    ).train()
+    for key, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value), key
+
+
+def test_starts_from_a_plain_checkpoint(tmp_path):
+    plain = Model()
+    torch.save(dict(state_dict=plain.state_dict()), tmp_path / 'plain.pth')
+    runner = make(
+        tmp_path, 'a', epochs=0, load_from=str(tmp_path / 'plain.pth')
+    )
+    model = runner.train()
+    share_stack(plain, TARGETS, ranks=2, init='svd')
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value)
+
+
+def test_optimizer_without_a_config(tmp_path):
+    runner = make(tmp_path, 'a')
+    del runner.cfg.optim_wrapper
+    with pytest.raises(TypeError, match='not made from a config'):
+        runner.train()
