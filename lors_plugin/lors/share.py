@@ -141,9 +141,10 @@ def share_stack(
                 'needs its weights'
             )
 
+    holders = {_holder(model, stack) for stack in stacks}
     shared = [_share(model, stack, init) for stack in stacks]
-    for name in {_common_parent(stack.names) for stack in stacks}:
-        host.get_submodule(name)._register_load_state_dict_pre_hook(
+    for holder in holders:
+        holder._register_load_state_dict_pre_hook(
             read_plain_weights, with_module=True
         )
     return ShareReport(shared)
@@ -196,7 +197,11 @@ def _share(model: nn.Module, stack: Stack, init: str) -> SharedStack:
     )
 
 
-def _common_parent(names: Sequence[str]) -> str:
-    """Name of the innermost module that holds all these modules."""
-    parts = os.path.commonprefix([name.split('.')[:-1] for name in names])
-    return '.'.join(parts)
+def _holder(model: nn.Module, stack: Stack) -> nn.Module:
+    """The innermost module below which all layers are, by all their names."""
+    names = [
+        name.split('.')[:-1]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module in stack.layers
+    ]
+    return model.get_submodule('.'.join(os.path.commonprefix(names)))

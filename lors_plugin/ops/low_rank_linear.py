@@ -46,7 +46,8 @@ class _LowRankLinear(torch.autograd.Function):
         hidden = flat @ down.T
         ctx.save_for_backward(x, weight, down, up, hidden)
         out = F.linear(flat, weight, bias).addmm_(hidden, up.T)
-        return out.view(*x.shape[:-1], len(weight))
+        # An ordinary view would forbid an activation in place behind it.
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))
 
     @staticmethod
     @once_differentiable

@@ -46,6 +46,15 @@ def test_inputs_and_gradients_with_gaps():
     assert_close(grads_of(low_rank_linear, tensors, upstream), wanted)
 
 
+@pytest.mark.parametrize('shape', [(4,), (2, 3)])
+def test_activation_in_place(shape):
+    tensors = make(shape)
+    upstream = torch.randn(*shape, 5).double()
+    wanted = grads_of(lambda *t: formed(*t).relu(), tensors, upstream)
+    got = grads_of(lambda *t: low_rank_linear(*t).relu_(), tensors, upstream)
+    assert_close(got, wanted)
+
+
 @pytest.mark.parametrize('index', range(5))
 def test_each_input_may_be_frozen(index):
     tensors = make()

@@ -47,12 +47,12 @@ class Model(BaseModel):
 
 SCHEDULE = dict(type='MultiStepLR', milestones=[1], gamma=0.1, end=9)
 OPTIMIZER = dict(optimizer=dict(type='AdamW', lr=0.01))
+CONFIG = dict(optim_wrapper=OPTIMIZER, param_scheduler=SCHEDULE)
 TARGETS = [r'layers\.(\d)\.0']
 
 
-def make(tmp_path, name, epochs=2, **kwargs):
+def make(tmp_path, name, epochs=2, config=CONFIG, **kwargs):
     torch.manual_seed(0)
-    config = dict(optim_wrapper=OPTIMIZER, param_scheduler=SCHEDULE)
     return Runner(
         Model(),
         str(tmp_path / name),
@@ -124,7 +124,6 @@ def test_starts_from_a_plain_checkpoint(tmp_path):
 
 
 def test_optimizer_without_a_config(tmp_path):
-    runner = make(tmp_path, 'a')
-    del runner.cfg.optim_wrapper
+    runner = make(tmp_path, 'a', config=None)
     with pytest.raises(TypeError, match='not made from a config'):
         runner.train()
