@@ -171,7 +171,7 @@ def make_forward(
         Callable: Without arguments; it makes its own input.
     """
     padded = padded_shape(model, shape)
-    detector = _is_detector(model)
+    detector = is_detector(model)
 
     def forward():
         images = torch.zeros(batch, 3, *padded)
@@ -183,7 +183,8 @@ def make_forward(
     return forward
 
 
-def _is_detector(model: nn.Module) -> bool:
+def is_detector(model: nn.Module) -> bool:
+    """Whether a model takes what MMDetection's detectors take."""
     return any(
         kind.__module__.startswith('mmdet.') for kind in type(model).__mro__
     )

@@ -1,0 +1,226 @@
+"""A model as it was trained: what hooks add to it, and its weights."""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+from torch import Tensor, nn
+
+from lors_plugin.adapters import RepAdapter, adapters_of, inject_adapters
+from lors_plugin.adapters.inject import CHILD, attach
+from lors_plugin.adapters.sites import site_of
+from lors_plugin.analysis.builders import build_model
+from lors_plugin.engine.preflight import type_name
+from lors_plugin.lors import share_stack
+
+# Hooks that change the model before its weights are loaded.
+STRUCTURE_HOOKS: dict[str, Callable] = {
+    'RepAdapterHook': inject_adapters,
+    'LORSHook': share_stack,
+}
+_FIRST = re.compile(rf'(.+)\.{CHILD}\.(?:down_weight|conv_A\.weight)')
+
+
+class CheckpointError(ValueError):
+    """A checkpoint does not belong to the model of the config."""
+
+
+def structure_hooks(cfg: dict) -> list[tuple[str, dict]]:
+    """Hooks of a config that change the model.
+
+    Args:
+        cfg (:obj:`Config` or dict): The whole config.
+
+    Returns:
+        list[tuple]: Name and options, those of the function behind the
+        hook only.
+    """
+    found = []
+    for hook in cfg.get('custom_hooks') or []:
+        name = type_name(hook.get('type'))
+        if name in STRUCTURE_HOOKS:
+            known = inspect.signature(STRUCTURE_HOOKS[name]).parameters
+            options = {k: v for k, v in hook.items() if k in known}
+            found.append((name, options))
+    return found
+
+
+def build_base(cfg: dict) -> nn.Module:
+    """The model of a config without adapters, in evaluation mode.
+
+    Args:
+        cfg (:obj:`Config` or dict): The whole config.
+
+    Returns:
+        nn.Module: On the CPU; no pretrained weights are looked for.
+    """
+    model = build_model(cfg, empty=False)
+    for name, options in structure_hooks(cfg):
+        if name != 'RepAdapterHook':
+            STRUCTURE_HOOKS[name](model, **options)
+    return model.eval()
+
+
+def adapt(
+    model: nn.Module,
+    cfg: dict,
+    state: dict[str, Tensor],
+    scale: Optional[float] = None,
+) -> None:
+    """Give a model the adapters that a config or else a file has.
+
+    Args:
+        model (nn.Module): Without adapters.
+        cfg (:obj:`Config` or dict): Its ``RepAdapterHook`` is followed where
+            there is one.
+        state (dict[str, Tensor]): Weights that have some.
+        scale (float, optional): For files of the original layout, which
+            hold none; by default the hook's.
+    """
+    for name, options in structure_hooks(cfg):
+        if name == 'RepAdapterHook':
+            if scale is not None:
+                options['scale'] = scale
+            inject_adapters(model, **options)
+    if not adapters_of(model):
+        attach(model, _adapters_in(state, model, scale))
+    model.eval()
+
+
+def _adapters_in(
+    state: dict[str, Tensor], model: nn.Module, scale: Optional[float]
+) -> dict[str, RepAdapter]:
+    """Adapters, told from the shapes of their weights."""
+    adapters = {}
+    for match in filter(None, map(_FIRST.fullmatch, state)):
+        name = match[1]
+        up = state.get(f'{name}.{CHILD}.up_weight')
+        if up is None:
+            up = state[f'{name}.{CHILD}.conv_B.weight']
+        own = state.get(f'{name}.{CHILD}.scale')
+        if own is None and scale is None:
+            raise CheckpointError(
+                f'the adapter of {name} comes without its scale; give '
+                '--scale, as it was trained'
+            )
+        try:
+            site = site_of(model.get_submodule(name))
+        except AttributeError:
+            raise CheckpointError(
+                f'the file adapts {name}, and the model has no such layer'
+            ) from None
+        hidden = len(state[match[0]])
+        adapters[name] = RepAdapter(
+            len(up),
+            hidden,
+            groups=hidden // up.shape[1],
+            scale=float(own if own is not None else scale),
+            channel_dim=site.channel_dim,
+        )
+    return adapters
+
+
+def has_adapters(state: dict[str, Tensor]) -> bool:
+    """Whether a state dict has weights of adapters."""
+    return any(map(_FIRST.fullmatch, state))
+
+
+def rename(
+    state: dict[str, Tensor], pairs: Sequence[tuple[str, str]]
+) -> dict[str, Tensor]:
+    """Rename keys of a foreign program.
+
+    Args:
+        state (dict[str, Tensor]): A state dict.
+        pairs (Sequence[tuple]): Regular expression and replacement, as for
+            :func:`re.sub`, one after the other.
+
+    Returns:
+        dict[str, Tensor]: The same tensors.
+    """
+    for pattern, replacement in pairs:
+        if not any(re.search(pattern, key) for key in state):
+            raise CheckpointError(
+                f'--rename {pattern!r} finds nothing in keys like '
+                f'{list(state)[:2]}'
+            )
+        state = {re.sub(pattern, replacement, k): v for k, v in state.items()}
+    return state
+
+
+def load_whole(model: nn.Module, state: dict[str, Tensor], path: Any) -> None:
+    """Load weights that must be all of the model's, and finite.
+
+    Args:
+        model (nn.Module): Any model.
+        state (dict[str, Tensor]): Its weights.
+        path (Any): Where they come from, for messages.
+    """
+    broken = [k for k, v in state.items() if not _finite(v)]
+    if broken:
+        raise CheckpointError(
+            f'{path}: {len(broken)} weights have numbers that are not '
+            f'finite, {broken[0]} among them; was the training broken off?'
+        )
+    try:
+        found = model.load_state_dict(dict(state), strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f'{path} does not fit the model of the config: {error}'
+        ) from error
+    if found.missing_keys or found.unexpected_keys:
+        raise CheckpointError(
+            f'{path} does not fit the model of the config: it lacks '
+            f'{_few(found.missing_keys)}, and the model does not know '
+            f'{_few(found.unexpected_keys)} of it. Use the config that it '
+            'was trained with'
+        )
+
+
+def load_base(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    replaced: Sequence[str],
+    path: Any,
+) -> None:
+    """Load the weights that adapters were trained on.
+
+    Args:
+        model (nn.Module): Without adapters.
+        state (dict[str, Tensor]): Of the whole model, or of its backbone
+            alone as files of pretrained weights have it.
+        replaced (Sequence[str]): What the adapter file brings itself.
+        path (Any): Where the weights come from, for messages.
+    """
+    names = model.state_dict().keys()
+    if not names & state.keys():
+        state = {f'backbone.{key}': value for key, value in state.items()}
+    wanted = {
+        key: value
+        for key, value in state.items()
+        if key in names and key not in replaced
+    }
+    missing = sorted(names - wanted.keys() - set(replaced))
+    if missing:
+        raise CheckpointError(
+            f'--base {path} lacks {_few(missing)} of the model, which the '
+            'adapter file does not bring either'
+        )
+    own = model.state_dict()
+    load_whole(
+        model, {**{key: own[key] for key in names}, **wanted}, f'--base {path}'
+    )
+
+
+def _finite(value: Any) -> bool:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return True
+    return bool(value.isfinite().all())
+
+
+def _few(names: Sequence[str], limit: int = 3) -> str:
+    if not names:
+        return 'nothing'
+    dots = ', ...' if len(names) > limit else ''
+    return f'{len(names)} ({", ".join(names[:limit])}{dots})'
