@@ -35,17 +35,22 @@ class ConvNorm(BaseModule):
     """Convolution, normalisation and an activation or none.
 
     Args:
-        conv (nn.Module): Has ``out_channels``.
+        conv (nn.Module): Makes ``C_out`` channels.
+        channels (int): ``C_out``.
         norm_cfg (dict): Of the normalisation.
         act_cfg (dict, optional): Of the activation. Defaults to None.
     """
 
     def __init__(
-        self, conv: nn.Module, norm_cfg: dict, act_cfg: Optional[dict] = None
+        self,
+        conv: nn.Module,
+        channels: int,
+        norm_cfg: dict,
+        act_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__()
         self.conv = conv
-        self.norm = build_norm_layer(norm_cfg, conv.out_channels)[1]
+        self.norm = build_norm_layer(norm_cfg, channels)[1]
         self.act = None if act_cfg is None else build_activation_layer(act_cfg)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,10 +107,10 @@ class GhostModule(BaseModule):
         self.out_channels = out_channels
         half = -(-out_channels // 2)
         self.primary = ConvNorm(
-            make_conv(in_channels, half, 1, 1, 1), norm_cfg, act_cfg
+            make_conv(in_channels, half, 1, 1, 1), half, norm_cfg, act_cfg
         )
         self.cheap = ConvNorm(
-            make_conv(half, half, 3, 1, half), norm_cfg, act_cfg
+            make_conv(half, half, 3, 1, half), half, norm_cfg, act_cfg
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +158,7 @@ class GhostBottleneck(BaseModule):
             conv = plain_conv(
                 mid_channels, mid_channels, kernel_size, stride, mid_channels
             )
-            self.depthwise = ConvNorm(conv, norm_cfg)
+            self.depthwise = ConvNorm(conv, mid_channels, norm_cfg)
         self.se = None
         if se_ratio:
             self.se = SqueezeExcite(mid_channels, se_ratio, act_cfg)
@@ -167,7 +172,8 @@ class GhostBottleneck(BaseModule):
             )
             widen = make_conv(in_channels, out_channels, 1, 1, 1)
             self.shortcut = Sequential(
-                ConvNorm(down, norm_cfg), ConvNorm(widen, norm_cfg)
+                ConvNorm(down, in_channels, norm_cfg),
+                ConvNorm(widen, out_channels, norm_cfg),
             )
 
     def forward(self, x: Tensor) -> Tensor:

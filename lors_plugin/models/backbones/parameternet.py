@@ -140,7 +140,7 @@ class ParameterNet(BaseModule):
 
         channels = make_divisible(STEM * width)
         stem = make_conv(in_channels, channels, 3, stem_stride, 1)
-        self.stem = ConvNorm(stem, norm_cfg, act_cfg)
+        self.stem = ConvNorm(stem, channels, norm_cfg, act_cfg)
         self.stages = ModuleList()
         sizes, stride = [], stem_stride
         for row in rows[: max(self.out_indices) + 1]:
@@ -159,7 +159,8 @@ class ParameterNet(BaseModule):
             sizes.append((channels, stride))
         if max(self.out_indices) == len(rows):
             last = make_conv(channels, mid, 1, 1, 1)
-            self.stages.append(Sequential(ConvNorm(last, norm_cfg, act_cfg)))
+            last = ConvNorm(last, mid, norm_cfg, act_cfg)
+            self.stages.append(Sequential(last))
             sizes.append((mid, stride))
         self.out_channels, self.out_strides = zip(
             *(sizes[i] for i in self.out_indices)
