@@ -1,9 +1,8 @@
 """RepAdapter: adapters that vanish into the layers behind them."""
 
+from .file_checks import AdapterFileError, is_adapter_checkpoint
 from .files import (
-    AdapterFileError,
     adapter_checkpoint,
-    is_adapter_checkpoint,
     load_adapter_checkpoint,
     remove_adapters,
 )

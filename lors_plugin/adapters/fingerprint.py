@@ -69,20 +69,21 @@ def trained_keys(model: nn.Module) -> set[str]:
 
 
 def base_entries(
-    state: dict[str, Tensor], left_out: Iterable[str]
+    state: dict[str, Tensor], left_out: Iterable[str], values: bool = True
 ) -> dict[str, str]:
     """Type, shape and the start of a SHA-256 of each entry of the base.
 
     Args:
         state (dict[str, Tensor]): A state dict.
         left_out (Iterable[str]): Its entries that are trained.
+        values (bool): False leaves the SHA-256 out. Defaults to True.
 
     Returns:
         dict[str, str]: By name, like ``float32 (8, 4) 0123456789abcdef``.
     """
     left_out = set(left_out)
     return {
-        name: _describe(name, value)
+        name: _describe(name, value, values)
         for name, value in sorted(state.items())
         if name not in left_out and isinstance(value, Tensor)
     }
@@ -114,7 +115,15 @@ def fingerprint(
     return digest(base_entries(model.state_dict(), left_out))
 
 
-def _describe(name: str, value: Tensor) -> str:
+def form_of(entry: str) -> str:
+    """An entry without its SHA-256."""
+    return entry[: entry.index(')') + 1]
+
+
+def _describe(name: str, value: Tensor, values: bool) -> str:
+    form = f'{str(value.dtype).removeprefix("torch.")} {tuple(value.shape)}'
+    if not values:
+        return form
     if value.is_meta or hasattr(value, 'placements'):
         raise ValueError(
             f'{name} is sharded or on the meta device; gather or load the '
@@ -122,6 +131,4 @@ def _describe(name: str, value: Tensor) -> str:
         )
     value = value.detach().cpu().contiguous()
     bits = value.reshape(-1).view(torch.uint8).numpy()
-    start = hashlib.sha256(bits).hexdigest()[:16]
-    kind = str(value.dtype).removeprefix('torch.')
-    return f'{kind} {tuple(value.shape)} {start}'
+    return f'{form} {hashlib.sha256(bits).hexdigest()[:16]}'

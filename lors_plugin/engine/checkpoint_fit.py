@@ -9,15 +9,19 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any, Optional
 from unittest import mock
 
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.hooks import Hook
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
+from lors_plugin.adapters import is_adapter_checkpoint
+from lors_plugin.adapters.file_checks import check_base, check_trained, read
+from lors_plugin.adapters.fingerprint import unwrapped
 from lors_plugin.checkpoints import (
     ConversionError,
     guess_source,
@@ -69,13 +73,6 @@ class CheckpointFit:
         return '\n'.join(lines)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside parallel and test-time wrappers."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
-
-
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
     """Forbid every ``torch.load`` to run code of a file."""
@@ -98,26 +95,19 @@ def _read_checkpoint(path: str, trust: bool) -> dict:
         )
 
 
-def read_state_dict(path: str, trust: bool = False) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint file.
-
-    With an EMA, MMEngine stores the averaged weights as ``state_dict``.
+def read_content(path: str, trust: bool = False) -> Any:
+    """Read all that a checkpoint file holds.
 
     Args:
         path (str): A file or an address that MMEngine loads from.
         trust (bool): Allow the file to run code of its own while it is
             read. Defaults to False.
 
-    Returns:
-        dict[str, Tensor]: The weights, without the prefix of a parallel
-        wrapper.
-
     Raises:
-        ValueError: If there is none, or the file cannot be read or not
-            without ``trust``.
+        ValueError: If the file cannot be read or not without ``trust``.
     """
     try:
-        content = _read_checkpoint(path, trust)
+        return _read_checkpoint(path, trust)
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -135,6 +125,43 @@ def read_state_dict(path: str, trust: bool = False) -> dict[str, Tensor]:
             f'({type(error).__name__}: {error}); was its download or its '
             'training interrupted?'
         ) from error
+
+
+def read_state_dict(path: str, trust: bool = False) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint file.
+
+    Args:
+        path (str): A file or an address that MMEngine loads from.
+        trust (bool): Allow the file to run code of its own while it is
+            read. Defaults to False.
+
+    Returns:
+        dict[str, Tensor]: The weights, without the prefix of a parallel
+        wrapper.
+
+    Raises:
+        ValueError: If there is none, or the file cannot be read or not
+            without ``trust``.
+    """
+    return weights_in(read_content(path, trust), path)
+
+
+def weights_in(content: Any, path: str) -> dict[str, Tensor]:
+    """Take the weights out of what a checkpoint file holds.
+
+    With an EMA, MMEngine stores the averaged weights as ``state_dict``.
+
+    Args:
+        content (Any): What was read.
+        path (str): The file, for the error message.
+
+    Returns:
+        dict[str, Tensor]: The weights, without the prefix of a parallel
+        wrapper.
+
+    Raises:
+        ValueError: If there are none.
+    """
     state = content
     if isinstance(content, dict) and 'state_dict' in content:
         state = content['state_dict']
@@ -219,8 +246,12 @@ def check_checkpoint(
     path: str,
     max_unmatched: float = 0.0,
     trust: bool = False,
+    hooks: Optional[Sequence[Hook]] = None,
 ) -> CheckpointFit:
     """Check that a checkpoint belongs to a model.
+
+    Of adapter files everything but the values of the base is checked, which
+    a model has only later.
 
     Args:
         model (:obj:`nn.Module`): The model, wrapped or not.
@@ -230,6 +261,8 @@ def check_checkpoint(
             the classifiers. Defaults to 0.
         trust (bool): Allow the file to run code of its own while it is
             read. Defaults to False.
+        hooks (Sequence[Hook], optional): The runner's; without the one that
+            reads adapter files, these are refused.
 
     Returns:
         CheckpointFit: The comparison, for the log.
@@ -237,8 +270,12 @@ def check_checkpoint(
     Raises:
         ValueError: If it does not.
     """
-    file = read_state_dict(path, trust)
-    fit = compare(unwrapped(model).state_dict(), file)
+    content = read_content(path, trust)
+    entries = unwrapped(model).state_dict()
+    if is_adapter_checkpoint(content):
+        return _check_adapter_file(entries, content, path, hooks)
+    file = weights_in(content, path)
+    fit = compare(entries, file)
     original = is_original(file)
     enough = 0 < fit.unmatched_share <= max_unmatched and not original
     if fit.complete or enough:
@@ -258,3 +295,26 @@ def check_checkpoint(
         f'{path} does not fit the model of this config: {fit.describe()}\n'
         f'{remedy}'
     )
+
+
+def _check_adapter_file(
+    entries: dict[str, Tensor],
+    content: dict,
+    path: str,
+    hooks: Optional[Sequence[Hook]],
+) -> CheckpointFit:
+    names = [type(hook).__name__ for hook in hooks or ()]
+    if hooks is not None and 'RepAdapterHook' not in names:
+        raise ValueError(
+            f'{path} holds adapters without their base, but custom_hooks of '
+            'this config has no lors_plugin.RepAdapterHook, which reads such '
+            'files. Use the config of the training, or a checkpoint with '
+            'merged adapters'
+        )
+    try:
+        meta, state, _ = read(content)
+        check_trained(entries, meta, state)
+        check_base(entries, meta, values=False)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return CheckpointFit([], [], [], len(entries), 0.0)

@@ -16,7 +16,7 @@ from lors_plugin.adapters import (
     load_adapter_checkpoint,
     remove_adapters,
 )
-from lors_plugin.adapters.files import META
+from lors_plugin.adapters.file_checks import META
 from lors_plugin.checkpoints import (
     ConversionError,
     load_checkpoint_file,

@@ -1,14 +1,26 @@
 """Adapters by four lines of a config."""
 
+from operator import attrgetter
 from typing import Any, Optional
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
-from lors_plugin.adapters import adapters_of, inject_adapters
+from lors_plugin.adapters import (
+    adapters_of,
+    inject_adapters,
+    is_adapter_checkpoint,
+)
+from lors_plugin.adapters.fingerprint import trained_keys, unwrapped
 from lors_plugin.registry import HOOKS
+
+from .adapter_files import (
+    AdapterFiles,
+    AdapterOnlyHook,
+    check_whole_file,
+)
 
 
 @HOOKS.register_module()
@@ -22,43 +34,90 @@ class RepAdapterHook(Hook):
     its schedules and the distributed wrapper are made anew from the config,
     since they were made for the model without adapters.
 
+    What is frozen stays as it was: parameters never get gradients, and
+    normalisations with frozen parameters keep their running statistics, as
+    they are held in evaluation mode. ``trainable`` names those that train.
+
     After the first step it is an error if an adapter got no gradient: the
     layer that it adapts is then never reached.
 
+    With ``adapter_only`` checkpoints hold what is trained, about a hundredth
+    of the weights, and the fingerprint of the base. Such files are resumed
+    and tested with the same config: the base then comes from ``base`` or
+    ``init_cfg`` and must have that very fingerprint. Files of both kinds are
+    always read.
+
     Args:
+        adapter_only (bool): Save adapter files. Defaults to False.
+        base (str, optional): Checkpoint of the whole model without adapters,
+            loaded after ``init_cfg`` and before anything else; to be used
+            instead of ``load_from``, which resuming and testing replace. By
+            default adapter files name the ``load_from`` of their training.
         **options: Of :func:`lors_plugin.adapters.inject_adapters`.
     """
 
     # Before the hooks that copy the model (EMA) and the profilers.
     priority = 'VERY_HIGH'
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(
+        self,
+        adapter_only: bool = False,
+        base: Optional[str] = None,
+        **options: Any,
+    ) -> None:
+        self.adapter_only = adapter_only
         self.options = options
+        self._files = AdapterFiles(base, options)
+        self._training = False
         self._waiting: set = set()
         self._handles: list = []
+        self._frozen: list = []
+        self._held: list = []
 
     def before_run(self, runner: Runner) -> None:
         """Adapt the model; in training, remake what depends on it."""
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
+        self._training = _is_training(runner)
         if adapters_of(model):
             # A second run (train, then test) of the same runner, or adapters
             # that somebody injected before.
             runner.logger.info('RepAdapter: the model has adapters already')
+        else:
+            report = inject_adapters(model, **self.options)
+            runner.logger.info(f'RepAdapter\n{report.table()}')
+            if is_model_wrapper(runner.model):
+                wrapper_cfg = runner.cfg.get('model_wrapper_cfg')
+                # The old wrapper takes its gradient hooks with it.
+                runner.model = model
+                runner.model = runner.wrap_model(wrapper_cfg, model)
+            if self._training:
+                _rebuild_optimizer(runner)
+                _let_checkpointing_see_gradients(runner, model)
+        if self.adapter_only and not any(
+            isinstance(hook, AdapterOnlyHook) for hook in runner.hooks
+        ):
+            runner.register_hook(AdapterOnlyHook(self._files))
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Make an adapter file whole, so that all else can take it."""
+        if is_adapter_checkpoint(checkpoint):
+            self._files.complete(runner, checkpoint, self._training)
             return
-        report = inject_adapters(model, **self.options)
-        runner.logger.info(f'RepAdapter\n{report.table()}')
-        if is_model_wrapper(runner.model):
-            wrapper_cfg = runner.cfg.get('model_wrapper_cfg')
-            # The old wrapper takes its gradient hooks with it.
-            runner.model = model
-            runner.model = runner.wrap_model(wrapper_cfg, model)
-        if _is_training(runner):
-            _rebuild_optimizer(runner)
+        check_whole_file(unwrapped(runner.model), checkpoint)
+        self._files.skip_base()
+        if self._training and not runner._resume:
+            self._files.source = runner._load_from
 
     def before_train(self, runner: Runner) -> None:
         """Watch for the first gradient of every adapter."""
+        model = unwrapped(runner.model)
+        self._files.load_base(runner)
+        if self.adapter_only:
+            self._files.remember(model)
+        self._frozen = [p for p in model.parameters() if not p.requires_grad]
+        self._held = frozen_norms(model)
         self._waiting = set()
-        for name, adapter in adapters_of(_unwrapped(runner.model)).items():
+        for name, adapter in adapters_of(model).items():
             if not adapter.up_bias.requires_grad:
                 continue
             self._waiting.add(name)
@@ -67,6 +126,19 @@ class RepAdapterHook(Hook):
                     lambda _, name=name: self._waiting.discard(name)
                 )
             )
+
+    def before_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Optional[dict] = None,
+    ) -> None:
+        """Keep frozen what is, whatever ``train()`` of the host did."""
+        for param in self._frozen:
+            param.requires_grad_(False)
+        for norm in self._held:
+            if norm.training:
+                norm.eval()
 
     def after_train_iter(
         self,
@@ -92,8 +164,42 @@ class RepAdapterHook(Hook):
             )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """Normalisations whose running statistics belong to the base."""
+    trained = trained_keys(model)
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        and module.running_mean is not None
+        and f'{name}.running_mean' not in trained
+    ]
+
+
+def require_input_gradient(layer: nn.Module, args: tuple) -> tuple:
+    """Forward pre-hook: recomputing works behind frozen layers, too.
+
+    ``torch.utils.checkpoint`` in its reentrant form, which MMEngine uses,
+    forgets all gradients inside if no input requires one.
+    """
+    if not layer.training:
+        return args
+    return tuple(
+        arg.detach().requires_grad_()
+        if isinstance(arg, Tensor)
+        and arg.is_floating_point()
+        and not arg.requires_grad
+        else arg
+        for arg in args
+    )
+
+
+def _let_checkpointing_see_gradients(runner: Runner, model: nn.Module) -> None:
+    names = runner.cfg.get('activation_checkpointing') or []
+    for name in [names] if isinstance(names, str) else names:
+        part = attrgetter(name)(model)
+        if adapters_of(part):
+            part.register_forward_pre_hook(require_input_gradient)
 
 
 def _is_training(runner: Runner) -> bool:
