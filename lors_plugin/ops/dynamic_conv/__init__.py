@@ -3,14 +3,22 @@
 from collections.abc import Sequence
 from typing import Optional, Union
 
+import torch
 from torch import Tensor
 
 from ..backend import _requested
-from .reference import dynamic_conv2d_reference, dynamic_linear_reference
+from . import fused, op
+from .reference import (
+    compute_dtype,
+    dynamic_conv2d_reference,
+    dynamic_linear_reference,
+)
 
 __all__ = ['dynamic_conv2d', 'dynamic_linear']
 
 BACKENDS = ('auto', 'torch', 'reference')
+# Anything else, such as fake tensors, wants to see the operator.
+_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 IntPair = Union[int, Sequence[int]]
 
 
@@ -54,10 +62,18 @@ def dynamic_conv2d(
     stride = _pair('stride', stride, 1)
     padding = _pair('padding', padding, 0)
     dilation = _pair('dilation', dilation, 1)
-    _choose(backend)
-    return dynamic_conv2d_reference(
-        x, weight, attention, bias, stride, padding, dilation, groups
-    )
+    given = x, weight, attention, bias
+    if _choose(backend) == 'reference':
+        geometry = stride, padding, dilation, groups
+        return dynamic_conv2d_reference(*given, *geometry)
+    x = x.to(compute_dtype(x))
+    if weight.shape[3:] == (1, 1) and padding == (0, 0) and stride != (1, 1):
+        layout = fused.memory_format(fused.channels_are_last(x))
+        x = x[:, :, :: stride[0], :: stride[1]]
+        x, stride = x.contiguous(memory_format=layout), (1, 1)
+    geometry = list(stride), list(padding), list(dilation), groups
+    run = fused.conv2d if _plain(x, *given[1:]) else op.conv2d
+    return run(x, *given[1:], *geometry)
 
 
 def dynamic_linear(
@@ -83,8 +99,13 @@ def dynamic_linear(
         ValueError: If shapes do not fit together.
     """
     _check_linear(x, weight, attention, bias)
-    _choose(backend)
-    return dynamic_linear_reference(x, weight, attention, bias)
+    if _choose(backend) == 'reference':
+        return dynamic_linear_reference(x, weight, attention, bias)
+    tokens = x.to(compute_dtype(x))
+    tokens = tokens.flatten(1, -2) if x.dim() > 2 else tokens.unsqueeze(1)
+    given = tokens, weight, attention, bias
+    run = fused.linear if _plain(*given) else op.linear
+    return run(*given).view(*x.shape[:-1], weight.shape[1])
 
 
 def _choose(requested: str) -> str:
@@ -100,6 +121,21 @@ def _choose(requested: str) -> str:
 
 # See lors_plugin.ops.backend.
 _choose._dynamo_marked_constant = True
+
+
+def _plain(*tensors: Optional[Tensor]) -> bool:
+    """Whether a call needs neither autograd nor the compiler.
+
+    An operator of ours costs three times what the call itself does in small
+    layers.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    autocast = torch.is_autocast_enabled(tensors[0].device.type)
+    if autocast or any(type(t) not in _TENSORS for t in tensors):
+        return False
+    needs_grad = any(t is not None and t.requires_grad for t in tensors)
+    return not (needs_grad and torch.is_grad_enabled())
 
 
 def _pair(name: str, value: IntPair, minimum: int) -> tuple[int, int]:

@@ -48,8 +48,9 @@ def dynamic_conv2d_reference(
     if bias is not None:
         offsets = mix_experts(bias, attention).to(dtype)
     geometry = stride, padding, dilation, groups
-    if not len(x):  # a size is needed, for which any kernel will do
-        return F.conv2d(x, weight[0].to(dtype), None, *geometry)
+    if not len(x):
+        offset = None if bias is None else offsets.sum(0)
+        return F.conv2d(x, kernels.sum(0), offset, *geometry)
     return torch.cat(
         [
             F.conv2d(image[None], kernel, offset, *geometry)
@@ -68,7 +69,8 @@ def dynamic_linear_reference(
     if bias is not None:
         offsets = mix_experts(bias, attention).to(dtype)
     if not len(x):
-        return F.linear(x, weight[0].to(dtype))
+        offset = None if bias is None else offsets.sum(0)
+        return F.linear(x, matrices.sum(0), offset)
     return torch.stack(
         [F.linear(*given) for given in zip(x, matrices, offsets)]
     )
