@@ -15,7 +15,7 @@ from lors_plugin.adapters import (
 from lors_plugin.analysis import test_shape
 from lors_plugin.analysis.builders import build_model
 from lors_plugin.checkpoints import weights_of
-from lors_plugin.reparam.compare import compare_outputs
+from lors_plugin.reparam.compare import compare_outputs, own_rounding
 from lors_plugin.reparam.cost import measure
 from lors_plugin.reparam.deploy import deploy
 from lors_plugin.reparam.files import (
@@ -87,6 +87,7 @@ class Jobs:
             sys.stderr.write(
                 f'error: {job.source}: the merged model is not the same '
                 f'(tolerance {self.args.tolerance:g}); nothing was written\n'
+                + self._excuse(model)
             )
             return False
         self._report_costs(model, result)
@@ -208,6 +209,16 @@ class Jobs:
                 f'({item.relative:.2g} of the largest value)'
             )
         return all(item.within(self.args.tolerance) for item in found)
+
+    def _excuse(self, model):
+        """What the model makes of rounding by itself."""
+        if not hasattr(model, 'extract_feat'):
+            return ''
+        share = own_rounding(model, self.images).relative
+        return (
+            'without merging, its features in float32 are '
+            f'{share:.2g} of the largest value from those in float64\n'
+        )
 
     def _report_costs(self, before, result):
         """Print what the plain, the trained and the merged model cost."""

@@ -1,6 +1,7 @@
 """Do two models say the same? Outputs of both, and how far they differ."""
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -69,6 +70,21 @@ def compare_outputs(
         scores = [[s.pred_score for s in samples] for samples in pair]
         found.append(difference('predicted scores', *scores))
     return found
+
+
+@torch.no_grad()
+def own_rounding(model: nn.Module, images: Sequence[Tensor]) -> Difference:
+    """How far the features of a model in float32 are from those in float64.
+
+    Where this is large, no merging could keep them.
+
+    Args:
+        model (nn.Module): With ``extract_feat``, in evaluation mode.
+        images (Sequence[Tensor]): (3, H, W), uint8.
+    """
+    inputs = prepare(model, images)['inputs']
+    exact = deepcopy(model).double().extract_feat(inputs.double())
+    return difference('rounding', model.extract_feat(inputs), exact)
 
 
 def prepare(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Any]:
