@@ -76,7 +76,7 @@ class InitialQueryGenerator(BaseModule):
         else:
             xyzr = boxes_from_sizes(sizes)[:, None]
         return (
-            content.expand(len(sizes), -1, -1),
+            content.expand(sizes.shape[0], -1, -1),
             xyzr.expand(-1, self.num_queries, -1),
         )
 

@@ -1,0 +1,320 @@
+"""Export a classifier or an AdaMixer or LORS-AdaMixer as an ONNX file.
+
+    python tools/export_onnx.py CONFIG CHECKPOINT OUT.onnx [--images *.jpg]
+
+The file takes RGB images from 0 to 255 (normalising is part of it) and any
+number of them, of any size. Before it is written, ONNX Runtime runs it at
+other numbers and sizes than it was made with, and what comes out is compared
+with PyTorch, on real images too where they are given. Above the tolerance
+nothing is written and the exit code is 1; 2 means a mistake in the command or
+the config. docs/en/user_guides/export.md describes inputs and outputs.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+
+import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
+from lors_plugin.deploy.models import INPUTS
+from lors_plugin.deploy.sampling import KINDS
+
+EXIT_DIFFERENT, EXIT_USER_ERROR = 1, 2
+RANDOM = 'none'
+
+
+def parse_args(argv=None):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add('config', help='config file; mmpretrain::... names a host package')
+    add(
+        'checkpoint',
+        help=f'trained weights; {RANDOM} for random ones, to try speed',
+    )
+    add('out', help='the file to write')
+    add(
+        '--shape',
+        type=int,
+        nargs='+',
+        metavar='N',
+        help='height and width of the images to export with, or one number '
+        "for both (default: from the config's test pipeline)",
+    )
+    add(
+        '--input',
+        choices=INPUTS,
+        default='float',
+        help='float: RGB from 0 to 255 as float32 (default); uint8: the same '
+        "as bytes; normalized: what the config's data preprocessor makes",
+    )
+    add('--opset', type=int, default=17, help='(default: %(default)s)')
+    add(
+        '--fixed-size',
+        action='store_true',
+        help='height and width are those of --shape; the number of images '
+        'stays open',
+    )
+    add(
+        '--static',
+        action='store_true',
+        help='one image of --shape and nothing else',
+    )
+    add(
+        '--sampling',
+        choices=KINDS,
+        default='gather',
+        help='how AdaMixer reads features (default: %(default)s); '
+        'grid_sample needs a runtime that is right there, TensorRT was not',
+    )
+    add(
+        '--check',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='compare with PyTorch in ONNX Runtime (default: yes)',
+    )
+    add(
+        '--tolerance',
+        type=float,
+        default=1e-3,
+        help='largest error, relative to the longest side and the best score '
+        'of detections, or to the spread of logits (default: %(default)s)',
+    )
+    add(
+        '--images',
+        nargs='+',
+        default=[],
+        metavar='FILE',
+        help='real images to compare on too',
+    )
+    add(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override entries of the config',
+    )
+    add(
+        '--trust',
+        action='store_true',
+        help='allow CHECKPOINT to run code of its own while it is read',
+    )
+    args = parser.parse_args(argv)
+    if args.shape and (len(args.shape) > 2 or min(args.shape) < 1):
+        parser.error('--shape is one or two numbers of at least 1')
+    if args.images and not args.check:
+        parser.error('--images is for the comparison, which --no-check omits')
+    return args
+
+
+def load_model(args):
+    """Build the model and load its weights, strictly.
+
+    Returns:
+        tuple: The config, the model and the meta data of the checkpoint.
+    """
+    from lors_plugin.analysis.builders import build_model
+    from lors_plugin.checkpoints import load_checkpoint_file, weights_of
+
+    if '::' in args.config:
+        from mmengine.hub import get_config
+
+        cfg = get_config(args.config)
+    else:
+        cfg = Config.fromfile(args.config)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    if cfg.get('model') is None:
+        raise ValueError(f'{args.config} has no model')
+    if 'pretrained' in cfg.model:
+        cfg.model.pretrained = None
+    backbone = cfg.model.get('backbone') or {}
+    backbone['init_cfg'] = None
+    model = build_model(cfg, empty=False)
+    if args.checkpoint == RANDOM:
+        model.init_weights()
+        return cfg, model.eval(), {}
+    content = load_checkpoint_file(args.checkpoint, args.trust)
+    try:
+        model.load_state_dict(weights_of(content))
+    except RuntimeError as error:
+        lines = str(error).strip().split('\n')
+        raise ValueError(
+            f'{args.checkpoint} does not fit {args.config}: '
+            + ' '.join(line.strip() for line in lines[1:3])
+            + '; adapters: merge first by tools/reparam.py'
+        ) from error
+    return cfg, model.eval(), content.get('meta') or {}
+
+
+def wrap(model, args):
+    """The module to export, and what makes cases for it."""
+    from lors_plugin.analysis.builders import is_detector
+    from lors_plugin.deploy import (
+        ClassifierForExport,
+        DetectorForExport,
+        for_export,
+    )
+    from lors_plugin.deploy.cases import classifier_case, detector_case
+    from lors_plugin.models.detectors import AdaMixer
+
+    name = type(model).__name__
+    if isinstance(model, AdaMixer):
+        module = DetectorForExport(
+            for_export(model, args.sampling), args.input
+        )
+        return module, lambda images: detector_case(model, images, args.input)
+    if is_detector(model) or not hasattr(model, 'head'):
+        raise ValueError(
+            f'{name} is neither a classifier nor an AdaMixer; other detectors '
+            'of MMDetection are not exported by this tool'
+        )
+    module = ClassifierForExport(for_export(model), args.input)
+    return module, lambda images: classifier_case(
+        model, images, args.input, module.several
+    )
+
+
+def read_image(path, cfg):
+    """An image as the test pipeline makes it: BGR, uint8, (3, H, W)."""
+    import torch
+    from mmcv.transforms import Compose
+    from mmengine.registry import DefaultScope
+
+    from lors_plugin.engine.preflight import type_name
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'the image {path} does not exist')
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    steps = [
+        step
+        for step in dataset.pipeline
+        if 'Annotations' not in type_name(step['type'])
+    ]
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        packed = Compose(steps)(dict(img_path=str(path), img_id=0))
+    return packed['inputs'].to(torch.uint8)
+
+
+def make_cases(make_case, cfg, shape, args):
+    """What to compare: other numbers, other sizes, real images."""
+    from lors_plugin.deploy.cases import random_images
+
+    height, width = shape
+    cases = [make_case(random_images(1, shape, 1))]
+    if not args.static:
+        cases.append(make_case(random_images(3, shape, 2)))
+    if not (args.static or args.fixed_size):
+        for seed, other in enumerate(
+            ((height + 32, width + 96), (width + 64, height)), 3
+        ):
+            cases.append(make_case(random_images(seed - 1, other, seed)))
+    for path in args.images:
+        image = read_image(path, cfg)
+        if tuple(image.shape[1:]) != shape and (
+            args.static or args.fixed_size
+        ):
+            raise ValueError(
+                f'{path} becomes {tuple(image.shape[1:])} by the test '
+                f'pipeline, but the file is for {shape}; set --shape'
+            )
+        cases.append(make_case([image]))
+    return cases
+
+
+def describe(cfg, module, meta, shape, args):
+    """What the file says about itself."""
+    dataset_meta = meta.get('dataset_meta') or cfg.get('metainfo') or {}
+    normalize = module.normalize
+    flat = {
+        name: None if value is None else value.flatten().tolist()
+        for name, value in normalize.named_buffers()
+    }
+    preprocessor = module.model.data_preprocessor
+    raw = normalize.kind != 'normalized'
+    return dict(
+        producer=f'lors_plugin {lors_plugin.__version__}',
+        config=Path(args.config).name,
+        classes=list(dataset_meta.get('classes') or ()),
+        input=normalize.kind,
+        channel_order='RGB' if raw else normalize.order,
+        normalized_in_file='yes' if raw else 'no',
+        mean=flat.get('mean'),
+        std=flat.get('std'),
+        shape=list(shape),
+        size_divisor=getattr(preprocessor, 'pad_size_divisor', 1),
+        sampling=args.sampling if 'boxes' in module.outputs else '',
+    )
+
+
+def export(args):
+    """Do what the arguments say; return a sentence about it."""
+    from lors_plugin.analysis.builders import padded_shape, test_shape
+    from lors_plugin.deploy import check_file, export_file, write_file
+    from lors_plugin.deploy.cases import random_images
+
+    cfg, model, meta = load_model(args)
+    module, make_case = wrap(model, args)
+    shape = tuple(args.shape or test_shape(cfg))
+    shape = padded_shape(model, shape * 2 if len(shape) == 1 else shape)
+    number = 1 if args.static else 2
+    inputs, _ = make_case(random_images(number, shape, 0))
+    content = export_file(
+        module.eval(),
+        inputs,
+        args.opset,
+        not args.static,
+        not (args.static or args.fixed_size),
+        describe(cfg, module, meta, shape, args),
+    )
+    text = 'not compared with PyTorch'
+    if args.check:
+        cases = make_cases(make_case, cfg, shape, args)
+        error = check_file(content, cases, args.tolerance)
+        text = f'largest error {error:.1e} in {len(cases)} comparisons'
+    write_file(content, args.out)
+    return f'{args.out}: {len(content) / 1e6:.1f} MB, {text}'
+
+
+def main(argv=None):
+    """Export; say what is wrong, and write nothing then."""
+    args = parse_args(argv)
+    warnings.filterwarnings('ignore')
+    logging.disable(logging.WARNING)
+    from lors_plugin.checkpoints import ConversionError
+    from lors_plugin.deploy import ExportError
+
+    try:
+        # PyTorch prints the whole program where it cannot go on.
+        with contextlib.redirect_stdout(io.StringIO()):
+            text = export(args)
+        print(text)
+    except ExportError as error:
+        hint = ''
+        if not args.static and 'missing' not in str(error):
+            hint = (
+                '\nsome models write the size or the number of images into '
+                'their program: try --fixed-size, then --static'
+            )
+        sys.stderr.write(f'error: {error}{hint}\nnothing was written\n')
+        return EXIT_DIFFERENT
+    except (
+        ConversionError, ValueError, TypeError, KeyError, OSError, ImportError
+    ) as error:  # fmt: skip
+        sys.stderr.write(f'error: {error}\nnothing was written\n')
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
