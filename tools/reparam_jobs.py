@@ -177,6 +177,8 @@ class Jobs:
         base = weights_of(read_file(args.base, args.trust), not args.no_ema)
         model = deepcopy(self.base)
         if is_adapter_checkpoint(content):
+            if args.no_ema:
+                content = dict(content, state_dict=self._weights(content))
             replaced = content.get('state_dict') or {}
             load_base(model, base, list(replaced), args.base)
             load_adapter_checkpoint(model, content)

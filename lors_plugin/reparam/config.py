@@ -84,21 +84,23 @@ def _plain_model(model: Any) -> Any:
 def _without_pretrained(model: Any) -> Any:
     """A model's config that names no file of weights."""
     if isinstance(model, (list, tuple)):
-        return type(model)(_without_pretrained(item) for item in model)
+        return type(model)(
+            _without_pretrained(item) for item in model if not _loads(item)
+        )
     if not isinstance(model, dict):
         return model
-
-    def loads(key: str, value: Any) -> bool:
-        kind = value.get('type') if isinstance(value, dict) else None
-        init = key == 'init_cfg' and type_name(kind) == 'PretrainedInit'
-        init = init or (key == 'init_cfg' and kind == 'Pretrained')
-        return init or (key == 'pretrained' and isinstance(value, str))
-
     return {
         key: _without_pretrained(value)
         for key, value in model.items()
-        if not loads(key, value)
+        if not _loads(value)
+        and not (key == 'pretrained' and isinstance(value, str))
     }
+
+
+def _loads(value: Any) -> bool:
+    """Whether an ``init_cfg`` loads a file."""
+    kind = value.get('type') if isinstance(value, dict) else None
+    return type_name(kind) in ('Pretrained', 'PretrainedInit')
 
 
 def _custom_keys(optim: Any) -> dict:

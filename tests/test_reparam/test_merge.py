@@ -111,6 +111,22 @@ def test_merged_equals_adapted(host):
     assert unmerge(model) == 0
 
 
+@pytest.mark.parametrize('host', HOSTS)
+@torch.no_grad()
+def test_half_precision_of_every_host(host):
+    """Weights in float16, merged there; computed with in float32."""
+    model = build(host)
+    inject_adapters(model, '', scale=0.5)
+    shake(model).half()
+    side = 40 if 'swin' in host else 32
+    x = torch.randn(2, 3, side, side)
+    wanted = output(copy.deepcopy(model).float(), x)
+    reparameterize(model)
+    changed = {p.dtype for p in model.parameters()}
+    assert changed == {torch.float16}
+    assert 1e-6 < error(output(model.float(), x), wanted) < 1e-2
+
+
 def adapted(layer, **kwargs):
     torch.manual_seed(0)
     model = nn.ModuleDict(dict(layer=layer)).eval()
