@@ -23,6 +23,8 @@ GATED = [
     ('mix-bwd', 'lors-k3', 'bfloat16', 90),
     ('mix-bwd', 'adamixer', 'float16', 90),
     ('mix-bwd', 'adamixer', 'float32', 70),
+    ('mix-bwd', 'lors-k1', 'float16', 70),
+    ('mix-bwd', 'lors-k3', 'float32', 70),
     ('sample-fwd', 'lors-k3', 'float16', 80),
     ('sample-bwd', 'lors-k3', 'float32', 70),
 ]
@@ -41,6 +43,9 @@ def gate(monkeypatch, tmp_path):
     'case', GATED, ids=['-'.join(map(str, case)) for case in GATED]
 )
 def test_kernel_is_within_limits(gate, case):
+    short = gate.mixing.SHORT_SLICES
+    if case[0] == 'mix-bwd' and case[3] < 80 and not short:
+        pytest.skip('before Triton 3.8 some of these spill')
     row = gate.measure(*case)
     assert row['problems'] == []
     assert row['registers'] > 0
@@ -118,3 +123,12 @@ def test_kernels_are_imported_at_the_first_use_only():
 
     code = 'import lors_plugin.ops, sys; assert "triton" not in sys.modules'
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_backward_below_8_0_is_float32(gate):
+    _, tiles, types, _ = gate.prepare('mix-bwd', 'lors-k3', 'float16', 70)
+    assert set(types.values()) == {'*fp32', '*i32', 'i32'}
+    assert tiles['BK'] == (8 if gate.mixing.SHORT_SLICES else 16)
+    _, tiles, types, _ = gate.prepare('mix-bwd', 'lors-k3', 'float16', 80)
+    assert types['p_x'] == '*fp16'
+    assert tiles['BK'] == 32

@@ -111,6 +111,17 @@ def mixing_errors(case, dtype, steps=False):
     }
 
 
+def below_80(case, dtype):
+    """Errors of what runs where Triton has no tensor cores."""
+    from lors_plugin.ops.adaptive_mixing import triton_kernels
+
+    kept = triton_kernels.capability
+    triton_kernels.capability = lambda _: 70
+    errors = mixing_errors(case, dtype, steps=True)
+    triton_kernels.capability = kept
+    return errors
+
+
 def sampling_inputs(case, dtype):
     b, n, g, p, c, sizes = case
     draw = random()
@@ -229,6 +240,8 @@ def main(what):
             found[f'{name}: on chip'] = mixing_errors(case, single)
             if name in ('odd', 'adamixer', 'spatial side only'):
                 found[f'{name}: half'] = mixing_errors(case, half)
+        found['odd: half, sm 70'] = below_80(MIXING['odd'], half)
+        found['odd: single, sm 70'] = below_80(MIXING['odd'], single)
     else:
         for name, case in SAMPLING.items():
             found[f'{name}: float'] = sampling_errors(case, single)

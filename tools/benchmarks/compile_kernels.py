@@ -84,9 +84,17 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def type_of(kernel, dtype, cap):
+    """Entry of DTYPES in which a kernel reads and writes."""
+    kind = DTYPES[dtype][0]
+    if kernel == 'mix-bwd' and mixing.backward_type(kind, cap) != kind:
+        return DTYPES['float32']
+    return DTYPES[dtype]
+
+
 def prepare(kernel, shape, dtype, cap):
     """Return the function, its constants and the types of its pointers."""
-    size, (kind, name, _) = SHAPES[shape], DTYPES[dtype]
+    size, (kind, name, _) = SHAPES[shape], type_of(kernel, dtype, cap)
     types = dict(p_stats='*fp32', p_points='*fp32', p_0='*i32', num='i32')
     types.update(p_sizes='*i32', num_batch='i32', num_queries='i32')
     if kernel.startswith('sample'):
@@ -101,7 +109,6 @@ def prepare(kernel, shape, dtype, cap):
         full.update(KC=size['K'], RC=size['R'], KS=size['K'], RS=size['R'])
         which = 'backward'
         function = mixing.adaptive_mixing_bwd_kernel
-        types['p_scratch'] = f'*{name}' if cap >= 80 else '*fp32'
         if kernel == 'mix-fwd':
             function = mixing.adaptive_mixing_fwd_kernel
             which = 'forward'
@@ -198,7 +205,7 @@ def measure(kernel, shape, dtype, cap):
     half = dtype != 'float32' and cap >= 80 and kernel.startswith('mix')
     if half and not tensor_cores:
         problems.append('no tensor cores')
-    each = DTYPES[dtype][2]
+    each = type_of(kernel, dtype, cap)[2]
     moved, work = traffic(kernel, shape, each)
     ratio = work / moved
     return dict(

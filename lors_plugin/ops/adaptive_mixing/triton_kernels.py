@@ -10,6 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ..backend import triton_version
 from ..triton_kernels_launch import (
     block,
     capability,
@@ -25,6 +26,8 @@ from .triton_kernels_forward import adaptive_mixing_fwd_kernel
 from .triton_kernels_steps import adaptive_mixing_fwd_kernel_steps
 
 PROGRAMS_PER_PROCESSOR = 2
+# Whether float32 products take slices of 8 numbers; 3.6 does not.
+SHORT_SLICES = triton_version() >= (3, 8)
 
 
 def sizes(x, weights, c_core, s_core) -> dict:
@@ -80,6 +83,10 @@ def config(size: dict, dtype: torch.dtype, cap: int, kernel: str) -> dict:
             )
     half = on_chip(size, dtype, cap)
     rows_at_once = 64 if half else 32
+    depth = min(32, width) if half else 16
+    if kernel == 'backward' and cap < 80 and SHORT_SLICES:
+        # With slices of 16 numbers it spills registers there.
+        depth = 8
     tiles = dict(
         size,
         BP=block(size['P']),
@@ -89,7 +96,7 @@ def config(size: dict, dtype: torch.dtype, cap: int, kernel: str) -> dict:
         else min(rows_at_once, out_points),
         BKC=side_c,
         BKS=side_s,
-        BK=min(32, width) if half else 16,
+        BK=depth,
         DOT=dot,
         PRECISION=precision(cap) if dtype == torch.float32 else 'ieee',
         num_warps=8,
@@ -101,6 +108,15 @@ def config(size: dict, dtype: torch.dtype, cap: int, kernel: str) -> dict:
         # half of it for some kernels, and spills.
         tiles['maxnreg'] = 255
     return tiles
+
+
+def backward_type(dtype: torch.dtype, cap: int) -> torch.dtype:
+    """Type in which backward reads and writes.
+
+    Below 8.0 half types would be converted slice by slice, for which there
+    are not registers enough.
+    """
+    return dtype if cap >= 80 else torch.float32
 
 
 def scratch_size(size: dict) -> int:
@@ -187,7 +203,9 @@ def backward(
     size = sizes(x, weights, c_core, s_core)
     cap = capability(x.device)
     num = x.shape[:3].numel()
-    inputs = contiguous(
+    given, kind = x.dtype, backward_type(x.dtype, cap)
+    tensors = contiguous(
+        grad_out,
         x,
         weights,
         rows_first(c_left),
@@ -197,6 +215,8 @@ def backward(
         s_core,
         s_right,
     )
+    grad_out, *inputs = (t if t is None else t.to(kind) for t in tensors)
+    x = inputs[0]
     grads = [None if t is None else torch.empty_like(t) for t in inputs]
     for index in (2, 4, 5, 7):  # a share of each query
         if inputs[index] is not None:
@@ -205,12 +225,11 @@ def backward(
     options = config(size, x.dtype, cap, 'backward')
     if num:
         programs = num_programs(num, x.device, PROGRAMS_PER_PROCESSOR)
-        low = x.dtype if cap >= 80 else torch.float32
-        scratch = x.new_empty(programs, options['SCRATCH'], dtype=low)
+        scratch = x.new_empty(programs, options['SCRATCH'])
         zero = x.new_zeros(1, dtype=torch.int32)
         with on(x.device):
             adaptive_mixing_bwd_kernel[(programs,)](
-                grad_out.contiguous(),
+                grad_out,
                 *[x if t is None else t for t in inputs],
                 stats.contiguous(),
                 *[x if t is None else t for t in grads],
@@ -227,4 +246,4 @@ def backward(
             shape = left.transpose(1, 2).shape
             grads[index] = grads[index].view(shape).transpose(1, 2)
             grads[index] = grads[index].contiguous()
-    return tuple(grads)
+    return tuple(None if grad is None else grad.to(given) for grad in grads)
