@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from lors_plugin.ops import dynamic_conv2d
+from lors_plugin.ops.dynamic_conv import run_conv2d
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible
 
@@ -148,7 +148,7 @@ class DynamicConv2d(BaseModule):
             bias = None if self.bias is None else self.bias[0]
             return nn.functional.conv2d(x, self.weight[0], bias, *geometry)
         attention = self.routing(x.mean((2, 3)))
-        return dynamic_conv2d(
+        return run_conv2d(
             x, self.weight, attention, self.bias, *geometry, self.backend
         )
 

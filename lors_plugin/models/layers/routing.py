@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
 
+from .norm import at_least_float32
+
 ROUTINGS = ('softmax_mlp', 'sigmoid_linear')
 
 
@@ -70,16 +72,18 @@ class ExpertRouter(BaseModule):
         Returns:
             Tensor: Shape (B, M), float32 or wider.
         """
-        with torch.autocast(pooled.device.type, enabled=False):
-            x = pooled.to(self.fc.weight.dtype)
-            if self.routing == 'softmax_mlp':
-                x = self.hidden(x).relu()
-            logits = self.fc(x)
-            logits = logits.to(torch.promote_types(x.dtype, torch.float32))
+        if torch.is_autocast_enabled(pooled.device.type):
+            with torch.autocast(pooled.device.type, enabled=False):
+                return self.forward(at_least_float32(pooled))
+        x = pooled.to(self.fc.weight.dtype)
+        if self.routing == 'softmax_mlp':
+            x = self.hidden(x).relu()
+        logits = at_least_float32(self.fc(x))
+        if self.temperature != 1:
             logits = logits / self.temperature
-            if self.routing == 'softmax_mlp':
-                return logits.softmax(-1)
-            return logits.sigmoid()
+        if self.routing == 'softmax_mlp':
+            return logits.softmax(-1)
+        return logits.sigmoid()
 
     def extra_repr(self) -> str:
         return f'routing={self.routing!r}, temperature={self.temperature}'

@@ -62,18 +62,37 @@ def dynamic_conv2d(
     stride = _pair('stride', stride, 1)
     padding = _pair('padding', padding, 0)
     dilation = _pair('dilation', dilation, 1)
+    geometry = stride, padding, dilation, groups
+    return run_conv2d(x, weight, attention, bias, *geometry, backend)
+
+
+def run_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Optional[Tensor],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    """:func:`dynamic_conv2d` without checks, for a layer that made them."""
     given = x, weight, attention, bias
     if _choose(backend) == 'reference':
         geometry = stride, padding, dilation, groups
         return dynamic_conv2d_reference(*given, *geometry)
-    x = x.to(compute_dtype(x))
-    if weight.shape[3:] == (1, 1) and padding == (0, 0) and stride != (1, 1):
+    if _plain(*given):
+        run = fused.conv2d
+    else:
+        run, x = op.conv2d, x.to(compute_dtype(x))
+        stride, padding = list(stride), list(padding)
+        dilation = list(dilation)
+    if max(stride) > 1 and fused.is_one_place(weight, padding):
         layout = fused.memory_format(fused.channels_are_last(x))
         x = x[:, :, :: stride[0], :: stride[1]]
-        x, stride = x.contiguous(memory_format=layout), (1, 1)
-    geometry = list(stride), list(padding), list(dilation), groups
-    run = fused.conv2d if _plain(x, *given[1:]) else op.conv2d
-    return run(x, *given[1:], *geometry)
+        x, stride = x.contiguous(memory_format=layout), [1, 1]
+    return run(x, *given[1:], stride, padding, dilation, groups)
 
 
 def dynamic_linear(

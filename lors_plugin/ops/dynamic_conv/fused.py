@@ -43,10 +43,13 @@ def conv2d(
     The result is laid out as ``x`` is, contiguous or channels last.
     """
     geometry = stride, padding, dilation, groups
+    last = channels_are_last(x)
+    if len(x) == 1:
+        out = _grouped(x, weight, attention, bias, geometry, last)
+        return out.contiguous(memory_format=memory_format(last))
     if not len(x):
         return F.conv2d(x, weight[0].to(x.dtype), None, *geometry)
-    last = channels_are_last(x)
-    if is_pointwise(weight, geometry) and len(x) > 1:
+    if is_pointwise(weight, geometry):
         tokens = _tokens(x, last)
         out = _product(tokens, weight.flatten(2), attention, bias, last)
         return _maps(out, x, last)
@@ -139,12 +142,12 @@ def linear_backward(
 def is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
     """Whether a convolution is a matrix product of all places."""
     stride, padding, _, groups = geometry
-    return (
-        groups == 1
-        and weight.shape[3] == weight.shape[4] == 1
-        and tuple(stride) == (1, 1)
-        and tuple(padding) == (0, 0)
-    )
+    return groups == max(stride) == 1 and is_one_place(weight, padding)
+
+
+def is_one_place(weight: Tensor, padding: list[int]) -> bool:
+    """Whether each place of the result comes from one of the input."""
+    return weight.shape[3] == weight.shape[4] == 1 and max(padding) == 0
 
 
 def output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> list[int]:
@@ -192,6 +195,8 @@ def _grouped(x, weight, attention, bias, geometry, last):
     if bias is not None:
         bias = mix_experts(bias, attention).to(x.dtype).flatten()
     number = len(x)
+    if number == 1:
+        return F.conv2d(x, kernels, bias, *geometry)
     x = _side_by_side(x, last)
     return _apart(F.conv2d(x, kernels, bias, *rest, number * groups), number)
 

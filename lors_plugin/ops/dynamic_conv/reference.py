@@ -25,9 +25,13 @@ def mix_experts(experts: Tensor, attention: Tensor) -> Tensor:
     Returns:
         Tensor: Shape (B, ...), of the wider of both types.
     """
-    dtype = torch.promote_types(experts.dtype, attention.dtype)
-    with torch.autocast(experts.device.type, enabled=False):
-        mixed = attention.to(dtype) @ experts.to(dtype).flatten(1)
+    if torch.is_autocast_enabled(experts.device.type):
+        with torch.autocast(experts.device.type, enabled=False):
+            return mix_experts(experts, attention)
+    if experts.dtype != attention.dtype:
+        dtype = torch.promote_types(experts.dtype, attention.dtype)
+        experts, attention = experts.to(dtype), attention.to(dtype)
+    mixed = attention.mm(experts.flatten(1))
     return mixed.view(len(attention), *experts.shape[1:])
 
 
