@@ -87,3 +87,20 @@ def test_public_functions_with_triton(others):
     assert len(others['public']) == 15
     for name, error in others['public'].items():
         assert error < 2e-6, name
+
+
+def test_operators_are_registered_for_triton_too():
+    """The compiler sees shapes, types and gradients as they will be."""
+    found = run('registered')
+    assert found['opcheck'] == {
+        name: ['SUCCESS']
+        for name in (
+            'mixing',
+            'mixing_backward',
+            'sampling',
+            'sampling_backward',
+        )
+    }
+    assert len(found['compiled']) == 9
+    for name, error in found['compiled'].items():
+        assert error < 2e-6, name

@@ -231,6 +231,67 @@ def public():
     return found
 
 
+def registered():
+    """What opcheck says of the operators with ``backend='triton'``."""
+    from lors_plugin.ops.adaptive_mixing import op as mixing
+    from lors_plugin.ops.sampling_3d import op as sampling
+
+    inputs, _ = mixing_inputs((1, 1, 2, 3, 4, 5, 2, 1, 2), torch.float32)
+    leaves = [t.requires_grad_() for t in inputs]
+    plain = [t.detach() for t in inputs]
+    out, stats = mixing.mixing_forward(*plain, 1e-5, 'triton')
+    feats, points, strides, _ = sampling_inputs(
+        (1, 1, 1, 2, 16, [(3, 4), (2, 2)]), torch.float32
+    )
+    sizes = [size for feat in feats for size in feat.shape[2:]]
+    table = sampling.pack(feats, torch.float32)
+    grad = torch.randn(1, 1, 1, 2, 16)
+    cases = dict(
+        mixing=(mixing.mixing_forward, (*leaves, 1e-5, 'triton')),
+        mixing_backward=(
+            mixing.mixing_backward,
+            (torch.randn_like(out), *plain, stats, 1e-5, 'triton'),
+        ),
+        sampling=(
+            sampling.sample,
+            (
+                table.clone().requires_grad_(),
+                points.clone().requires_grad_(),
+                [],
+                sizes,
+                strides,
+                'triton',
+            ),
+        ),
+        sampling_backward=(
+            sampling.points_gradient,
+            (grad, table, points, sizes, strides, 'triton'),
+        ),
+    )
+    return {
+        name: sorted(set(torch.library.opcheck(*case).values()))
+        for name, case in cases.items()
+    }
+
+
+def compiled():
+    """Errors of one graph, forward and backward, against the formula."""
+    from lors_plugin.ops import LowRank, adaptive_mixing
+
+    def mix(x, weights, *parts):
+        low = LowRank(*parts[:3]), LowRank(*parts[3:])
+        return adaptive_mixing(x, weights, *low, backend='triton')
+
+    graph = torch.compile(mix, fullgraph=True, backend='aot_eager')
+    inputs, grad_out = mixing_inputs(
+        (1, 2, 2, 3, 4, 5, 2, 1, 2), torch.float32
+    )
+    double = [t.double() for t in inputs]
+    mine = with_gradients(graph, inputs, grad_out)
+    truth = with_gradients(formula, double, grad_out.double())
+    return {n: error(a, t) for n, a, t in zip(['out', *NAMES], mine, truth)}
+
+
 def main(what):
     found = {}
     half, single = torch.float16, torch.float32
@@ -242,6 +303,9 @@ def main(what):
                 found[f'{name}: half'] = mixing_errors(case, half)
         found['odd: half, sm 70'] = below_80(MIXING['odd'], half)
         found['odd: single, sm 70'] = below_80(MIXING['odd'], single)
+    elif what == 'registered':
+        found['opcheck'] = registered()
+        found['compiled'] = compiled()
     else:
         for name, case in SAMPLING.items():
             found[f'{name}: float'] = sampling_errors(case, single)
