@@ -27,6 +27,7 @@ from lors_plugin.reparam.structure import (
     CheckpointError,
     adapt,
     build_base,
+    check_scale,
     has_adapters,
     load_base,
     load_whole,
@@ -180,6 +181,7 @@ class Jobs:
             if args.no_ema:
                 content = dict(content, state_dict=self._weights(content))
             replaced = content.get('state_dict') or {}
+            check_scale(replaced, args.scale)
             load_base(model, base, list(replaced), args.base)
             load_adapter_checkpoint(model, content)
             return model.eval()
@@ -235,7 +237,7 @@ class Jobs:
             self.args.batches,
             self.args.repeats,
         )
-        times = ''.join(f'{f"{n} images":>14}' for n in self.args.batches)
+        times = ''.join(f'{f"batch {n}":>14}' for n in self.args.batches)
         print(f'  {"":<8}{"parameters":>14}{"mult-adds":>14}{times}')
         for name, cost in zip(names, costs):
             cells = [

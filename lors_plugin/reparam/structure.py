@@ -78,6 +78,7 @@ def adapt(
         scale (float, optional): For files of the original layout, which
             hold none; by default the hook's.
     """
+    check_scale(state, scale)
     for name, options in structure_hooks(cfg):
         if name == 'RepAdapterHook':
             if scale is not None:
@@ -119,6 +120,16 @@ def _adapters_in(
             channel_dim=site.channel_dim,
         )
     return adapters
+
+
+def check_scale(state: dict[str, Tensor], scale: Optional[float]) -> None:
+    """Refuse a scale for adapters that have their own."""
+    own = [key for key in state if key.endswith(f'.{CHILD}.scale')]
+    if own and scale is not None:
+        raise CheckpointError(
+            '--scale is for files of the original layout, and this one has '
+            f'{own[0]}={float(state[own[0]]):g} and others; leave it out'
+        )
 
 
 def has_adapters(state: dict[str, Tensor]) -> bool:

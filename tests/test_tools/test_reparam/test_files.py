@@ -164,6 +164,8 @@ def damaged(case):
         argv = [*adapter, 'other.pth']
     elif case == 'no base':
         argv = [*adapter, 'nowhere.pth']
+    elif case == 'two scales':
+        argv += ['--scale', '2']
     elif case == 'half a base':
         state = weights('base.pth')
         del state['backbone.layers.1.attn.proj.weight']
@@ -188,6 +190,7 @@ MESSAGES = {
     'another base': 'other base:\n.*attn.proj.weight',
     'no base': 'nowhere.pth is not there',
     'half a base': '--base half.pth lacks 1 .*attn.proj.weight',
+    'two scales': '--scale is for .*rep_adapter.scale=1 ',
     'no image': 'a.png',
 }
 
