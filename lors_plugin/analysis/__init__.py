@@ -8,20 +8,30 @@ from .builders import (
     test_shape,
 )
 from .counter import OperatorCounter
+from .expert_usage import (
+    ExpertUsage,
+    LayerUsage,
+    collapsed_layers,
+    usage_table,
+)
 from .model_counts import ModelCounts, PartCounts, count_model
 from .parts import part_of
 from .weightless import WeightlessModel
 
 __all__ = [
     'ConfigCounts',
+    'ExpertUsage',
+    'LayerUsage',
     'ModelCounts',
     'OperatorCounter',
     'PartCounts',
     'UncountableError',
     'WeightlessModel',
+    'collapsed_layers',
     'count_config',
     'count_model',
     'make_forward',
     'part_of',
     'test_shape',
+    'usage_table',
 ]

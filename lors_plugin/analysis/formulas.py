@@ -117,6 +117,15 @@ def _sampling(*_, out, strides, **__):
     return {'': sampling_multiply_adds(out.shape, len(strides))}
 
 
+def _dynamic(weight, attention, bias=None, *, out, **_):
+    """A product with one kernel an image, and the mixing of that kernel."""
+    numbers = weight.numel() + (0 if bias is None else bias.numel())
+    return {
+        '': out.numel() * weight[0, 0].numel(),
+        'experts': len(attention) * numbers,
+    }
+
+
 def _grid_sample(x, grid, mode=0, *_, out, **__):
     cells = {0: 2 ** (x.dim() - 2), 2: 16}.get(mode, 0)
     return {'': out.numel() * cells}
@@ -155,6 +164,8 @@ _OURS: dict[str, Callable] = {
     MIXING: _mixing,
     GENERATED_MIXING: _generated_mixing,
     'lors_plugin::sampling_3d_table': _sampling,
+    'lors_plugin::dynamic_conv2d': _dynamic,
+    'lors_plugin::dynamic_linear': _dynamic,
     'aten::grid_sampler_2d': _grid_sample,
     'aten::grid_sampler_3d': _grid_sample,
     'torchvision::deform_conv2d': _deform_conv,

@@ -1,7 +1,8 @@
 """Hooks for MMEngine's runner."""
 
 from .epoch_seed_hook import EpochSeedHook
+from .expert_usage_hook import ExpertUsageHook
 from .lors_hook import LORSHook
 from .rep_adapter_hook import RepAdapterHook
 
-__all__ = ['EpochSeedHook', 'LORSHook', 'RepAdapterHook']
+__all__ = ['EpochSeedHook', 'ExpertUsageHook', 'LORSHook', 'RepAdapterHook']

@@ -1,0 +1,6 @@
+# The network without experts, to compare.
+_base_ = './parameternet-600m_8xb128_in1k.py'
+
+model = dict(backbone=dict(num_experts=1))
+
+custom_hooks = []

@@ -1,0 +1,6 @@
+# The network without experts, to compare.
+_base_ = './parameternet-600m_in21k-pre_8xb64_in1k.py'
+
+model = dict(backbone=dict(num_experts=1))
+
+load_from = 'work_dirs/ghostnet-600m_8xb512_in21k/epoch_90.pth'
