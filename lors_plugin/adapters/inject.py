@@ -196,17 +196,22 @@ def _placed(host: nn.Module, name: str) -> str:
     """The layer in whose forward the tokens really arrive.
 
     BEiT's attention with ``q_bias`` and ``v_bias`` uses the weights of its
-    ``qkv`` without calling it; without them it calls it.
+    ``qkv`` without calling it; without them it calls it. That of Swin V2
+    (``logit_scale``) never does.
     """
     layer = host.get_submodule(name)
-    split = getattr(layer, 'q_bias', None) is not None
-    if isinstance(getattr(layer, 'qkv', None), nn.Linear) and not split:
+    has_qkv = isinstance(getattr(layer, 'qkv', None), nn.Linear)
+    if has_qkv and not _reads_weights(layer):
         return f'{name}.qkv'
     parent_name, _, own = name.rpartition('.')
-    parent = host.get_submodule(parent_name)
-    if own == 'qkv' and getattr(parent, 'q_bias', None) is not None:
+    if own == 'qkv' and _reads_weights(host.get_submodule(parent_name)):
         return parent_name
     return name
+
+
+def _reads_weights(attention: nn.Module) -> bool:
+    split = getattr(attention, 'q_bias', None) is not None
+    return split or hasattr(attention, 'logit_scale')
 
 
 def _parameters(host: nn.Module, patterns: Sequence[str]) -> set:

@@ -26,7 +26,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    # mmpretrain: ViT, DINOv2, DeiT, DeiT III, CLIP
+    # mmpretrain: ViT, DINOv2, DeiT, DeiT III, CLIP, MAE, MoCo v3
     'VisionTransformer': Preset(
         r'layers\.\d+\.attn\.qkv',
         r'layers\.\d+\.ffn\.(layers\.0\.0|w12|fc1)',
@@ -36,11 +36,23 @@ PRESETS = {
         r'layers\.\d+\.attn',
         r'layers\.\d+\.ffn\.(layers\.0\.0|w12)',
     ),
+    'ViTEVA02': Preset(r'layers\.\d+\.attn\.qkv', r'layers\.\d+\.mlp\.w12'),
+    # mmpretrain: Segment Anything; the zeros that fill up its windows are
+    # adapted and merged as those of Swin are
+    'ViTSAM': Preset(
+        r'layers\.\d+\.attn\.qkv', r'layers\.\d+\.ffn\.layers\.0\.0'
+    ),
+    # mmpretrain: MViT v2
+    'MViT': Preset(r'blocks\.\d+\.attn\.qkv', r'blocks\.\d+\.mlp\.fc1'),
     # mmpretrain and mmdet; zeros that fill up a window go through the adapter
     # as they go through the linear behind it, so merging stays exact
     'SwinTransformer': Preset(
         r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.qkv',
         r'stages\.\d+\.blocks\.\d+\.ffn\.layers\.0\.0',
+    ),
+    # mmpretrain; its attention normalises keys, see sites.py
+    'SwinTransformerV2': Preset(
+        None, r'stages\.\d+\.blocks\.\d+\.ffn\.layers\.0\.0'
     ),
     # mmpretrain; the depth-wise convolution is no place for an adapter
     'ConvNeXt': Preset(None, r'stages\.\d+\.\d+\.pointwise_conv1'),

@@ -44,12 +44,12 @@ def site_of(module: nn.Module) -> Site:
         return Site(module.in_features, -1)
     if isinstance(module, nn.Conv2d):
         return _conv_site(module)
+    if hasattr(module, 'logit_scale') and hasattr(module, 'qkv'):
+        raise SiteError(
+            f'{type(module).__name__} normalises its keys, so the bias '
+            'that merging gives them would count; adapt its FFN only'
+        )
     if _has_split_bias(module):
-        if hasattr(module, 'logit_scale'):
-            raise SiteError(
-                f'{type(module).__name__} normalises its keys, so the bias '
-                'that merging gives them would count; adapt its FFN only'
-            )
         return Site(module.qkv.in_features, -1)
     raise SiteError(
         f'{type(module).__name__} is neither a linear layer, a convolution '

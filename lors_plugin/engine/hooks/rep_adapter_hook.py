@@ -4,7 +4,6 @@ from operator import attrgetter
 from typing import Any, Optional
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from lors_plugin.adapters import (
     is_adapter_checkpoint,
 )
 from lors_plugin.adapters.fingerprint import trained_keys, unwrapped
+from lors_plugin.adapters.reach import unreached_adapters
 from lors_plugin.registry import HOOKS
 
 from .adapter_files import (
@@ -21,6 +21,7 @@ from .adapter_files import (
     AdapterOnlyHook,
     check_whole_file,
 )
+from .remake import is_training, rebuild_optimizer, wrap_again
 
 
 @HOOKS.register_module()
@@ -38,8 +39,8 @@ class RepAdapterHook(Hook):
     normalisations with frozen parameters keep their running statistics, as
     they are held in evaluation mode. ``trainable`` names those that train.
 
-    After the first step it is an error if an adapter got no gradient: the
-    layer that it adapts is then never reached.
+    An adapter that no output of the part depends on is an error: at the
+    start, where the part runs on the meta device, else after the first step.
 
     With ``adapter_only`` checkpoints hold what is trained, about a hundredth
     of the weights, and the fingerprint of the base. Such files are resumed
@@ -77,7 +78,7 @@ class RepAdapterHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Adapt the model; in training, remake what depends on it."""
         model = unwrapped(runner.model)
-        self._training = _is_training(runner)
+        self._training = is_training(runner)
         if adapters_of(model):
             # A second run (train, then test) of the same runner, or adapters
             # that somebody injected before.
@@ -85,13 +86,12 @@ class RepAdapterHook(Hook):
         else:
             report = inject_adapters(model, **self.options)
             runner.logger.info(f'RepAdapter\n{report.table()}')
-            if is_model_wrapper(runner.model):
-                wrapper_cfg = runner.cfg.get('model_wrapper_cfg')
-                # The old wrapper takes its gradient hooks with it.
-                runner.model = model
-                runner.model = runner.wrap_model(wrapper_cfg, model)
+            wrap_again(runner, model)
             if self._training:
-                _rebuild_optimizer(runner)
+                _check_reached(model, self.options.get('module', 'backbone'))
+                rebuild_optimizer(
+                    runner, 'lors_plugin.adapters.inject_adapters(model)'
+                )
                 _let_checkpointing_see_gradients(runner, model)
         if self.adapter_only and not any(
             isinstance(hook, AdapterOnlyHook) for hook in runner.hooks
@@ -119,7 +119,11 @@ class RepAdapterHook(Hook):
         self._waiting = set()
         for name, adapter in adapters_of(model).items():
             if not adapter.up_bias.requires_grad:
-                continue
+                raise RuntimeError(
+                    f'the adapter of {name} is frozen, by a hook after '
+                    'RepAdapterHook (FreezeHook?) or by the host; adapters '
+                    'are there to be trained'
+                )
             self._waiting.add(name)
             self._handles.append(
                 adapter.up_bias.register_hook(
@@ -194,32 +198,20 @@ def require_input_gradient(layer: nn.Module, args: tuple) -> tuple:
     )
 
 
+def _check_reached(model: nn.Module, part: str) -> None:
+    """Fail at the start, where that can be told, and not in the first step."""
+    names = unreached_adapters(model.get_submodule(part))
+    if names:
+        raise ValueError(
+            f'no output of {part or "the model"} depends on {len(names)} of '
+            f'the adapted layers, {names[0]} among them (out_indices?); '
+            'exclude them or give other targets'
+        )
+
+
 def _let_checkpointing_see_gradients(runner: Runner, model: nn.Module) -> None:
     names = runner.cfg.get('activation_checkpointing') or []
     for name in [names] if isinstance(names, str) else names:
         part = attrgetter(name)(model)
         if adapters_of(part):
             part.register_forward_pre_hook(require_input_gradient)
-
-
-def _is_training(runner: Runner) -> bool:
-    """Whether ``train()`` runs: it builds the optimizer before any hook."""
-    return runner.optim_wrapper is not None and not isinstance(
-        runner.optim_wrapper, dict
-    )
-
-
-def _rebuild_optimizer(runner: Runner) -> None:
-    optim_cfg = runner.cfg.get('optim_wrapper')
-    if not isinstance(optim_cfg, dict):
-        raise TypeError(
-            'RepAdapterHook must build the optimizer for the new weights, '
-            'but this runner was not made from a config; call '
-            'lors_plugin.adapters.inject_adapters(model) before making it'
-        )
-    runner.optim_wrapper = runner.build_optim_wrapper(optim_cfg)
-    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
-    if runner.param_schedulers is not None:
-        runner.param_schedulers = runner.build_param_scheduler(
-            runner.cfg.param_scheduler
-        )

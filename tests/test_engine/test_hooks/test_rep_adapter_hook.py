@@ -71,8 +71,39 @@ def test_a_layer_that_is_never_called(tiny, tmp_path):
         runner.train()
 
 
+def test_where_it_can_be_told_it_is_an_error_before_anything(tiny, tmp_path):
+    adapt = dict(targets=[r'\d\.(used|unused)'])
+    runner = tiny.make(tmp_path, adapt=adapt, model=dict(images=True))
+    with pytest.raises(ValueError, match='2 of the .*1.unused among'):
+        runner.train()
+    assert runner.train_loop.iter == 0
+    tiny.make(tmp_path, 'good', model=dict(images=True)).train()
+
+
 def test_without_a_config_the_way_out_is_named(tiny, tmp_path):
     runner = tiny.make(tmp_path)
     runner.cfg.pop('optim_wrapper')
     with pytest.raises(TypeError, match='inject_adapters'):
+        runner.train()
+
+
+def test_recomputing_behind_frozen_layers(tiny, tmp_path):
+    """MMEngine's way gives no gradients where no input requires one."""
+    plain = tiny.make(tmp_path, 'plain', epochs=1).train()
+    again = tiny.make(
+        tmp_path,
+        'recomputed',
+        epochs=1,
+        cfg=dict(activation_checkpointing='backbone'),
+    ).train()
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value)
+
+
+def test_frozen_adapters(tiny, tmp_path):
+    hooks = [dict(type='lors_plugin.FreezeHook', modules=['backbone.1'])]
+    runner = tiny.make(tmp_path, hooks=hooks)
+    with pytest.raises(
+        RuntimeError, match='backbone.1.used is frozen.*Freeze'
+    ):
         runner.train()
