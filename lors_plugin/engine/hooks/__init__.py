@@ -2,7 +2,14 @@
 
 from .epoch_seed_hook import EpochSeedHook
 from .expert_usage_hook import ExpertUsageHook
+from .freeze_hook import FreezeHook
 from .lors_hook import LORSHook
 from .rep_adapter_hook import RepAdapterHook
 
-__all__ = ['EpochSeedHook', 'ExpertUsageHook', 'LORSHook', 'RepAdapterHook']
+__all__ = [
+    'EpochSeedHook',
+    'ExpertUsageHook',
+    'FreezeHook',
+    'LORSHook',
+    'RepAdapterHook',
+]
