@@ -26,7 +26,7 @@ def parse_args(argv=None):
     parser.add_argument('dst', help='where to write the converted one')
     parser.add_argument(
         '--source',
-        choices=['auto', 'adamixer', 'lors'],
+        choices=['auto', 'adamixer', 'lors', 'parameternet'],
         default='auto',
         help='the original program (default: told from the keys)',
     )
@@ -118,7 +118,8 @@ def convert(args):
     source = args.source
     if source == 'auto':
         source = guess_source(state)
-    check_backbone(state, args.config)
+    if source != 'parameternet':
+        check_backbone(state, args.config)
     converter = to_original if args.reverse else to_lors_plugin
     converted = converter(state, source, check_backbone=not args.config)
     if args.config:

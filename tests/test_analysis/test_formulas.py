@@ -174,3 +174,29 @@ def test_deformable_convolution():
         wanted = places * cells * 3 * (offsets + 4 + each)
         assert count(module, (1, 3, 5, 7)) == wanted
         assert 'forward' not in vars(module)
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_dynamic_layers(bias):
+    """One kernel an image, mixed of three; the router beside it."""
+    from lors_plugin.models.layers import DynamicConv2d, DynamicLinear
+
+    conv = DynamicConv2d(8, 12, 3, 2, 1, groups=4, bias=bias, num_experts=3)
+    linear = DynamicLinear(12, 5, bias=bias, num_experts=2)
+    model = nn.ModuleDict(dict(conv=conv, linear=linear))
+    with torch.no_grad(), OperatorCounter(model) as counter:
+        x = conv(torch.zeros(2, 8, 7, 10))
+        linear(x.flatten(2).mT)
+    pixels = 2 * 4 * 5
+    # With or without an operator of ours, by the names of what is counted.
+    found = {'conv': 0, 'conv.routing': 0, 'linear': 0, 'linear.routing': 0}
+    for name, number in counter.multiply_adds.items():
+        layer, routing, _ = f'{name}..'.split('.', 2)
+        found[layer + '.routing' * (routing == 'routing')] += number
+    assert found == {
+        'conv': pixels * 12 * 2 * 9 + 2 * 3 * (12 * 2 * 9 + 12 * bias),
+        'conv.routing': 2 * (8 * 8 + 8 * 3),
+        'linear': pixels * 12 * 5 + 2 * 2 * (12 * 5 + 5 * bias),
+        'linear.routing': 2 * (12 * 12 + 12 * 2),
+    }
+    assert not counter.uncounted

@@ -166,3 +166,16 @@ def test_checkpoint_of_a_training_in_a_fresh_process(
     assert done.returncode == 0, done.stderr
     back = torch.load(dst, weights_only=True)['state_dict']
     assert_close(to_lors_plugin(back, 'lors'), dict(state), rtol=0, atol=0)
+
+
+def test_parameternet(tool, goldens, tmp_path, capsys):
+    golden = Golden(goldens / 'parameternet_tiny.npz')
+    released = golden.original_weights()
+    src, dst, back = (tmp_path / f'{n}.pth' for n in ('src', 'dst', 'back'))
+    torch.save(released, src)
+    assert tool(src, dst) == 0
+    assert 'from parameternet' in capsys.readouterr().out
+    assert tool(dst, back, '--reverse') == 0
+    content = torch.load(back, weights_only=True)['state_dict']
+    assert_close(content, released, rtol=0, atol=0)
+    assert tool(src, dst, '--source', 'lors') == 1

@@ -26,6 +26,7 @@ from lors_plugin.testing.golden_detector import _detection_error, _norm_error
 
 FILES = sorted((Path(__file__).parents[1] / 'data/goldens').glob('*.npz'))
 MIXING = ['adamixer_mixing_small', 'lors_mixing_small', 'lors_mixing_by_rule']
+PARAMETERNETS = ['parameternet_tiny', 'parameternet_by_rule']
 DETECTORS = ['adamixer_detector_small', 'lors_detector_small']
 
 
@@ -34,6 +35,7 @@ def test_all_goldens_are_here():
     assert {
         *MIXING,
         *DETECTORS,
+        *PARAMETERNETS,
         'sampling_3d_small',
         'rep_adapter_small',
     } <= stems
@@ -209,6 +211,37 @@ def test_swapped_cores_are_noticed(name, goldens, monkeypatch, no_kinks):
 
     monkeypatch.setattr(low_rank.AdaptiveLowRankStack, 'forward', other)
     assert largest(goldens / f'{name}.npz') > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        swap_keys('ghost1', 'ghost2'),
+        swap_keys('primary_conv.1.bias', 'primary_conv.1.running_mean'),
+        lambda state: {
+            key: value.flip(0) if 'cond_conv' in key else value
+            for key, value in state.items()
+        },
+    ],
+    ids=['modules', 'norms', 'experts'],
+)
+@pytest.mark.parametrize('name', PARAMETERNETS)
+def test_other_parameternets_are_noticed(
+    name, change, goldens, change_weights
+):
+    change_weights(change)
+    try:
+        error = largest(goldens / f'{name}.npz')
+    except (RuntimeError, ValueError):
+        return  # it does not even fit
+    assert error > TOLERANCE
+
+
+def test_every_stage_of_a_parameternet_is_compared(goldens):
+    for name in PARAMETERNETS:
+        golden = Golden(goldens / f'{name}.npz')
+        stages = {k for k in golden.arrays if k.startswith('stage')}
+        assert set(check_golden(golden)) == stages | {'logits'}
 
 
 def test_other_level_weights_are_noticed(goldens, monkeypatch):

@@ -76,7 +76,7 @@ def dynamic_swin_transformer(
         (parent, name)
         for parent in model.stages.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear
+        if isinstance(child, nn.Linear)
     ]
     for parent, name in linears:
         in_windows = isinstance(parent, WindowMSA)
