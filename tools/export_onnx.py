@@ -206,8 +206,9 @@ def read_image(path, cfg):
     return packed['inputs'].to(torch.uint8)
 
 
-def make_cases(make_case, cfg, shape, args):
+def make_cases(make_case, cfg, model, shape, args):
     """What to compare: other numbers, other sizes, real images."""
+    from lors_plugin.analysis.builders import padded_shape
     from lors_plugin.deploy.cases import random_images
 
     height, width = shape
@@ -221,12 +222,11 @@ def make_cases(make_case, cfg, shape, args):
             cases.append(make_case(random_images(seed - 1, other, seed)))
     for path in args.images:
         image = read_image(path, cfg)
-        if tuple(image.shape[1:]) != shape and (
-            args.static or args.fixed_size
-        ):
+        size = padded_shape(model, tuple(image.shape[1:]))
+        if size != shape and (args.static or args.fixed_size):
             raise ValueError(
-                f'{path} becomes {tuple(image.shape[1:])} by the test '
-                f'pipeline, but the file is for {shape}; set --shape'
+                f'{path} becomes {size} by the test pipeline, but the file '
+                f'is for {shape}; set --shape'
             )
         cases.append(make_case([image]))
     return cases
@@ -279,7 +279,7 @@ def export(args):
     )
     text = 'not compared with PyTorch'
     if args.check:
-        cases = make_cases(make_case, cfg, shape, args)
+        cases = make_cases(make_case, cfg, model, shape, args)
         error = check_file(content, cases, args.tolerance)
         text = f'largest error {error:.1e} in {len(cases)} comparisons'
     write_file(content, args.out)

@@ -173,7 +173,9 @@ class DetectorForExport(nn.Module):
         logits, boxes, _ = self.model.decoder(feats, *queries)
         scores, index = logits[-1].sigmoid().flatten(1).topk(self.number)
         query = torch.div(index, self.num_classes, rounding_mode='floor')
-        boxes = boxes[-1].gather(1, query.unsqueeze(-1).expand(-1, -1, 4))
+        boxes = boxes[-1].gather(
+            1, query.unsqueeze(-1).expand(-1, self.number, 4)
+        )
         return boxes, scores, index % self.num_classes
 
     def _cover_padding(self, images: Tensor, sizes: Tensor) -> Tensor:

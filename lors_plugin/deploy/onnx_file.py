@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 OLDEST_OPSET, OPSET = 16, 17
-FLOOR = 1e-6
+FLOOR = 1e-6  # of pixels and scores
+FLOAT_FLOOR, TINY = 1e-3, 1e-30
 
 
 class ExportError(RuntimeError):
@@ -176,9 +177,9 @@ def compare(found: dict, wanted: dict) -> float:
     """The largest error of any output, infinite where it is of another kind.
 
     Detections are compared as sets, since those of the same score have no
-    order: errors of boxes are relative to the longest side of all boxes,
-    those of scores to the best score. A detection that only one side has is
-    an error unless its score is that of the last one. Other outputs are
+    order: errors of boxes are relative to the largest coordinate, those of
+    scores to the best score. The last detection may be another one, if its
+    score is the same. Other outputs are
     compared relative to how much they differ among themselves.
 
     Args:
@@ -209,7 +210,9 @@ def compare(found: dict, wanted: dict) -> float:
 
 def _spread(found: np.ndarray, wanted: np.ndarray) -> float:
     wanted = wanted.astype(np.float64)
-    scale = np.abs(wanted - wanted.mean()).max(initial=0.0) + FLOOR
+    scale = np.abs(wanted - wanted.mean()).max(initial=0.0)
+    # Values that are nearly alike differ by rounding, however little.
+    scale += FLOAT_FLOOR * np.abs(wanted).max(initial=0.0) + TINY
     return float(np.abs(found - wanted).max(initial=0.0) / scale)
 
 
@@ -223,13 +226,16 @@ def _detections(found: dict, wanted: dict) -> float:
     scores = np.abs(found['scores'][:, None] - wanted['scores'][None])
     errors = np.maximum(boxes / scale, scores / best)
     errors[found['labels'][:, None] != wanted['labels'][None]] = np.inf
-    last = min(found['scores'].min(), wanted['scores'].min())
     worst = 0.0
     for axis, side in ((0, wanted), (1, found)):
         nearest = errors.min(axis=axis)
-        # Which of several equals came last is nobody's choice.
-        above = (side['scores'] - last) / best
-        worst = max(worst, np.minimum(nearest, above).max())
+        # Which of two with nearly the same score came last is nobody's
+        # choice: there the difference of scores counts.
+        last = side['scores'].argmin()
+        lowest = min(found['scores'].min(), wanted['scores'].min())
+        excess = (side['scores'][last] - lowest) / best
+        nearest[last] = min(nearest[last], excess)
+        worst = max(worst, nearest.max())
     return float(worst)
 
 

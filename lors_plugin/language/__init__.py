@@ -1,6 +1,6 @@
 """ParameterNet's language part: mixtures of experts in Hugging Face LLaMA.
 
-Paper: `ParameterNet <https://arxiv.org/abs/2306.14525>`_, section 4.4. Works
+Paper: `ParameterNet <https://arxiv.org/abs/2306.14525>`_, last part. Works
 on models of ``transformers``, which stays optional: only
 :func:`load_with_experts` imports it.
 """

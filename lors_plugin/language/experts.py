@@ -29,7 +29,7 @@ def add_experts(
 ) -> list[str]:
     """Replace a projection of every FFN by a :class:`SwitchLinear`.
 
-    Paper: `ParameterNet <https://arxiv.org/abs/2306.14525>`_, section 4.4.
+    Paper: `ParameterNet <https://arxiv.org/abs/2306.14525>`_.
     For LLaMA and all models whose FFNs have a ``gate_proj``, ``up_proj`` and
     ``down_proj``. In training, the ``loss`` that the model returns then holds
     the load-balancing losses of all layers, so ``Trainer`` and loops stay as

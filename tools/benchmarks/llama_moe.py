@@ -16,7 +16,6 @@ import csv
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -183,7 +182,7 @@ def train(name, seed, args, data):
         ),
     )
     first = evaluate(model, held_out)[0]
-    dropped, start = 0.0, time.perf_counter()
+    dropped = 0.0
     for _ in range(args.steps):
         batch = pieces(
             text, args.batch, SMALL['max_position_embeddings'], generator
@@ -196,7 +195,6 @@ def train(name, seed, args, data):
         uses = expert_load(model).values()
         if uses:
             dropped += sum(u['dropped'] for u in uses) / len(uses)
-    seconds = time.perf_counter() - start
     balance = auxiliary_loss(model).item() if MODELS[name] else None
     loss, least, most = evaluate(model, held_out)
     return dict(
@@ -211,8 +209,15 @@ def train(name, seed, args, data):
         most_used_expert=most,
         dropped=dropped / args.steps if MODELS[name] else None,
         balance=balance and balance / SMALL['num_hidden_layers'],
-        step_ms=1000 * seconds / args.steps,
     )
+
+
+def write_rows(rows, path):
+    """Write the table."""
+    with path.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def run_training(args):
@@ -221,7 +226,9 @@ def run_training(args):
 
     logging.set_verbosity_error()
     data, rows = letters(), []
-    # Seed by seed, so that a machine that slows down slows all models.
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    path = args.out_dir / 'llama_moe.csv'
+    # Seed by seed, so that a run that is stopped has whole seeds.
     for seed in args.seeds:
         for name in args.models:
             row = train(name, seed, args, data)
@@ -231,14 +238,9 @@ def run_training(args):
                     for key, v in row.items()
                 }
             )
-            print(*(f'{k} {v}' for k, v in rows[-1].items()), sep=', ')
+            print(', '.join(f'{k} {v}' for k, v in rows[-1].items()))
             sys.stdout.flush()
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    path = args.out_dir / 'llama_moe.csv'
-    with path.open('w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
+            write_rows(rows, path)
     for name in args.models:
         found = [float(r['loss']) for r in rows if r['model'] == name]
         spread = statistics.stdev(found) if len(found) > 1 else 0.0

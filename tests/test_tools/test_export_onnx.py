@@ -1,0 +1,126 @@
+"""tools/export_onnx.py: files that say what they take, or no file."""
+
+import json
+
+import pytest
+import torch
+from mmengine.config import Config
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+
+@pytest.fixture
+def tool(root, monkeypatch):
+    """The module, imported as its directory sees it."""
+    monkeypatch.syspath_prepend(str(root / 'tools'))
+    import export_onnx
+
+    return export_onnx
+
+
+@pytest.fixture
+def trained(tiny_config, tiny_detector, tmp_path):
+    """A config and a checkpoint of a tiny LORS-AdaMixer."""
+    decoder = dict(num_stages=1, adaptive_groups=1)
+    changes = dict(decoder=decoder, test_cfg=dict(max_per_img=9))
+    model = tiny_detector('lors', **changes)
+    config = tmp_path / 'tiny.py'
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(96, 64), keep_ratio=True),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(type='PackDetInputs', meta_keys=('img_shape', 'scale_factor')),
+    ]
+    Config(
+        dict(
+            default_scope='mmdet',
+            model=tiny_config('lors', **changes),
+            test_dataloader=dict(dataset=dict(pipeline=pipeline)),
+        )
+    ).dump(config)
+    meta = dict(dataset_meta=dict(classes=('a', 'b', 'c')))
+    checkpoint = tmp_path / 'tiny.pth'
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), checkpoint)
+    return str(config), str(checkpoint), str(tmp_path / 'out' / 'tiny.onnx')
+
+
+def test_a_detector(tool, trained, tmp_path, capsys):
+    import cv2
+    import numpy as np
+    import onnx
+
+    for name, size in (('high.png', (50, 40)), ('wide.png', (40, 50))):
+        pixels = np.random.default_rng(0).integers(0, 255, (*size, 3))
+        cv2.imwrite(str(tmp_path / name), pixels.astype(np.uint8))
+    high, wide = (str(tmp_path / f'{n}.png') for n in ('high', 'wide'))
+    with pytest.raises(SystemExit):
+        tool.parse_args([*trained, '--no-check', '--images', wide])
+    # Padded it becomes 64 x 64, and the file is for 64 x 96.
+    assert tool.main([*trained, '--fixed-size', '--images', high]) == 2
+    assert 'set --shape' in capsys.readouterr().err
+    assert tool.main([*trained, '--images', high, wide]) == 0
+    assert '6 comparisons' in capsys.readouterr().out
+    model = onnx.load(trained[2])
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(said['classes']) == ['a', 'b', 'c']
+    assert said['channel_order'] == 'RGB'
+    assert json.loads(said['mean']) == pytest.approx([123.675, 116.28, 103.53])
+    assert json.loads(said['shape']) == [64, 96]
+    assert said['size_divisor'] == '32'
+    shapes = {
+        entry.name: [
+            d.dim_param or d.dim_value
+            for d in entry.type.tensor_type.shape.dim
+        ]
+        for entry in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes['images'] == ['batch', 3, 'height', 'width']
+    assert shapes['boxes'] == ['batch', 9, 4]
+
+
+def test_a_wrong_file_is_not_written(tool, trained, tmp_path, capsys):
+    # Nothing is exact to the last bit.
+    status = tool.main([*trained, '--static', '--tolerance', '0'])
+    assert status == 1
+    text = capsys.readouterr().err
+    assert 'differ from PyTorch' in text and 'nothing was written' in text
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    'place, value, word',
+    [
+        (1, 'missing.pth', 'missing.pth'),
+        (0, 'mmpretrain::a/missing.py', 'missing.py'),
+    ],
+)
+def test_mistakes(tool, trained, place, value, word, capsys):
+    command = list(trained)
+    command[place] = value
+    assert tool.main(command) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit(tool, trained, capsys):
+    options = ['--cfg-options', 'model.decoder.num_classes=4']
+    assert tool.main([*trained, *options]) == 2
+    assert 'does not fit' in capsys.readouterr().err
+
+
+def test_other_detectors_are_refused(tool, trained, capsys):
+    config = Config.fromfile(trained[0])
+    config.model = dict(
+        type='FCOS',
+        backbone=config.model.backbone,
+        neck=dict(
+            type='FPN',
+            in_channels=[8, 16, 32, 64],
+            out_channels=8,
+            num_outs=5,
+        ),
+        bbox_head=dict(type='FCOSHead', num_classes=2, in_channels=8),
+    )
+    config.dump(trained[0])
+    assert tool.main([trained[0], 'none', trained[2]]) == 2
+    assert 'FCOS is neither' in capsys.readouterr().err
