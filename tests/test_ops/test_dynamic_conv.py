@@ -76,7 +76,7 @@ def agree(tensors, options, function=dynamic_conv2d, **tolerance):
 def small_pieces(monkeypatch, images=1):
     """Take so many images at once that several pieces are needed."""
 
-    def pieces(x, *sizes):
+    def pieces(x, weight):
         for start in range(0, len(x), images):
             yield slice(start, start + images)
 
@@ -116,15 +116,15 @@ def test_pieces(case, images, monkeypatch):
 
 
 def test_a_piece_is_what_fits():
-    def pieces(batch, *sizes):
-        x = torch.empty(batch, 1)
-        return [i.stop - i.start for i in fused._pieces(x, *sizes)]
+    def pieces(batch, size):
+        given = torch.empty(batch, 1), torch.empty(4, size)
+        return [len(given[0][i]) for i in fused._pieces(*given)]
 
-    all_of_it = fused.PIECE_BYTES // 4
-    assert pieces(10, 7, 3) == [10]
-    assert pieces(10, all_of_it // 4, 7) == [4, 4, 4]
-    assert pieces(3, 10 * all_of_it) == [1, 1, 1]
-    assert pieces(0, 0, 0) == []
+    numbers = fused.PIECE_BYTES // 4
+    assert pieces(10, 7) == [10]
+    assert pieces(10, numbers // 4) == [4, 4, 2]
+    assert pieces(3, 2 * numbers) == [1, 1, 1]
+    assert pieces(0, 0) == []
 
 
 @pytest.mark.parametrize('case', CASES)

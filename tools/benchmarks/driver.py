@@ -27,12 +27,19 @@ DOUBLE = 1e-6  # largest difference in float64
 CLOCKS = dict(wall=time.perf_counter, cpu=time.process_time)
 
 
-def make_parser(doc: str, extra: tuple = ()) -> argparse.ArgumentParser:
+def make_parser(
+    doc: str,
+    extra: tuple = (),
+    models: tuple = ('adamixer', 'lors'),
+    size: tuple = ('r50', 'the configs with R50 at 800x1333'),
+) -> argparse.ArgumentParser:
     """The arguments that all benchmarks have.
 
     Args:
         doc (str): Docstring of the tool.
         extra (tuple): Providers beside 'original' and the backends.
+        models (tuple): Whose sizes there are.
+        size (tuple): Name of the real size, and what it is.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -46,16 +53,16 @@ def make_parser(doc: str, extra: tuple = ()) -> argparse.ArgumentParser:
     add(
         '--models',
         nargs='+',
-        choices=['adamixer', 'lors'],
-        default=['adamixer', 'lors'],
-        help='whose sizes to take (default: both)',
+        choices=models,
+        default=list(models),
+        help='whose sizes to take (default: all)',
     )
     add(
         '--size',
-        choices=['r50', 'tiny'],
-        default='r50',
-        help='the configs with R50 at 800x1333, or sizes that only try the '
-        'tool (default: %(default)s)',
+        choices=[size[0], 'tiny'],
+        default=size[0],
+        help=f'{size[1]}, or sizes that only try the tool '
+        '(default: %(default)s)',
     )
     add('--batch-sizes', nargs='+', type=int, default=[1, 2, 16], metavar='B')
     add('--queries', nargs='+', type=int, default=[100, 300], metavar='N')

@@ -5,10 +5,10 @@ copies into blocked layouts that a grouped convolution makes. All others are
 one convolution with ``B`` times the groups. Mixed kernels are never kept for
 backward, where mixing them again costs less than memory that is fetched anew.
 
-On a CPU images are taken in pieces so small that the C library gives out
-memory that it has, instead of asking the system for fresh pages each time:
-that costs more than the arithmetic. A piece is as many images as fit, so that
-small layers and small batches are one piece.
+On a CPU the kernels are mixed for so few images at once that the C library
+gives out memory that it has, instead of asking the system for fresh pages
+each time: that costs more than the arithmetic. Small layers and small batches
+are one piece.
 
 Shapes: ``B`` images, ``M`` experts, ``L`` places or tokens of an image.
 """
@@ -53,11 +53,9 @@ def conv2d(
         tokens = _tokens(x, last)
         out = _product(tokens, weight.flatten(2), attention, bias, last)
         return _maps(out, x, last)
-    height, width = output_size(x, weight, geometry)
-    sizes = x[0].numel(), len(weight[0]) * height * width, weight[0].numel()
     outs = [
         _grouped(x[i], weight, attention[i], bias, geometry, last)
-        for i in _pieces(x, *sizes)
+        for i in _pieces(x, weight)
     ]
     return _joined(outs, x, last)
 
@@ -94,8 +92,7 @@ def conv2d_backward(
         return grad_x, grad_weight, *rest
     sums = _Sums(weight, attention, bias, needed)
     grad_xs = []
-    sizes = x[:1].numel(), grad_out[:1].numel(), weight[0].numel()
-    for i in _pieces(x, *sizes):
+    for i in _pieces(x, weight):
         kernels = mix_experts(weight, attention[i]).to(x.dtype)
         number = len(kernels)
         grad_piece, grad_kernels, _ = torch.ops.aten.convolution_backward(
@@ -161,18 +158,14 @@ def output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> list[int]:
     ]
 
 
-def _pieces(x: Tensor, *sizes: int) -> Iterator[slice]:
-    """Slices of the batch.
-
-    Args:
-        x (Tensor): Shape (B, ...).
-        *sizes (int): Numbers that an image needs in each tensor.
-    """
+def _pieces(x: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Slices of the batch ``x`` whose mixed kernels are small enough."""
     batch = step = len(x)
     if x.device.type == 'cpu':
-        step = PIECE_BYTES // (max(*sizes, 1) * x.element_size())
-        step = max(1, min(step, batch))
-    for start in range(0, batch, max(step, 1)):
+        kernel = max(weight[0].numel() * weight.element_size(), 1)
+        step = min(PIECE_BYTES // kernel, batch)
+    step = max(step, 1)
+    for start in range(0, batch, step):
         yield slice(start, start + step)
 
 
@@ -247,7 +240,7 @@ def _product(x, weight, attention, bias, last):
     rows = weight.shape[1]
     shape = (batch, length, rows) if last else (batch, rows, length)
     out = None
-    for i in _pieces(x, weight[0].numel()):
+    for i in _pieces(x, weight):
         matrices = mix_experts(weight, attention[i]).to(x.dtype)
         given = x[i], matrices.mT
         if not last:
@@ -269,7 +262,7 @@ def _product(x, weight, attention, bias, last):
 def _product_backward(grad_out, x, weight, attention, bias, last, needed):
     sums = _Sums(weight, attention, bias, needed)
     grad_x = x.new_empty(x.shape) if needed[0] else None
-    for i in _pieces(x, weight[0].numel()):
+    for i in _pieces(x, weight):
         grad, given = grad_out[i], x[i]
         if needed[0]:
             matrices = mix_experts(weight, attention[i]).to(x.dtype)
