@@ -137,6 +137,27 @@ def test_several_in_turn_on_one_base():
     assert remove_adapters(model) == []
 
 
+def test_a_detector_with_shared_stages(tiny_detector):
+    """Its convolutions are adapted; the file holds neck and decoder too."""
+    untouched = tiny_detector('lors', seed=1)
+    model, other = copy.deepcopy(untouched), copy.deepcopy(untouched)
+    inject_adapters(
+        model, targets=[r'layer[234]\.0\.downsample\.0'], hidden_dims=4
+    )
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.requires_grad:
+                param.add_(torch.randn_like(param))
+    file = adapter_checkpoint(model)
+    base_keys = file['meta'][META]['base']
+    assert all(key.startswith('backbone.') for key in base_keys)
+    assert 'backbone.layer2.0.bn1.running_mean' in base_keys
+    load_adapter_checkpoint(other, file)
+    assert same(model, other)
+    remove_adapters(other)
+    assert same(other, untouched)
+
+
 def test_taking_fresh_adapters_off():
     model = base()
     inject_adapters(model, **OPTIONS)

@@ -139,6 +139,23 @@ def test_a_base_that_the_config_names(tiny, tmp_path, base):
     assert runner.test()['distance'] > 0
 
 
+def test_whole_files_count_more_than_the_base(tiny, tmp_path, base):
+    adapt = dict(base=str(base))
+    whole = build(tiny, tmp_path, base, 'a', adapter_only=False, adapt=adapt)
+    whole.train()
+    resumed = build(
+        tiny,
+        tmp_path,
+        base,
+        'b',
+        adapter_only=False,
+        adapt=adapt,
+        load_from=str(tmp_path / 'a/epoch_1.pth'),
+        resume=True,
+    )
+    equal(whole.model.state_dict(), resumed.train().state_dict())
+
+
 def test_load_from_is_recorded(tiny, tmp_path, base):
     kwargs = dict(model=dict(norm=True))
     whole = build(tiny, tmp_path, base, 'a', load_from=str(base), **kwargs)
