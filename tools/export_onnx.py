@@ -134,6 +134,8 @@ def load_model(args):
         cfg.merge_from_dict(args.cfg_options)
     if cfg.get('model') is None:
         raise ValueError(f'{args.config} has no model')
+    if 'data_preprocessor' in cfg:  # as the Runner does
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     if 'pretrained' in cfg.model:
         cfg.model.pretrained = None
     backbone = cfg.model.get('backbone') or {}
@@ -183,6 +185,14 @@ def wrap(model, args):
     )
 
 
+def channels_of(model):
+    """Channels of the images: 1 for gray ones."""
+    for module in model.backbone.modules():
+        if hasattr(module, 'in_channels') and hasattr(module, 'kernel_size'):
+            return module.in_channels
+    return 3
+
+
 def read_image(path, cfg):
     """An image as the test pipeline makes it: BGR, uint8, (3, H, W)."""
     import torch
@@ -212,14 +222,17 @@ def make_cases(make_case, cfg, model, shape, args):
     from lors_plugin.deploy.cases import random_images
 
     height, width = shape
-    cases = [make_case(random_images(1, shape, 1))]
+    wanted = [(1, shape)]
     if not args.static:
-        cases.append(make_case(random_images(3, shape, 2)))
+        wanted.append((3, shape))
     if not (args.static or args.fixed_size):
-        for seed, other in enumerate(
-            ((height + 32, width + 96), (width + 64, height)), 3
-        ):
-            cases.append(make_case(random_images(seed - 1, other, seed)))
+        wanted.append((2, (height + 32, width + 96)))
+        wanted.append((3, (width + 64, height)))
+    channels = channels_of(model)
+    cases = [
+        make_case(random_images(*case, seed, channels))
+        for seed, case in enumerate(wanted, 1)
+    ]
     for path in args.images:
         image = read_image(path, cfg)
         size = padded_shape(model, tuple(image.shape[1:]))
@@ -268,7 +281,7 @@ def export(args):
     shape = tuple(args.shape or test_shape(cfg))
     shape = padded_shape(model, shape * 2 if len(shape) == 1 else shape)
     number = 1 if args.static else 2
-    inputs, _ = make_case(random_images(number, shape, 0))
+    inputs, _ = make_case(random_images(number, shape, 0, channels_of(model)))
     content = export_file(
         module.eval(),
         inputs,

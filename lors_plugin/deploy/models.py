@@ -140,6 +140,12 @@ class DetectorForExport(nn.Module):
     inputs = ('images', 'sizes')
     outputs = ('boxes', 'scores', 'labels')
 
+    @property
+    def known_sizes(self) -> dict:
+        """dict: What exporters do not find out, by output and dimension."""
+        number = {1: self.number}
+        return dict(boxes={**number, 2: 4}, scores=number, labels=number)
+
     def __init__(self, model: nn.Module, kind: str = 'float') -> None:
         super().__init__()
         self.normalize = Normalize(model.data_preprocessor, kind)
@@ -173,9 +179,8 @@ class DetectorForExport(nn.Module):
         logits, boxes, _ = self.model.decoder(feats, *queries)
         scores, index = logits[-1].sigmoid().flatten(1).topk(self.number)
         query = torch.div(index, self.num_classes, rounding_mode='floor')
-        boxes = boxes[-1].gather(
-            1, query.unsqueeze(-1).expand(-1, self.number, 4)
-        )
+        query = query.unsqueeze(-1).expand(-1, -1, 4)
+        boxes = boxes[-1].gather(1, query)
         return boxes, scores, index % self.num_classes
 
     def _cover_padding(self, images: Tensor, sizes: Tensor) -> Tensor:

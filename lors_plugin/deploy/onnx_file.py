@@ -79,6 +79,10 @@ def export_file(
                 f'PyTorch cannot export the model: {text}'
             ) from error
     content = onnx.load_from_string(file.getvalue())
+    sizes = getattr(module, 'known_sizes', {})
+    for entry in content.graph.output:
+        for index, size in sizes.get(entry.name, {}).items():
+            entry.type.tensor_type.shape.dim[index].dim_value = size
     for key, value in (metadata or {}).items():
         entry = content.metadata_props.add()
         entry.key = key

@@ -124,3 +124,32 @@ def test_other_detectors_are_refused(tool, trained, capsys):
     config.dump(trained[0])
     assert tool.main([trained[0], 'none', trained[2]]) == 2
     assert 'FCOS is neither' in capsys.readouterr().err
+
+
+def test_a_classifier_of_gray_images(tool, tmp_path, capsys):
+    """Its data preprocessor stands beside the model, where it often is."""
+    import onnx
+
+    config = tmp_path / 'gray.py'
+    Config(
+        dict(
+            default_scope='mmpretrain',
+            data_preprocessor=dict(mean=[72.9], std=[90.0]),
+            model=dict(
+                type='ImageClassifier',
+                backbone=dict(
+                    type='lors_plugin.ParameterNet',
+                    arch=dict(width=0.5, rows=[[[3, 16, 16, 0, 2]]]),
+                    in_channels=1,
+                ),
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(type='LinearClsHead', num_classes=3, in_channels=8),
+            ),
+        )
+    ).dump(config)
+    out = tmp_path / 'gray.onnx'
+    command = [str(config), 'none', str(out), '--shape', '28']
+    assert tool.main(command) == 0, capsys.readouterr().err
+    assert '4 comparisons' in capsys.readouterr().out
+    said = {p.key: p.value for p in onnx.load(out).metadata_props}
+    assert json.loads(said['mean']) == pytest.approx([72.9])
