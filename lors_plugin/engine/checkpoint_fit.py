@@ -28,6 +28,7 @@ from lors_plugin.checkpoints import (
     load_checkpoint_file,
 )
 from lors_plugin.compat import register_safe_globals
+from lors_plugin.lors.plain_weights import read_plain_weights
 
 
 @dataclasses.dataclass
@@ -271,10 +272,17 @@ def check_checkpoint(
         ValueError: If it does not.
     """
     content = read_content(path, trust)
-    entries = unwrapped(model).state_dict()
+    model = unwrapped(model)
+    for hook in hooks or ():
+        # Some change the model, but only once the run starts.
+        if hasattr(hook, 'preview'):
+            model = hook.preview(model)
+    entries = model.state_dict()
     if is_adapter_checkpoint(content):
         return _check_adapter_file(entries, content, path, hooks)
     file = weights_in(content, path)
+    # A model with shared stacks takes plain weights too.
+    read_plain_weights(model, file)
     fit = compare(entries, file)
     original = is_original(file)
     enough = 0 < fit.unmatched_share <= max_unmatched and not original

@@ -1,5 +1,6 @@
 """Shared stacks by three lines of a config."""
 
+from copy import deepcopy
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -9,6 +10,8 @@ from torch import nn
 
 from lors_plugin.lors import LowRankResidualLinear, share_stack
 from lors_plugin.registry import HOOKS
+
+from .remake import is_training, rebuild_optimizer, wrap_again
 
 
 @HOOKS.register_module()
@@ -30,42 +33,29 @@ class LORSHook(Hook):
     def __init__(self, **options: Any) -> None:
         self.options = options
 
+    def preview(self, model: nn.Module) -> nn.Module:
+        """A copy of a model as it will be, to check files against."""
+        if _has_stacks(model):
+            return model
+        model = deepcopy(model)
+        share_stack(model, **self.options)
+        return model
+
     def before_run(self, runner: Runner) -> None:
         """Change the model; in training, remake what depends on it."""
-        wrapped = is_model_wrapper(runner.model)
-        model = runner.model.module if wrapped else runner.model
+        model = runner.model
+        if is_model_wrapper(model):
+            model = model.module
         if _has_stacks(model):
             # A second run (train, then test) of the same runner.
             runner.logger.info('LORS: the model has shared stacks already')
             return
         report = share_stack(model, **self.options)
         runner.logger.info(f'LORS\n{report.table()}')
-        if wrapped:
-            wrapper_cfg = runner.cfg.get('model_wrapper_cfg')
-            # The old wrapper takes its gradient hooks with it.
-            runner.model = model
-            runner.model = runner.wrap_model(wrapper_cfg, model)
-        optim_wrapper = runner.optim_wrapper
-        if optim_wrapper is not None and not isinstance(optim_wrapper, dict):
-            _rebuild_optimizer(runner)
+        wrap_again(runner, model)
+        if is_training(runner):
+            rebuild_optimizer(runner, 'lors_plugin.lors.share_stack(model)')
 
 
 def _has_stacks(model: nn.Module) -> bool:
     return any(isinstance(m, LowRankResidualLinear) for m in model.modules())
-
-
-def _rebuild_optimizer(runner: Runner) -> None:
-    """Train builds the optimizer before any hook, for the old weights."""
-    optim_cfg = runner.cfg.get('optim_wrapper')
-    if not isinstance(optim_cfg, dict):
-        raise TypeError(
-            'LORSHook must build the optimizer for the new weights, but this '
-            'runner was not made from a config; call '
-            'lors_plugin.lors.share_stack(model) before making it'
-        )
-    runner.optim_wrapper = runner.build_optim_wrapper(optim_cfg)
-    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
-    if runner.param_schedulers is not None:
-        runner.param_schedulers = runner.build_param_scheduler(
-            runner.cfg.param_scheduler
-        )

@@ -8,6 +8,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
+from lors_plugin.engine.checkpoint_fit import check_checkpoint
 from lors_plugin.lors import share_stack
 
 
@@ -127,3 +128,21 @@ def test_optimizer_without_a_config(tmp_path):
     runner = make(tmp_path, 'a', config=None)
     with pytest.raises(TypeError, match='not made from a config'):
         runner.train()
+
+
+def test_checkpoints_are_checked_against_what_the_model_will_be(tmp_path):
+    """The tools check files before the run starts, with the plain model."""
+    runner = make(tmp_path, 'a', epochs=1)
+    plain = Model()
+    torch.save(dict(state_dict=plain.state_dict()), tmp_path / 'plain.pth')
+    model = Model()
+    share_stack(model, TARGETS, ranks=2)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'lors.pth')
+    for name in ('plain.pth', 'lors.pth'):
+        path = str(tmp_path / name)
+        fit = check_checkpoint(runner.model, path, hooks=runner.hooks)
+        assert fit.complete
+    assert type(runner.model.layers[0][0]) is nn.Linear
+    share_stack(runner.model, TARGETS, ranks=3)
+    with pytest.raises(ValueError, match='have another shape there'):
+        check_checkpoint(runner.model, path, hooks=runner.hooks)
