@@ -82,6 +82,39 @@ def detector(**backbone):
     )  # fmt: skip
 
 
+def two_stage(**backbone):
+    """The same with proposals, on which a second stage works."""
+    config = detector(**backbone)
+    model = config['model']
+    anchors = model.pop('bbox_head')
+    coder = anchors['bbox_coder']
+    nms = dict(type='nms', iou_threshold=0.6)
+    anchors.update(type='RPNHead')
+    for key in ('num_classes', 'stacked_convs'):
+        del anchors[key]
+    model.update(
+        type='FasterRCNN',
+        train_cfg=None,
+        rpn_head=anchors,
+        roi_head=dict(
+            type='StandardRoIHead',
+            bbox_roi_extractor=dict(
+                type='SingleRoIExtractor', out_channels=16,
+                featmap_strides=[4, 8, 16],
+                roi_layer=dict(type='RoIAlign', output_size=3,
+                               sampling_ratio=2, use_torchvision=True)),
+            bbox_head=dict(
+                type='Shared2FCBBoxHead', in_channels=16, fc_out_channels=16,
+                roi_feat_size=3, num_classes=2, bbox_coder=coder),
+        ),
+        test_cfg=dict(
+            rpn=dict(nms_pre=50, max_per_img=20, nms=nms, min_bbox_size=0),
+            rcnn=dict(score_thr=0.0, max_per_img=20, nms=nms),
+        ),
+    )  # fmt: skip
+    return config
+
+
 TOKEN = dict(pool=False, head='VisionTransformer')
 HOSTS = {
     'vit': classifier(VIT, **TOKEN),
@@ -117,6 +150,7 @@ HOSTS = {
     ),
     'detector': detector(),
     'detector-no-bias': detector(qkv_bias=False),
+    'two-stage': two_stage(),
 }  # fmt: skip
 
 

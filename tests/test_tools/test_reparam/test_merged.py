@@ -21,6 +21,7 @@ HOSTS = [
     'mobilenet',
     'detector',
     'detector-no-bias',
+    'two-stage',
 ]
 IMAGES = list(
     torch.randint(
@@ -60,8 +61,10 @@ for name in sys.argv[1:]:
         model = MODELS.build(cfg.model).eval()
     file = torch.load(f'{name}/out.pth', weights_only=True)
     model.load_state_dict(file['state_dict'], strict=True)
+    # Two stages want more than images.
+    run = model.extract_feat if hasattr(model, 'roi_head') else model
     with torch.no_grad():
-        torch.save(model(inputs[name]), f'{name}/stock.pth')
+        torch.save(run(inputs[name]), f'{name}/stock.pth')
 assert 'lors_plugin' not in sys.modules
 """
 
@@ -79,8 +82,9 @@ def merged(reparam, hosts, tmp_path_factory):
         argv = [str(config), str(checkpoint), str(folder / 'out.pth'), *FAST]
         assert reparam.main(argv) == 0
         inputs[name] = prepare(model, IMAGES)['inputs']
+        run = model.extract_feat if hasattr(model, 'roi_head') else model
         with torch.no_grad():
-            outputs[name] = model(inputs[name])
+            outputs[name] = run(inputs[name])
     torch.save(inputs, root / 'inputs.pth')
     subprocess.run([sys.executable, '-c', STOCK, *HOSTS], cwd=root, check=True)
     return root, outputs
