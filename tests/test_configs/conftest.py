@@ -7,8 +7,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (ROOT / 'configs').rglob('*adamixer*.py')
-    if '_base_' not in path.parts
+    for folder in ('adamixer', 'lors_adamixer')
+    for path in (ROOT / 'configs' / folder).glob('*.py')
 )
 COCO = [path for path in CONFIGS if path.endswith('_coco.py')]
 

@@ -1,4 +1,4 @@
-"""Make a classification set of solar cells: defective or not, mono or poly.
+"""Make a classification set of solar cells: defective, mono or poly.
 
 2,624 photos (300x300, electroluminescence) of the package ``elpv-dataset``
 (data CC BY-NC-SA 4.0: not for commercial use). Experts gave every cell a
@@ -7,7 +7,8 @@ package does not say which cells come from the same module, so cells of one
 module may be on both sides of the split.
 
 The split is always the same, and stratified by defect and type: 800 cells to
-train on, 200 to choose by, 1,223 to test on. Both tasks have the same cells.
+train on, 200 to choose by, 1,223 to test on. Three tasks share the cells:
+``defect``, ``type``, and ``both`` of them as four classes.
 
 Example:
     python tools/dataset_converters/elpv.py --out-dir data/elpv
@@ -114,6 +115,8 @@ def write_lists(splits: dict[str, list[Cell]], folder: Path) -> None:
             defect=[cell.defect for cell in cells],
             type=[TYPES.index(cell.kind) for cell in cells],
         )
+        pairs = zip(tasks['defect'], tasks['type'])
+        tasks['both'] = [2 * defect + kind for defect, kind in pairs]
         for task, labels in tasks.items():
             lines = [f'{c.name} {label}\n' for c, label in zip(cells, labels)]
             with atomic_path(folder / f'{task}_{name}.txt') as path:

@@ -197,8 +197,8 @@ def convert(src: str | Path, dst: str | Path, tolerance: float = 1e-4) -> None:
 
     Args:
         src (str or Path): The ONNX file.
-        dst (str or Path): Checkpoint to write, with ``state_dict`` and
-            ``meta``.
+        dst (str or Path): Checkpoint to write, with ``state_dict`` (keys of
+            a classifier, ``backbone.``) and ``meta``.
         tolerance (float): Largest accepted relative difference. Defaults to
             1e-4.
     """
@@ -214,7 +214,8 @@ def convert(src: str | Path, dst: str | Path, tolerance: float = 1e-4) -> None:
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
     )
-    save_checkpoint_file(dict(state_dict=target, meta=meta), dst)
+    state = {f'backbone.{key}': value for key, value in target.items()}
+    save_checkpoint_file(dict(state_dict=state, meta=meta), dst)
     logger.info(
         '%s: %d tensors, outputs equal to %.1e', dst, len(target), error
     )

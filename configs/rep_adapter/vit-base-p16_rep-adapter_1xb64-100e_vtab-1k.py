@@ -1,0 +1,16 @@
+# Adapters before attention and FFN, and the classifier, as published. The
+# scale is searched for each task: tools/benchmarks/rep_adapter.py search.
+_base_ = './vit-base-p16_full_1xb64-100e_vtab-1k.py'
+
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
+
+custom_hooks = [
+    dict(
+        type='lors_plugin.RepAdapterHook',
+        placement='block',
+        hidden_dims=8,
+        groups=2,
+        scale=1.0,
+        dropout=0.1,
+    )
+]

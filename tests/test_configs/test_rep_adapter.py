@@ -1,0 +1,183 @@
+"""The configs with adapters, and those they are compared with."""
+
+import re
+
+import pytest
+import torch
+import yaml
+
+from lors_plugin.adapters import adapters_of
+from lors_plugin.compat import MissingOpError
+
+FOLDER = 'configs/rep_adapter'
+NAMES = [
+    'cascade-mask-rcnn_swin-t-p4-w7-rep-adapter_fpn_1x_coco',
+    'clip-vit-base-p16_rep-adapter_1xb64-100e_vtab-1k',
+    'convnext-base_rep-adapter_1xb64-100e_vtab-1k',
+    'lors-adamixer_mobilenetv2-frozen_49-queries_bccd',
+    'lors-adamixer_mobilenetv2-full_49-queries_bccd',
+    'lors-adamixer_mobilenetv2-rep-adapter_49-queries_bccd',
+    'lors-adamixer_swin-t-p4-w7-rep-adapter_8xb2-1x_coco',
+    'swin-base-p4-w7_rep-adapter_1xb64-100e_vtab-1k',
+    'vit-base-p16_full_1xb64-100e_vtab-1k',
+    'vit-base-p16_linear-probe_1xb64-100e_vtab-1k',
+    'vit-base-p16_lora_1xb64-100e_vtab-1k',
+    'vit-base-p16_rep-adapter_1xb64-100e_few-shot',
+    'vit-base-p16_rep-adapter_1xb64-100e_vtab-1k',
+    'vit-small-p14_full_elpv-70px',
+    'vit-small-p14_linear-probe_elpv-70px',
+    'vit-small-p14_lora_elpv-70px',
+    'vit-small-p14_rep-adapter_elpv-70px',
+]
+SIZE = 56  # a multiple of all patches, and more than one window
+
+
+def pytest_generate_tests(metafunc):
+    if 'name' in metafunc.fixturenames:
+        metafunc.parametrize('name', NAMES)
+
+
+@pytest.fixture
+def tool(monkeypatch, root):
+    for folder in ('benchmarks', 'analysis_tools'):
+        monkeypatch.syspath_prepend(str(root / 'tools' / folder))
+    import rep_adapter_measure
+
+    return rep_adapter_measure
+
+
+@pytest.fixture
+def config(name, load_config):
+    return load_config(f'{FOLDER}/{name}.py')
+
+
+def shrink(config):
+    """Few channels and layers; kinds and places of layers stay."""
+    backbone = config.model.backbone
+    backbone = backbone.get('module', backbone)
+    if backbone.type == 'VisionTransformer':
+        backbone.img_size = SIZE
+        backbone.arch = dict(
+            embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=48
+        )
+        width = 32
+    elif backbone.type == 'ConvNeXt':
+        backbone.arch = dict(depths=[1] * 4, channels=[8, 16, 24, 32])
+        width = 32
+    elif 'arch' in backbone:
+        backbone.update(img_size=SIZE, pad_small_map=True)
+        backbone.arch = dict(
+            embed_dims=8, depths=[1, 2, 1, 1], num_heads=[1, 2, 2, 2]
+        )
+        width = 64
+    elif backbone.type == 'SwinTransformer':
+        backbone.update(embed_dims=24, depths=[1, 2, 1, 1])
+        config.model.neck.in_channels = [24, 48, 96, 192]
+    else:
+        assert backbone.type == 'MobileNetV2'
+    if 'head' in config.model:
+        config.model.head.in_channels = width
+
+
+def test_all_are_there(root):
+    assert {p.stem for p in (root / FOLDER).glob('*.py')} == set(NAMES)
+
+
+def test_trains_a_step(name, config, tool, make_samples):
+    """What the name says is trained gets gradients, and nothing else."""
+    shrink(config)
+    if 'decoder' in config.model:
+        config.model.decoder.update(in_points=4, out_points=8, num_stages=2)
+    model = tool.build_model(config).train()
+    inputs = [torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8)] * 2
+    if 'head' in config.model:
+        from mmpretrain.structures import DataSample
+
+        samples = [DataSample().set_gt_label(i) for i in range(2)]
+    else:
+        classes = 3 if 'bccd' in name else 80
+        samples = make_samples((2, 1), classes, (SIZE, SIZE))
+        if 'cascade' in name:
+            add_masks(samples)
+    data = dict(inputs=inputs, data_samples=samples)
+    data = model.data_preprocessor(data, training=True)
+    try:
+        losses = model(**data, mode='loss')
+    except MissingOpError as error:
+        assert 'cascade' in name
+        pytest.skip(str(error))
+    loss, _ = model.parse_losses(losses)
+    assert loss.isfinite()
+    loss.backward()
+    trained = {k for k, p in model.named_parameters() if p.requires_grad}
+    reached = {k for k, p in model.named_parameters() if p.grad is not None}
+    assert trained == reached
+    backbone = {k for k in trained if k.startswith('backbone.')}
+    adapters = adapters_of(model)
+    assert bool(adapters) == ('rep-adapter' in name)
+    if 'linear-probe' in name or 'frozen' in name:
+        assert not backbone
+    elif 'lora' in name:
+        assert backbone and all('.lora_' in key for key in backbone)
+    elif adapters:
+        own = [k for k in backbone if '.rep_adapter.' not in k]
+        assert all(re.fullmatch(r'backbone\.norm\d\.\w+', k) for k in own)
+        assert bool(own) == ('_coco' in name)
+    else:
+        assert len(backbone) == len(list(model.backbone.parameters()))
+
+
+def add_masks(samples):
+    """Masks for the mask heads."""
+    from mmdet.structures.mask import BitmapMasks
+
+    for sample in samples:
+        count = len(sample.gt_instances)
+        ones = torch.ones(count, SIZE, SIZE, dtype=torch.uint8).numpy()
+        sample.gt_instances.masks = BitmapMasks(ones, SIZE, SIZE)
+
+
+def test_counts(name, config, tool, root):
+    """Metafile and table tell the truth."""
+    if 'lora' in name:
+        pytest.skip('LoRAModel initialises weights while it is built')
+    from torch.overrides import TorchFunctionMode
+
+    class KeepValues(TorchFunctionMode):
+        """Backbones read their drop path rates while they are built."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            where = dict(device='cpu') if func is torch.linspace else {}
+            return func(*args, **{**(kwargs or {}), **where})
+
+    with torch.device('meta'), KeepValues():
+        model = tool.build_model(config)
+    count = tool.trained_parameters
+    folder = root / FOLDER
+    models = yaml.safe_load((folder / 'metafile.yml').read_text())['Models']
+    (entry,) = (m for m in models if m['Name'] == name)
+    assert entry['Metadata']['Trained Parameters'] == count(model)
+    total = sum(p.numel() for p in model.parameters())
+    assert entry['Metadata']['Parameters'] == total
+    (row,) = (
+        line
+        for line in (folder / 'README.md').read_text().splitlines()
+        if line.startswith(f'| [{name}]({name}.py) |')
+    )
+    numbers = [f'{count(m) / 1e6:.3f} M' for m in (model, model.backbone)]
+    assert row.endswith('| ' + ' | '.join(numbers) + ' |')
+
+
+def test_published_recipe(load_config):
+    config = load_config(
+        f'{FOLDER}/vit-base-p16_rep-adapter_1xb64-100e_vtab-1k.py'
+    )
+    assert config.optim_wrapper.optimizer == dict(
+        type='AdamW', lr=1e-3, weight_decay=1e-4
+    )
+    assert config.train_dataloader.batch_size == 64
+    assert config.train_cfg.max_epochs == 100
+    warmup, cosine = config.param_scheduler
+    assert (warmup.end, cosine.begin, cosine.end) == (10, 10, 100)
+    kinds = [step.type for step in config.train_pipeline]
+    assert kinds == ['LoadImageFromFile', 'Resize', 'PackInputs']
