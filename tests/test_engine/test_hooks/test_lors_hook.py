@@ -3,23 +3,12 @@
 import pytest
 import torch
 from mmengine.model import BaseModel
-from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
 from lors_plugin.engine.checkpoint_fit import check_checkpoint
 from lors_plugin.lors import share_stack
-
-
-@pytest.fixture(autouse=True)
-def scope():
-    """Runners leave their default scope behind, which others would find."""
-    known = DefaultScope._instance_dict
-    before = dict(known)
-    yield
-    known.clear()
-    known.update(before)
 
 
 class Numbers(Dataset):
