@@ -128,7 +128,12 @@ def main(argv=None):
     try:
         runner = build_runner(cfg, args.debug)
         with user_errors('', args.debug):
-            check_checkpoint(runner.model, args.checkpoint, trust=args.trust)
+            check_checkpoint(
+                runner.model,
+                args.checkpoint,
+                trust=args.trust,
+                hooks=runner.hooks,
+            )
         if args.out:
             runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
         runner.test()

@@ -136,7 +136,7 @@ def check_start(runner, cfg, trust=False):
     if not path:
         return
     share = 0.0 if cfg.get('resume') else 0.5
-    fit = check_checkpoint(runner.model, path, share, trust)
+    fit = check_checkpoint(runner.model, path, share, trust, runner.hooks)
     if not fit.complete:
         print_log(
             f'load_from: {fit.describe()}\nThe rest keeps its '
