@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .gradient_sum import GradientSum, new_token
+
 
 def low_rank_linear(
     x: Tensor,
@@ -14,6 +16,7 @@ def low_rank_linear(
     down: Tensor,
     up: Tensor,
     bias: Optional[Tensor] = None,
+    gradient_sum: Optional[GradientSum] = None,
 ) -> Tensor:
     """Apply ``W + up down`` and a bias (LORS, eq. 5).
 
@@ -28,6 +31,8 @@ def low_rank_linear(
         down (Tensor): Shape (r, in).
         up (Tensor): Shape (out, r).
         bias (Tensor, optional): Shape (out, ). Defaults to None.
+        gradient_sum (GradientSum, optional): Of ``weight``, where calls of
+            one forward pass share it; used where it fits.
 
     Returns:
         Tensor: Shape (..., out).
@@ -36,35 +41,51 @@ def low_rank_linear(
     one_type = all(t.dtype == x.dtype for t in given)
     if not one_type or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
-    return _LowRankLinear.apply(*given, bias)
+    if gradient_sum is None or not gradient_sum.fits(weight, bias):
+        return _LowRankLinear.apply(None, *given, bias)
+    token = gradient_sum.take(weight)
+    out, token = _LowRankLinear.apply(token, *given, bias)
+    gradient_sum.give(token)
+    return out
 
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, down, up, bias):
+    def forward(ctx, token, x, weight, down, up, bias):
         flat = x.reshape(-1, x.shape[-1])
         hidden = flat @ down.T
         ctx.save_for_backward(x, weight, down, up, hidden)
         out = F.linear(flat, weight, bias).addmm_(hidden, up.T)
         # An ordinary view would forbid an activation in place behind it.
-        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))
+        shape = *x.shape[:-1], len(weight)
+        out = torch.ops.aten._unsafe_view(out, shape)
+        if token is None:
+            return out
+        ctx.set_materialize_grads(False)
+        return out, new_token(token)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx, grad_out, total=None):
+        if grad_out is None:
+            return total, *[None] * 5
         x, weight, down, up, hidden = ctx.saved_tensors
         grad = grad_out.reshape(-1, len(weight))
         grad_hidden = grad @ up
-        grads = [None] * 5
-        if ctx.needs_input_grad[0]:
-            grads[0] = (grad @ weight).addmm_(grad_hidden, down).view_as(x)
-        x = x.reshape(-1, x.shape[-1])
+        grads = [None] * 6
         if ctx.needs_input_grad[1]:
-            grads[1] = grad.T @ x
-        if ctx.needs_input_grad[2]:
-            grads[2] = grad_hidden.T @ x
+            grads[1] = (grad @ weight).addmm_(grad_hidden, down).view_as(x)
+        x = x.reshape(-1, x.shape[-1])
+        if total is not None:
+            grads[0] = total.addmm_(grad.T, x)
+        elif ctx.needs_input_grad[0]:
+            grads[0] = grad.T @ x
+        elif ctx.needs_input_grad[2]:
+            grads[2] = grad.T @ x
         if ctx.needs_input_grad[3]:
-            grads[3] = grad.T @ hidden
+            grads[3] = grad_hidden.T @ x
         if ctx.needs_input_grad[4]:
-            grads[4] = grad.sum(0)
+            grads[4] = grad.T @ hidden
+        if ctx.needs_input_grad[5]:
+            grads[5] = grad.sum(0)
         return tuple(grads)

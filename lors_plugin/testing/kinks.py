@@ -9,12 +9,14 @@ and can put chosen ones on the other side, which tells rounding from error.
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lors_plugin.ops import GradientSum
 from lors_plugin.ops.adaptive_mixing.reference import (
     LowRank,
     adaptive_mixing_reference,
@@ -72,6 +74,19 @@ class Kinks(TorchFunctionMode):
         self.flipped = flipped
         self._found: list[Element] = []
         self._calls = 0
+        self._patches = []
+
+    def __enter__(self) -> 'Kinks':
+        # Inside of a function of autograd no element can be flipped. Entered
+        # within itself, too, see `_mix`.
+        patch = mock.patch.object(GradientSum, 'fits', return_value=False)
+        patch.start()
+        self._patches.append(patch)
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        self._patches.pop().stop()
+        super().__exit__(*error)
 
     def nearest(self) -> list[Element]:
         """The elements within ``width`` of their kink, nearest first."""

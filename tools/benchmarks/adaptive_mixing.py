@@ -117,6 +117,9 @@ def make_lanes(args, decoder, queries, batch):
     def stages(function):
         return [function(*pair, i) for i, pair in enumerate(inputs)]
 
+    def shared():
+        return stages(mixing.one_pass())
+
     def recompute():
         with recomputed(mixing):
             return stages(mixing)
@@ -127,11 +130,7 @@ def make_lanes(args, decoder, queries, batch):
         makers.append(partial(Lane, 'original', partial(stages, way), leaves))
     for name in args.backends:
         if name != 'reference':
-            makers.append(
-                partial(
-                    Lane, name, partial(stages, mixing), leaves, backend=name
-                )
-            )
+            makers.append(partial(Lane, name, shared, leaves, backend=name))
     if 'torch-recompute' in args.providers:
         makers.append(
             partial(

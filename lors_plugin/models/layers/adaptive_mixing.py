@@ -1,6 +1,7 @@
 """Adaptive mixing as modules: one a stage, or one for all stages."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Optional, Union
 
 import torch
@@ -8,7 +9,7 @@ from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lors_plugin.ops import adaptive_mixing, generated_mixing
+from lors_plugin.ops import GradientSum, adaptive_mixing, generated_mixing
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible, per_layer
 
@@ -131,6 +132,10 @@ class AdaptiveMixing(BaseModule):
 
 class PrivateMixing(ModuleList):
     """One :class:`AdaptiveMixing` a stage, called like the shared one."""
+
+    def one_pass(self) -> Callable:
+        """What the stages of one forward pass call: nothing is shared."""
+        return self
 
     def forward(self, x: Tensor, query: Tensor, stage: int) -> Tensor:
         return self[stage](x, query)
@@ -300,21 +305,47 @@ class LORSAdaptiveMixing(BaseModule):
             for linear in self.out_proj:
                 nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, x: Tensor, query: Tensor, stage: int) -> Tensor:
+    def one_pass(self) -> Callable:
+        """What the stages of one forward pass call in place of this module.
+
+        It adds the gradients of the shared weights up in place. Not for
+        stages that run again in backward.
+        """
+        if self.recompute:
+            return self
+        return partial(self, sums=(GradientSum(), GradientSum()))
+
+    def forward(
+        self,
+        x: Tensor,
+        query: Tensor,
+        stage: int,
+        sums: tuple[Optional[GradientSum], ...] = (None, None),
+    ) -> Tensor:
         """Mix and project as stage ``stage`` does, without the residual.
 
         Args:
             x (Tensor): Sampled features, shape (B, N, G, P, C).
             query (Tensor): Content of the queries, shape (B, N, D).
             stage (int): Which stage calls.
+            sums (tuple[GradientSum]): Of the weights of generator and output
+                projection, see :meth:`one_pass`.
 
         Returns:
             Tensor: Shape (B, N, D).
         """
-        mixed = _run(self.mix, x, query, stage, recompute=self.recompute)
-        return self.out_proj(mixed.flatten(2), stage)
+        mixed = _run(
+            self.mix, x, query, stage, sums[0], recompute=self.recompute
+        )
+        return self.out_proj(mixed.flatten(2), stage, sums[1])
 
-    def mix(self, x: Tensor, query: Tensor, stage: int) -> Tensor:
+    def mix(
+        self,
+        x: Tensor,
+        query: Tensor,
+        stage: int,
+        gradient_sum: Optional[GradientSum] = None,
+    ) -> Tensor:
         """Generate the matrices and mix, shape (B, N, G, Q, C)."""
         cores = self.core_generators[stage](query)
         channel_core, spatial_core = cores.chunk(2, dim=-1)
@@ -329,7 +360,7 @@ class LORSAdaptiveMixing(BaseModule):
             return adaptive_mixing(x, weights, backend=self.backend)
         generator = self.generator
         if isinstance(generator, LinearStack):
-            generator = generator[stage]
+            generator, gradient_sum = generator[stage], None
         return generated_mixing(
             x,
             query,
@@ -337,4 +368,5 @@ class LORSAdaptiveMixing(BaseModule):
             generator.bias,
             *parts,
             backend=self.backend,
+            gradient_sum=gradient_sum,
         )

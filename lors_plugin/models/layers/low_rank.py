@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
-from lors_plugin.ops import LowRank, low_rank_linear
+from lors_plugin.ops import GradientSum, LowRank, low_rank_linear
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import per_layer
 
@@ -33,7 +33,12 @@ def _factor(*shape: int) -> nn.Parameter:
 class LinearStack(ModuleList):
     """A linear layer for each layer of a stack, with nothing shared."""
 
-    def forward(self, x: Tensor, layer: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        gradient_sum: Optional[GradientSum] = None,
+    ) -> Tensor:
         return self[layer](x)
 
 
@@ -111,12 +116,19 @@ class LowRankLinearStack(BaseModule):
         for bias in self.bias or ():
             nn.init.uniform_(bias, -bound, bound)
 
-    def forward(self, x: Tensor, layer: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        gradient_sum: Optional[GradientSum] = None,
+    ) -> Tensor:
         """Apply layer number ``layer``.
 
         Args:
             x (Tensor): Shape (..., in_features).
             layer (int): Which layer of the stack.
+            gradient_sum (GradientSum, optional): Of the shared weight, the
+                same for all layers of one forward pass.
 
         Returns:
             Tensor: Shape (..., out_features).
@@ -129,7 +141,12 @@ class LowRankLinearStack(BaseModule):
         if not self.down[layer].numel():
             return F.linear(x, self.weight, bias)
         return low_rank_linear(
-            x, self.weight, self.down[layer], self.up[layer], bias
+            x,
+            self.weight,
+            self.down[layer],
+            self.up[layer],
+            bias,
+            gradient_sum,
         )
 
     def layer_weight(self, layer: int) -> Tensor:

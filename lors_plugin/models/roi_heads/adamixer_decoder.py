@@ -206,17 +206,19 @@ class AdaMixerDecoder(BaseModule):
         levels = share_levels(
             feats, self.strides, calls, self.backend, xyzr.dtype
         )
+        again = self.with_cp and torch.is_grad_enabled()
+        mixing = self.mixing if again else self.mixing.one_pass()
         scores, boxes, contents = [], [], []
         for index, stage in enumerate(self.stages):
             run = stage
-            if self.with_cp and torch.is_grad_enabled():
+            if again:
                 run = partial(checkpoint, stage, use_reentrant=False)
             cls_scores, xyzr, content = run(
                 levels[index],
                 content,
                 xyzr.detach(),
                 self.strides,
-                partial(self.mixing, stage=index),
+                partial(mixing, stage=index),
             )
             scores.append(cls_scores)
             boxes.append(decode_boxes(xyzr))

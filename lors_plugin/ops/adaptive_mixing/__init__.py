@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import select_backend
-from .op import generated_forward, mixing_forward
+from ..gradient_sum import GradientSum
+from .op import SummedGeneratedMixing, generated_forward, mixing_forward
 from .reference import LowRank, adaptive_mixing_reference
 
 # Of the kernels, 128 x 128: more does not fit into registers. Their launcher
@@ -93,6 +94,7 @@ def generated_mixing(
     spatial_low_rank: Optional[LowRank] = None,
     eps: float = 1e-5,
     backend: str = 'auto',
+    gradient_sum: Optional[GradientSum] = None,
 ) -> Tensor:
     """Generate the matrices from queries and mix with them.
 
@@ -109,6 +111,8 @@ def generated_mixing(
         spatial_low_rank (LowRank, optional): Low-rank part of ``S``.
         eps (float): Added to the variances. Defaults to 1e-5.
         backend (str): As in :func:`adaptive_mixing`.
+        gradient_sum (GradientSum, optional): Of ``weight``, where calls of
+            one forward pass share it; used where it fits.
 
     Returns:
         Tensor: Mixed features, shape (B, N, G, Q, C).
@@ -136,15 +140,20 @@ def generated_mixing(
     rows = (weight.shape[0] // x.shape[2] - width**2) // points
     _check_parts(x, rows, channel_low_rank, spatial_low_rank)
     none = (None,) * 3
-    return generated_forward(
+    tensors = (
         x.to(dtype),
         query.to(dtype),
         weight.to(dtype),
         None if bias is None else bias.to(dtype),
         *(_cast(channel_low_rank, dtype) or none),
         *(_cast(spatial_low_rank, dtype) or none),
-        eps,
-    )[0]
+    )
+    if gradient_sum is None or not gradient_sum.fits(weight, tensors[2]):
+        return generated_forward(*tensors, eps)[0]
+    token = gradient_sum.take(weight)
+    out, token = SummedGeneratedMixing.apply(token, eps, *tensors)
+    gradient_sum.give(token)
+    return out
 
 
 def _check_generator(x, query, weight, bias):

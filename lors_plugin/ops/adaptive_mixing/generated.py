@@ -64,13 +64,15 @@ def backward(
     channel: Tensor,
     spatial: Tensor,
     eps: float,
+    total: Optional[Tensor] = None,
 ) -> tuple[
     Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Factors
 ]:
     """Gradients of the inputs of :func:`forward`.
 
     Those of the query and of the generator, large products, only where they
-    are needed: adapters freeze a generator.
+    are needed: adapters freeze a generator. With ``total``, the gradient of
+    the weight is added to it.
 
     Returns:
         tuple: Of ``x``, ``query``, ``weight``, ``bias`` (None without one)
@@ -83,7 +85,7 @@ def backward(
     if needs_generator:
         # Without queries, no group ever comes to its end.
         make = weight.new_empty if len(query_n) else weight.new_zeros
-        grad_weight = make(weight.shape)
+        grad_weight = make(weight.shape) if total is None else total
         grad_bias = make(len(weight)) if with_bias else None
     rows = kinds(weight, groups, width)
     grad_rows = kinds(grad_weight, groups, width)
@@ -96,7 +98,9 @@ def backward(
             grad = buffer.flatten(1)
             if grad_query is not None:
                 grad_query.addmm_(grad, rows[kind][group])
-            if grad_weight is not None:
+            if total is not None:
+                grad_rows[kind][group].addmm_(grad.T, query_n)
+            elif grad_weight is not None:
                 torch.mm(grad.T, query_n, out=grad_rows[kind][group])
             if grad_bias is not None:
                 torch.sum(grad, 0, out=grad_shifts[kind][group])

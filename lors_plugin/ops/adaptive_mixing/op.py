@@ -6,7 +6,9 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ..gradient_sum import new_token
 from . import generated
 
 _MODULES = {'torch': 'fused', 'triton': 'triton_kernels'}
@@ -245,3 +247,39 @@ def _generated_backward(ctx, grad_out, *_):
 generated_forward.register_autograd(
     _generated_backward, setup_context=_generated_setup
 )
+
+
+class SummedGeneratedMixing(torch.autograd.Function):
+    """The same, with the weight's gradient added up along tokens."""
+
+    @staticmethod
+    def forward(ctx, token, eps, *tensors):
+        out, *kept = generated_forward(*tensors, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.set_materialize_grads(False)
+        return out, new_token(token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, total):
+        if grad_out is None:
+            return total, *[None] * 11
+        *tensors, stats, channel, spatial = ctx.saved_tensors
+        x, query, weight, bias, *factors = tensors
+        grad_x, grad_query, total, grad_bias, grads = generated.backward(
+            grad_out,
+            x,
+            query,
+            weight,
+            bias is not None,
+            ctx.needs_input_grad[3],
+            True,
+            tuple(factors),
+            stats,
+            channel,
+            spatial,
+            ctx.eps,
+            total,
+        )
+        return total, None, grad_x, grad_query, None, grad_bias, *grads

@@ -28,9 +28,9 @@ def test_stages_call_the_shared_mixing_in_turn(
     called = []
     forward = decoder.mixing.forward
 
-    def spy(x, query, stage):
+    def spy(x, query, stage, **options):
         called.append(stage)
-        return forward(x, query, stage)
+        return forward(x, query, stage, **options)
 
     monkeypatch.setattr(decoder.mixing, 'forward', spy)
     decoder(*decoder_inputs())
