@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lors_plugin.utils import has_own_forward
+
 
 class SiteError(ValueError):
     """An adapter cannot be placed before this module, and why."""
@@ -31,8 +33,8 @@ def site_of(module: nn.Module) -> Site:
     """Say what an adapter before ``module`` must look like.
 
     Args:
-        module (nn.Module): ``nn.Linear``, ``nn.Conv2d`` or an attention with
-            ``qkv``, ``q_bias`` and ``v_bias`` (BEiT).
+        module (nn.Module): ``nn.Linear``, ``nn.Conv2d`` or the attention of
+            BEiT.
 
     Returns:
         Site: Channels and layout of its input.
@@ -40,6 +42,8 @@ def site_of(module: nn.Module) -> Site:
     Raises:
         SiteError: If the module could not swallow the adapter exactly.
     """
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        _check_affine(module)
     if isinstance(module, nn.Linear):
         return Site(module.in_features, -1)
     if isinstance(module, nn.Conv2d):
@@ -49,13 +53,49 @@ def site_of(module: nn.Module) -> Site:
             f'{type(module).__name__} normalises its keys, so the bias '
             'that merging gives them would count; adapt its FFN only'
         )
-    if _has_split_bias(module):
+    if isinstance(getattr(module, 'q_bias', None), nn.Parameter):
+        if not _is_beit(module):
+            raise SiteError(
+                f'{type(module).__name__} reads the weights of its layers '
+                'and adds biases of its own; of BEiTAttention it is known '
+                'that its keys need none, others may rotate or normalise '
+                'them. Adapt its FFN only'
+            )
+        _check_affine(module.qkv)
         return Site(module.qkv.in_features, -1)
     raise SiteError(
         f'{type(module).__name__} is neither a linear layer, a convolution '
-        'nor an attention with q_bias and v_bias; name the linear layer that '
-        'reads the tokens'
+        'nor the attention of BEiT; name the linear layer that reads the '
+        'tokens'
     )
+
+
+def _check_affine(layer: nn.Module) -> None:
+    """Refuse what is called a linear layer and is not, as weights go."""
+    if 'weight' not in layer._parameters:
+        raise SiteError(
+            'its weight is computed from others (a parametrization?), which '
+            'could not take the adapter; adapt another layer'
+        )
+    if has_own_forward(layer) and not _pads_by_size(layer):
+        raise SiteError(
+            f'{type(layer).__name__} has a forward of its own, which may '
+            'normalise its input or its weight, so merging cannot be known '
+            f'to be exact; adapt a plain {type(layer).__mro__[1].__name__}'
+        )
+
+
+def _pads_by_size(layer: nn.Module) -> bool:
+    """MMCV's convolution for EfficientNet: plain but for zero padding."""
+    return type(layer).__name__ == 'Conv2dAdaptivePadding'
+
+
+def _pads_zeros(conv: nn.Conv2d) -> bool:
+    if conv.padding_mode != 'zeros':
+        return False
+    if _pads_by_size(conv) or conv.padding == 'same':
+        return max(conv.kernel_size) > 1
+    return conv.padding != 'valid' and any(conv.padding)
 
 
 def _conv_site(conv: nn.Conv2d) -> Site:
@@ -65,10 +105,7 @@ def _conv_site(conv: nn.Conv2d) -> Site:
             'adapter without becoming dense; adapt the pointwise layer behind '
             'it instead (in ConvNeXt pointwise_conv1)'
         )
-    padded = (
-        conv.padding if isinstance(conv.padding, str) else any(conv.padding)
-    )
-    if padded and max(conv.kernel_size) > 1 and padded != 'valid':
+    if _pads_zeros(conv):
         raise SiteError(
             f'a {conv.kernel_size} convolution with zero padding reads '
             'zeros that no adapter has seen, so merging cannot be exact; '
@@ -77,13 +114,10 @@ def _conv_site(conv: nn.Conv2d) -> Site:
     return Site(conv.in_channels, 1)
 
 
-def _has_split_bias(module: nn.Module) -> bool:
-    """BEiT's way: biases beside a qkv layer whose weights are read as such."""
-    return (
-        isinstance(getattr(module, 'qkv', None), nn.Linear)
-        and isinstance(getattr(module, 'q_bias', None), nn.Parameter)
-        and isinstance(getattr(module, 'v_bias', None), nn.Parameter)
-    )
+def _is_beit(module: nn.Module) -> bool:
+    """Biases beside a qkv layer whose weights are read as such."""
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return 'BEiTAttention' in names and isinstance(module.qkv, nn.Linear)
 
 
 @torch.no_grad()

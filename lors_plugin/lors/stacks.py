@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Union
 
 from torch import nn
 
-from lors_plugin.utils import per_layer
+from lors_plugin.utils import has_own_forward, per_layer
 
 from .linear import LowRankResidualLinear
 
@@ -152,10 +152,8 @@ def _check(where: str, names: Sequence[str], layers: Sequence) -> None:
 
 def _is_plain(layer: nn.Linear) -> bool:
     """A linear layer or a host's wrapper that only adds to its name."""
-    kind = next(c for c in type(layer).__mro__ if 'forward' in vars(c))
-    wrapper = kind.__module__ == 'mmcv.cnn.bricks.wrappers'
     return (
-        (kind is nn.Linear or wrapper)
+        not has_own_forward(layer)
         and not layer._modules
         and not layer._forward_pre_hooks
         and not layer._forward_hooks

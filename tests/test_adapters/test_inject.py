@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
+from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from lors_plugin.adapters import (
     RepAdapter,
@@ -120,12 +123,33 @@ def test_any_layer_that_can_swallow_an_adapter(net):
     assert model(torch.randn(1, 8, 5, 5)).shape == (1, 6, 3, 3)
 
 
+class Normed(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.normalize(x))
+
+
+class SplitBiases(nn.Module):
+    """Like BEiT's, but what is done to the keys nobody knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(8))
+        self.v_bias = nn.Parameter(torch.zeros(8))
+
+
 @pytest.mark.parametrize(
     'module, match',
     [
         (nn.Conv2d(8, 8, 3, padding=1), 'zero padding'),
         (nn.Conv2d(8, 8, 3, padding='same'), 'zero padding'),
         (nn.Conv2d(8, 8, 7, groups=8), 'pointwise_conv1'),
+        (nn.Conv2d(8, 8, 1, padding=1), 'zero padding'),
+        (Conv2dAdaptivePadding(8, 8, 3), 'zero padding'),
+        (ConvWS2d(8, 8, 1), 'forward of its own.*plain Conv2d'),
+        (Normed(8, 8), 'forward of its own.*plain Linear'),
+        (parametrizations.weight_norm(nn.Linear(8, 8)), 'computed from'),
+        (SplitBiases(), 'SplitBiases reads the weights.*BEiTAttention'),
         (nn.LayerNorm(8), 'LayerNorm is neither'),
     ],
 )

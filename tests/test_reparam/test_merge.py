@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from torch import nn
 
 from lors_plugin.adapters import adapters_of, inject_adapters
@@ -143,6 +144,10 @@ def adapted(layer, **kwargs):
         (nn.Conv2d(8, 5, 1, stride=2, bias=False), (2, 8, 4, 3)),
         (nn.Conv2d(8, 5, 3), (2, 8, 4, 3)),
         (nn.Conv2d(8, 5, (3, 1), padding='valid'), (2, 8, 4, 3)),
+        (nn.Conv2d(8, 5, 1, padding='same'), (2, 8, 4, 3)),
+        (nn.Conv2d(8, 5, 3, 1, 1, padding_mode='reflect'), (2, 8, 4, 3)),
+        (nn.Conv2d(8, 5, 3, 1, 1, padding_mode='circular'), (2, 8, 4, 3)),
+        (Conv2dAdaptivePadding(8, 5, 1, stride=2), (2, 8, 4, 3)),
     ],
 )
 @pytest.mark.parametrize('groups', [1, 2])
