@@ -7,7 +7,7 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from .presets import match, patterns_of
+from .presets import as_patterns, match, patterns_of
 from .rep_adapter import RepAdapter
 from .sites import SiteError, site_of
 
@@ -87,7 +87,8 @@ def inject_adapters(
             to adapt, inside ``module``. By default the preset of its class.
         placement (str): Of the preset: 'block' (attention and FFN), 'attn'
             or 'ffn'. Defaults to 'block'.
-        exclude (Sequence[str]): Patterns of layers to leave out.
+        exclude (Sequence[str]): Patterns of layers to leave out, or of
+            modules around them.
         trainable (Sequence[str]): Patterns of the modules and parameters
             inside ``module`` that are trained with the adapters.
         hidden_dims, groups, scale, dropout: See :class:`RepAdapter`.
@@ -105,14 +106,12 @@ def inject_adapters(
             f'{module or "the model"} has adapters already; merge them '
             '(lors_plugin.reparam.reparameterize) before adding others'
         )
-    names = match(host, list(targets or patterns_of(host, placement)))
-    left_out = set(match(host, list(exclude)))
-    names = [_placed(host, name) for name in names if name not in left_out]
-    if not names:
-        raise ValueError(f'exclude={list(exclude)} leaves nothing to adapt')
-    kept = _parameters(host, trainable)
+    patterns = as_patterns('targets', targets or ())
+    names = match(host, patterns or patterns_of(host, placement))
+    names = _without(host, names, as_patterns('exclude', exclude))
+    kept = _parameters(host, as_patterns('trainable', trainable))
     adapters = {}
-    for name in dict.fromkeys(names):
+    for name in names:
         try:
             site = site_of(host.get_submodule(name))
         except SiteError as error:
@@ -207,6 +206,36 @@ def _placed(host: nn.Module, name: str) -> str:
     if own == 'qkv' and _reads_weights(host.get_submodule(parent_name)):
         return parent_name
     return name
+
+
+def _without(
+    host: nn.Module, names: Sequence[str], exclude: Sequence[str]
+) -> list:
+    """Layers to adapt, without those that are excluded by any name."""
+    known = {}  # all names by which a layer can be meant
+    for name in names:
+        layer = _placed(host, name)
+        if layer not in known:
+            parts = layer.split('.')
+            known[layer] = {
+                '.'.join(parts[: i + 1]) for i in range(len(parts))
+            }
+            if hasattr(host.get_submodule(layer), 'qkv'):
+                known[layer].add(f'{layer}.qkv')
+        known[layer].add(name)
+    left = dict(known)
+    for pattern in exclude:
+        hits = [k for k, v in known.items() if _full_matches(pattern, v)]
+        if not hits:
+            raise ValueError(
+                f'exclude pattern {pattern!r} leaves out none of the layers '
+                f'to adapt, which are like {list(known)[-2:]} (full match)'
+            )
+        for layer in hits:
+            left.pop(layer, None)
+    if not left:
+        raise ValueError(f'exclude={list(exclude)} leaves nothing to adapt')
+    return list(left)
 
 
 def _reads_weights(attention: nn.Module) -> bool:

@@ -6,7 +6,8 @@ imported. RepAdapter, section 3.3: before the attention and before the FFN.
 """
 
 import re
-from typing import NamedTuple, Optional
+from collections.abc import Sequence
+from typing import NamedTuple, Optional, Union
 
 from torch import nn
 
@@ -103,6 +104,23 @@ def patterns_of(module: nn.Module, placement: str) -> list[str]:
             f'placement={placement!r}; use placement="block"'
         )
     return chosen
+
+
+def as_patterns(option: str, value: Union[str, Sequence[str]]) -> list[str]:
+    """Patterns of an option as a list; one alone may be without brackets.
+
+    Raises:
+        ValueError: If one is no regular expression.
+    """
+    patterns = [value] if isinstance(value, str) else list(value)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f'{option}: {pattern!r} is no regular expression ({error})'
+            ) from None
+    return patterns
 
 
 def match(module: nn.Module, patterns: list[str]) -> list[str]:

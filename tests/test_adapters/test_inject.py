@@ -79,6 +79,12 @@ def test_the_input_is_adapted_by_position_and_by_name(net):
     torch.testing.assert_close(layer(input=x), wanted)
 
 
+def test_one_pattern_needs_no_brackets(net):
+    report = inject_adapters(net, targets=r'0\.qkv', trainable=r'\d\.norm')
+    assert report.adapted == ['backbone.0.qkv']
+    assert report.trained['backbone'] == 32
+
+
 def test_trainable_patterns(net):
     report = inject_adapters(
         net, targets=TARGETS, trainable=[r'\d+\.norm', r'1\.qkv\.bias']
@@ -94,9 +100,20 @@ def test_what_was_frozen_stays_frozen(net):
     assert report.trained['backbone'] == 16
 
 
-def test_exclude(net):
-    report = inject_adapters(net, targets=TARGETS, exclude=[r'0\..*'])
+@pytest.mark.parametrize('exclude', [[r'0\..*'], '0', ['0.qkv', '0.fc']])
+def test_exclude(net, exclude):
+    report = inject_adapters(net, targets=TARGETS, exclude=exclude)
     assert report.adapted == ['backbone.1.qkv', 'backbone.1.fc']
+
+
+@pytest.mark.parametrize('target', ['0', r'0\.qkv'])
+@pytest.mark.parametrize('exclude', [r'1', r'1\.qkv'])
+def test_exclude_by_any_name_of_an_attention(target, exclude):
+    """Given by the one, placed at the other: BEiT's with a plain bias."""
+    model = nn.Sequential(Block(), Block())
+    targets = [target.replace('0', r'\d')]
+    report = inject_adapters(model, '', targets=targets, exclude=exclude)
+    assert report.adapted == ['0.qkv']
 
 
 def test_a_copy_has_adapters_of_its_own(net):
@@ -170,6 +187,9 @@ def test_impossible_places_are_refused_before_anything_happens(module, match):
         (dict(targets=['attn']), 'matches no module.*named like'),
         (dict(), 'no preset for Sequential.*SwinTransformer'),
         (dict(targets=TARGETS, exclude=['.*']), 'leaves nothing'),
+        (dict(targets=TARGETS, exclude=['0.norm']), 'leaves out none.*1.qkv'),
+        (dict(targets='0.[qkv'), 'targets: .*no regular expression'),
+        (dict(targets=TARGETS, exclude=[None]), 'exclude: None is no regular'),
         (dict(targets=TARGETS, trainable=['normal']), "'normal' matches no"),
         (dict(targets=TARGETS, groups=3), 'divisible by groups=3'),
     ],
