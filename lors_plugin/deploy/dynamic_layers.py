@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lors_plugin.models.backbones.dynamic_swin import ImageLinear
 from lors_plugin.models.layers import DynamicConv2d, DynamicLinear
 
 
@@ -106,10 +107,28 @@ class ExportDynamicLinear(nn.Module):
         attention = self.routing(tokens.mean(1)).to(x.dtype)
         matrices = attention @ self.weight
         matrices = matrices.view(x.shape[0], -1, self.width)
-        out = tokens @ matrices.mT
+        # Exporters know no mT.
+        out = tokens @ matrices.transpose(1, 2)
         if self.bias is not None:
             out = out + (attention @ self.bias).unsqueeze(1)
         return out if x.dim() == 3 else out.view(*x.shape[:-1], -1)
+
+
+class ExportImageLinear(ExportDynamicLinear):
+    """:class:`ImageLinear`, of which Swin says how many windows there are.
+
+    Args:
+        source (ImageLinear): With more than one expert.
+    """
+
+    num_windows = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B windows, tokens, C_in) to (B windows, tokens, C_out)."""
+        tokens = x.shape[1]
+        shape = -1, self.num_windows * tokens, self.width
+        out = super().forward(x.reshape(shape))
+        return out.reshape(-1, tokens, out.shape[-1])
 
 
 def replace_dynamic(model: nn.Module) -> int:
@@ -126,7 +145,9 @@ def replace_dynamic(model: nn.Module) -> int:
         for name, layer in list(parent.named_children()):
             if getattr(layer, 'routing', None) is None:
                 continue
-            if isinstance(layer, DynamicLinear):
+            if isinstance(layer, ImageLinear):
+                setattr(parent, name, ExportImageLinear(layer))
+            elif isinstance(layer, DynamicLinear):
                 setattr(parent, name, ExportDynamicLinear(layer))
             elif isinstance(layer, DynamicConv2d):
                 norm = getattr(parent, 'norm', None)

@@ -43,9 +43,34 @@ def for_export(model: nn.Module, sampling: str = 'gather') -> nn.Module:
                 setattr(parent, name, ExportSampling(child, sampling))
             elif isinstance(child, (AdaptiveMixing, LORSAdaptiveMixing)):
                 setattr(parent, name, ExportMixing(child))
+        if callable(getattr(parent, 'window_reverse', None)):
+            parent.window_reverse = merge_windows
         if isinstance(getattr(parent, 'backend', None), str):
             parent.backend = 'reference'
     return model.requires_grad_(False)
+
+
+def merge_windows(
+    windows: Tensor, height: int, width: int, size: int
+) -> Tensor:
+    """What ``ShiftWindowMSA.window_reverse`` of MMPretrain does.
+
+    That one writes the number of images into the file.
+
+    Args:
+        windows (Tensor): Shape (B windows, size, size, C).
+        height (int): Of the map, a multiple of ``size``.
+        width (int): The same.
+        size (int): Of a window.
+
+    Returns:
+        Tensor: Shape (B, height, width, C).
+    """
+    down, across = int(height) // size, int(width) // size
+    channels = windows.shape[-1]
+    maps = windows.reshape(-1, down, across, size, size, channels)
+    maps = maps.transpose(2, 3)
+    return maps.reshape(-1, down * size, across * size, channels)
 
 
 class Normalize(nn.Module):

@@ -51,18 +51,33 @@ for case in range(int(data['cases'])):
 """
 
 
-def classifier(**backbone):
+def parameternet(**options):
+    return dict(
+        type='lors_plugin.ParameterNet',
+        arch=dict(width=1.0, rows=ROWS),
+        **options,
+    )
+
+
+def swin(num_experts):
+    return dict(
+        type='lors_plugin.DynamicSwinTransformer',
+        num_experts=num_experts,
+        arch=dict(embed_dims=12, depths=[2, 2], num_heads=[2, 2]),
+        window_size=4,
+        out_indices=(1,),
+        pad_small_map=True,
+    )
+
+
+def classifier(backbone):
     import mmpretrain.models  # noqa: F401
 
     from lors_plugin.registry import MODELS
 
     config = dict(
         type='ImageClassifier',
-        backbone=dict(
-            type='lors_plugin.ParameterNet',
-            arch=dict(width=1.0, rows=ROWS),
-            **backbone,
-        ),
+        backbone=backbone,
         neck=dict(type='GlobalAveragePooling'),
         head=dict(type='LinearClsHead', num_classes=5, in_channels=24),
         data_preprocessor=dict(
@@ -98,7 +113,7 @@ def in_another_process(content, module, cases, tmp_path):
 
 @pytest.mark.parametrize('routing', ['softmax_mlp', 'sigmoid_linear'])
 def test_parameternet_with_any_number_of_images(routing, tmp_path):
-    model = classifier(routing=routing)
+    model = classifier(parameternet(routing=routing))
     module = ClassifierForExport(for_export(model)).eval()
 
     def case(batch, shape):
@@ -116,9 +131,27 @@ def test_parameternet_with_any_number_of_images(routing, tmp_path):
         check_file(content, [case(1, (32, 32))], 1e-3)
 
 
+@pytest.mark.parametrize('num_experts', [1, 3])
+def test_swin_with_any_number_of_images(num_experts):
+    model = classifier(swin(num_experts))
+    for name, param in model.named_parameters():
+        # Biases that windows differ by, and routing that images differ by.
+        if 'bias_table' in name or 'routing.fc.weight' in name:
+            param.data.normal_(0, 5)
+    module = ClassifierForExport(for_export(model)).eval()
+
+    def case(batch):
+        # 13 x 10 patches: windows are padded and shifted.
+        images = random_images(batch, (52, 40), batch)
+        return classifier_case(model, images, 'float', False)
+
+    content = export_file(module, case(2)[0], dynamic_size=False)
+    assert check_file(content, [case(1), case(3)], 1e-4) < 1e-4
+
+
 def test_branches_are_merged():
     onnx = pytest.importorskip('onnx')
-    model = classifier(conv='rep')
+    model = classifier(parameternet(conv='rep'))
     module = ClassifierForExport(for_export(model)).eval()
     images = random_images(2, (32, 32), 0)
     case = classifier_case(model, images, 'float', False)
@@ -126,7 +159,7 @@ def test_branches_are_merged():
     check_file(content, [case], 1e-4)
     nodes = onnx.load_from_string(content).graph.node
     kinds = [node.op_type for node in nodes]
-    plain = classifier(num_experts=1)
+    plain = classifier(parameternet(num_experts=1))
     convs = [m for m in plain.modules() if isinstance(m, torch.nn.Conv2d)]
     assert kinds.count('Conv') == len(convs)
 

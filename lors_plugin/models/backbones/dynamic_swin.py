@@ -1,5 +1,6 @@
 """Swin Transformer with dynamic linear layers."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -14,25 +15,29 @@ class ImageLinear(DynamicLinear):
     """A dynamic layer on the tokens of windows, routed image by image.
 
     Attributes:
-        num_images (int): ``B``; :func:`_count_images` sets it.
+        num_windows (int): Of each image; :func:`_count_windows` sets it.
     """
 
-    num_images = 1
+    num_windows = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B windows, tokens, C_in) to (B windows, tokens, C_out)."""
-        out = super().forward(x.reshape(self.num_images, -1, x.shape[-1]))
-        return out.view(*x.shape[:-1], -1)
+        shape = -1, self.num_windows * x.shape[1], x.shape[-1]
+        return super().forward(x.reshape(shape)).view(*x.shape[:-1], -1)
 
 
-def _count_images(module: nn.Module, args: tuple) -> None:
+def _count_windows(module: nn.Module, args: tuple) -> None:
     """Before attention: windows of one image are routed together.
 
     A function of the module, no closure, so that a copy of the model looks
-    at itself.
+    at itself. Windows are counted rather than images, of which an exported
+    model takes any number.
     """
+    number = math.prod(
+        math.ceil(int(side) / module.window_size) for side in args[1]
+    )
     for layer in (module.w_msa.qkv, module.w_msa.proj):
-        layer.num_images = len(args[0])
+        layer.num_windows = number
 
 
 @MODELS.register_module(name='DynamicSwinTransformer')
@@ -84,7 +89,7 @@ def dynamic_swin_transformer(
         _replace(parent, name, kind, options)
     for module in model.stages.modules():
         if isinstance(module, ShiftWindowMSA):
-            module.register_forward_pre_hook(_count_images)
+            module.register_forward_pre_hook(_count_windows)
     return model
 
 

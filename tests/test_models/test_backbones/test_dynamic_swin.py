@@ -66,9 +66,10 @@ def test_windows_of_an_image_are_routed_together(swin):
 def test_a_copy_looks_at_itself(swin):
     model = swin()
     copy = deepcopy(model)
-    copy(torch.randn(2, 3, 32, 32))
-    assert copy.stages[0].blocks[0].attn.w_msa.qkv.num_images == 2
-    assert model.stages[0].blocks[0].attn.w_msa.qkv.num_images == 1
+    copy(torch.randn(2, 3, 32, 48))
+    # Patches of 4 x 4 pixels, windows of 4 x 4 patches.
+    assert copy.stages[0].blocks[0].attn.w_msa.qkv.num_windows == 6
+    assert model.stages[0].blocks[0].attn.w_msa.qkv.num_windows == 1
 
 
 def test_one_expert_is_swin(swin):
