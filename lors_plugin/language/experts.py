@@ -1,5 +1,6 @@
 """Put experts into a model of Hugging Face, train, save and load it."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -183,7 +184,9 @@ def _place(model: nn.Module, options: dict, init: str) -> list[str]:
     for name, layer in experts.items():
         parent, _, own = name.rpartition('.')
         setattr(model.get_submodule(parent), own, layer)
-    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    # Who calls the decoder without its head comes by here too.
+    decoder = getattr(model, 'base_model', model)
+    decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward, with_kwargs=True)
     model.switch_aux_loss_coef = options['aux_loss_coef']
     return names
@@ -244,7 +247,7 @@ def _experts_of(
 
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """Tell the layers which tokens are padding."""
-    mask = kwargs.get('attention_mask')
+    mask = _argument(model, 'attention_mask', args, kwargs)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         mask = None
     for layer in expert_layers(model).values():
@@ -256,7 +259,10 @@ def _after_forward(
     model: nn.Module, args: tuple, kwargs: dict, output: Any
 ) -> Any:
     """Add the load-balancing losses to the loss, in training."""
-    loss = getattr(output, 'loss', None)
+    labels = _argument(model, 'labels', args, kwargs)
+    # With return_dict=False the loss comes first.
+    in_tuple = isinstance(output, tuple) and labels is not None
+    loss = output[0] if in_tuple else getattr(output, 'loss', None)
     if loss is None or not model.training:
         return output
     extra = auxiliary_loss(model)
@@ -268,20 +274,28 @@ def _after_forward(
             'checkpointing; use gradient_checkpointing_enable('
             'dict(use_reentrant=False))'
         )
-    output.loss = loss + model.switch_aux_loss_coef * extra.to(
-        loss.device
-    ) * _share(kwargs)
+    share = _share(labels, kwargs.get('num_items_in_batch'))
+    loss = loss + model.switch_aux_loss_coef * extra.to(loss.device) * share
+    if in_tuple:
+        return loss, *output[1:]
+    output.loss = loss
     return output
 
 
-def _share(kwargs: dict) -> Any:
+def _argument(model: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
+    """What ``forward`` was given under a name or at its place, or None."""
+    if name in kwargs:
+        return kwargs[name]
+    names = list(inspect.signature(model.forward).parameters)
+    return dict(zip(names, args)).get(name)
+
+
+def _share(labels: Optional[Tensor], total: Any) -> Any:
     """This call's share of an accumulated batch.
 
     ``Trainer`` divides the sum of the losses of all micro-batches by
     ``num_items_in_batch``, so what is a mean has to be weighted here.
     """
-    total = kwargs.get('num_items_in_batch')
-    labels = kwargs.get('labels')
     if total is None or labels is None:
         return 1
     counted = (labels[..., 1:] != IGNORED_LABEL).sum()

@@ -90,6 +90,31 @@ def test_accumulated_batches_weigh_the_balance_once(text):
     torch.testing.assert_close(found, plain + extra)
 
 
+def test_a_tuple_holds_the_balance_too(text):
+    model = llama()
+    add_experts(model, aux_loss_coef=0.5)
+    wanted = model(text, labels=text).loss
+    found = model(text, labels=text, return_dict=False)
+    torch.testing.assert_close(found[0], wanted)
+
+
+@pytest.mark.parametrize('by_name', [True, False])
+def test_a_mask_is_that_of_its_own_call(text, by_name):
+    model = llama().eval()
+    add_experts(model)
+    plain = model.model(text).last_hidden_state
+    mask = torch.ones_like(text)
+    mask[0, :4] = 0
+    if by_name:
+        model(text, attention_mask=mask)
+    else:
+        model(text, mask)
+    for layer in expert_layers(model).values():
+        assert torch.equal(layer.token_mask, mask.bool())
+    # The decoder alone, next: nothing is left of the mask.
+    torch.testing.assert_close(model.model(text).last_hidden_state, plain)
+
+
 def test_padding_takes_no_place(text):
     model = llama().eval()
     add_experts(model, eval_capacity_factor=4.0)
