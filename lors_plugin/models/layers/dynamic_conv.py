@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from lors_plugin.ops.dynamic_conv import run_conv2d
+from lors_plugin.ops.dynamic_conv import mix_experts, run_conv2d
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible
 
@@ -151,6 +151,26 @@ class DynamicConv2d(BaseModule):
         return run_conv2d(
             x, self.weight, attention, self.bias, *geometry, self.backend
         )
+
+    def mix(self, pooled: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        """The kernels that :meth:`forward` convolves each image with.
+
+        Args:
+            pooled (Tensor): Mean of each image, shape (B, C_in).
+
+        Returns:
+            tuple[Tensor, Tensor | None]: Kernels (B, C_out, C_in / groups,
+            kh, kw) and offsets (B, C_out), in the type of the weights.
+        """
+        if self.routing is None:
+            attention = self.weight.new_ones(len(pooled), 1)
+        else:
+            attention = self.routing(pooled)
+        mixed = [
+            None if experts is None else mix_experts(experts, attention)
+            for experts in (self.weight, self.bias)
+        ]
+        return tuple(mixed)
 
     def extra_repr(self) -> str:
         return (

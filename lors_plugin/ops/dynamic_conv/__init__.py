@@ -12,9 +12,10 @@ from .reference import (
     compute_dtype,
     dynamic_conv2d_reference,
     dynamic_linear_reference,
+    mix_experts,
 )
 
-__all__ = ['dynamic_conv2d', 'dynamic_linear']
+__all__ = ['dynamic_conv2d', 'dynamic_linear', 'mix_experts']
 
 BACKENDS = ('auto', 'torch', 'reference')
 # Anything else, such as fake tensors, wants to see the operator.
@@ -125,6 +126,11 @@ def dynamic_linear(
     given = tokens, weight, attention, bias
     run = fused.linear if _plain(*given) else op.linear
     return run(*given).view(*x.shape[:-1], weight.shape[1])
+
+
+def chooses_reference(requested: str) -> bool:
+    """Whether a layer with this ``backend`` computes by the definition."""
+    return _choose(requested) == 'reference'
 
 
 def _choose(requested: str) -> str:
