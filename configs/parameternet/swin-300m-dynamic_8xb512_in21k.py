@@ -7,5 +7,11 @@ _base_ = [
 
 model = dict(head=dict(num_classes=21841))
 
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys={'.relative_position_bias_table': dict(decay_mult=0.0)}
+    )
+)
+
 val_cfg = None
 test_cfg = None

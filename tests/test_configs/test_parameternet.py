@@ -30,6 +30,11 @@ def relative(path):
     return path.relative_to(ROOT).as_posix()
 
 
+def decay_of_position_biases(config):
+    keys = config.optim_wrapper.paramwise_cfg.get('custom_keys', {})
+    return keys.get('.relative_position_bias_table', {}).get('decay_mult')
+
+
 def recipe_of(path):
     if path.stem.endswith('_in21k'):
         return 'in21k'
@@ -58,7 +63,7 @@ class KeepValues(torch.overrides.TorchFunctionMode):
 
 
 def test_there_are_configs():
-    assert len(CLASSIFIERS) == 18
+    assert len(CLASSIFIERS) == 24
     assert len(DETECTORS) == 4
 
 
@@ -99,11 +104,24 @@ def test_model(path, load_config):
     assert (options.get('conv') == 'rep') == ('-rep_' in stem)
     if 'swin' in stem:
         assert options.arch.embed_dims == 24
+        assert decay_of_position_biases(config) == 0
         return
     assert options.arch == re.search(r'-(\d00m)', stem)[1]
     assert model.backbone.out_channels[-1] == model.head.in_channels
     routing = options.get('routing', 'sigmoid_linear')
     assert (routing == 'softmax_mlp') == ('-softmax' in stem)
+
+
+@pytest.mark.parametrize(
+    'path',
+    [p for p in CLASSIFIERS if recipe_of(p) == 'finetune'],
+    ids=lambda p: p.stem,
+)
+def test_fine_tuning_starts_from_its_own_pretraining(path, load_config):
+    start = Path(load_config(relative(path)).load_from)
+    name = path.stem.replace('in21k-pre_8xb64_in1k', '8xb512_in21k')
+    assert start.parts[-2:] == (name, 'epoch_90.pth')
+    assert path.with_name(f'{name}.py') in CLASSIFIERS
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)

@@ -1,0 +1,22 @@
+# Fine-tuning of what swin-300m-dynamic_8xb512_in21k.py gives; the layer of the
+# classes starts anew.
+_base_ = [
+    '../_base_/models/swin-300m.py',
+    '../_base_/datasets/parameternet_in1k.py',
+    '../_base_/schedules/parameternet_finetune.py',
+    '../_base_/default_runtime_cls.py',
+]
+
+# As for training from scratch, but without random erasing.
+train_pipeline = [
+    step for step in _base_.train_pipeline if step.type != 'RandomErasing'
+]
+train_dataloader = dict(batch_size=64, dataset=dict(pipeline=train_pipeline))
+
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys={'.relative_position_bias_table': dict(decay_mult=0.0)}
+    )
+)
+
+load_from = 'work_dirs/swin-300m-dynamic_8xb512_in21k/epoch_90.pth'
