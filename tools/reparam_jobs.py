@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lors_plugin.adapters import (
+    AdapterFileError,
     is_adapter_checkpoint,
     load_adapter_checkpoint,
 )
@@ -125,7 +126,7 @@ class Jobs:
                 name = f'{path.resolve().parent.name}_{name}'
             out = Path(self.args.out) / f'{name}{path.suffix}'
             jobs.append(Job(str(path), out, out.with_suffix('.py')))
-        if len({job.out for job in jobs}) < len(jobs):
+        if len({job.out_config for job in jobs}) < len(jobs):
             raise ValueError(
                 f'--adapter: two of {self.args.adapter} have the same name '
                 'and directory; merge them in separate calls'
@@ -142,6 +143,16 @@ class Jobs:
                 raise FileNotFoundError(f'the checkpoint {path} is not there')
         inputs = {Path(path).resolve() for path in inputs}
         for job in self.jobs:
+            if job.out == job.out_config:
+                raise ValueError(
+                    f'{job.out} would be both weights and config; name the '
+                    'weights .pth or .safetensors, or give --out-config'
+                )
+            if args.adapter and job.out.parent.is_file():
+                raise ValueError(
+                    f'{job.out.parent} is a file; with --adapter, OUT_DIR is '
+                    'a directory'
+                )
             for out in (job.out, job.out_config):
                 if out.resolve() in inputs:
                     raise ValueError(
@@ -183,7 +194,11 @@ class Jobs:
             replaced = content.get('state_dict') or {}
             check_scale(replaced, args.scale)
             load_base(model, base, list(replaced), args.base)
-            load_adapter_checkpoint(model, content)
+            try:
+                load_adapter_checkpoint(model, content)
+            except AdapterFileError as error:
+                # Of several files, which one?
+                raise CheckpointError(f'{path}: {error}') from error
             return model.eval()
         state = self._weights(content)
         if not has_adapters(state):

@@ -44,7 +44,10 @@ def load_checkpoint_file(path: Union[str, Path], trust: bool = False) -> dict:
             f'{path} needs a program that is not installed: {error}'
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ConversionError(f'{path} cannot be read: {error}') from error
+        raise ConversionError(
+            f'{path} cannot be read; it is cut off or no checkpoint '
+            f'({type(error).__name__}: {error})'
+        ) from error
     if not isinstance(content, dict):
         raise ConversionError(
             f'{path} holds a {type(content).__name__}, not a dictionary'

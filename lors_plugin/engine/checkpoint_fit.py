@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lors_plugin.adapters import is_adapter_checkpoint
 from lors_plugin.adapters.file_checks import check_base, check_trained, read
 from lors_plugin.adapters.fingerprint import unwrapped
+from lors_plugin.adapters.inject import CHILD
 from lors_plugin.checkpoints import (
     ConversionError,
     guess_source,
@@ -281,6 +282,7 @@ def check_checkpoint(
     if is_adapter_checkpoint(content):
         return _check_adapter_file(entries, content, path, hooks)
     file = weights_in(content, path)
+    _check_no_adapters_lost(entries, file, path, hooks)
     # A model with shared stacks takes plain weights too.
     read_plain_weights(model, file)
     fit = compare(entries, file)
@@ -303,6 +305,24 @@ def check_checkpoint(
         f'{path} does not fit the model of this config: {fit.describe()}\n'
         f'{remedy}'
     )
+
+
+def _check_no_adapters_lost(
+    entries: dict[str, Tensor],
+    file: dict[str, Tensor],
+    path: str,
+    hooks: Optional[Sequence[Hook]],
+) -> None:
+    """Refuse whole weights whose adapters would be left out."""
+    names = [type(hook).__name__ for hook in hooks or ()]
+    lost = [k for k in file if f'.{CHILD}.' in k and k not in entries]
+    if lost and hooks is not None and 'RepAdapterHook' not in names:
+        raise ValueError(
+            f'{path} has adapters ({lost[0]}), which would be left out: '
+            'custom_hooks of this config has no lors_plugin.RepAdapterHook. '
+            'Use the config of the training, or merge them first '
+            '(tools/reparam.py)'
+        )
 
 
 def _check_adapter_file(

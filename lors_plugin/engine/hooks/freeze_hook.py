@@ -27,7 +27,7 @@ class FreezeHook(Hook):
     priority = 'VERY_HIGH'
 
     def __init__(self, modules: Sequence[str] = ('backbone',)) -> None:
-        self.modules = list(modules)
+        self.modules = [modules] if isinstance(modules, str) else [*modules]
         self._frozen: list = []
 
     def before_run(self, runner: Runner) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lors_plugin.adapters import (
     AdapterFileError,
+    inject_adapters,
     is_adapter_checkpoint,
     load_adapter_checkpoint,
 )
@@ -332,3 +333,15 @@ def test_whole_files_of_other_adapters(tiny, tmp_path, base):
         )
         with pytest.raises(ValueError, match=match):
             runner.test()
+
+
+def test_whole_weights_with_adapters_need_the_hook(tiny, tmp_path):
+    """Else what was trained would be left out, with a warning in the log."""
+    model = tiny.Model()
+    inject_adapters(model, targets=[r'\d\.used'], hidden_dims=4)
+    path = tmp_path / 'whole.pth'
+    torch.save(dict(state_dict=model.state_dict()), path)
+    with pytest.raises(ValueError, match='adapters .* no lors_plugin.RepAd'):
+        check_checkpoint(tiny.Model(), str(path), hooks=[])
+    hooks = tiny.make(tmp_path, epochs=0).hooks
+    assert check_checkpoint(tiny.Model(), str(path), hooks=hooks).complete

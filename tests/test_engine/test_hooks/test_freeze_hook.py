@@ -20,7 +20,7 @@ def runner():
 
 
 def test_freezes_and_keeps_statistics(runner):
-    hook = FreezeHook()
+    hook = FreezeHook('backbone')
     hook.before_run(runner)
     trained = {
         k for k, p in runner.model.named_parameters() if p.requires_grad

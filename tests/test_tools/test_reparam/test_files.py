@@ -150,6 +150,10 @@ def damaged(case):
         Path('o.py').write_text('mine')
     elif case == 'reads and writes':
         argv[2] = 'vit.pth'
+    elif case == 'weights named as a config':
+        argv[2] = 'o.py'
+    elif case == 'no directory':
+        argv = ['vit.py', 'vit.py', *adapter[2:], 'base.pth']
     elif case == 'no adapters':
         argv[1] = 'base.pth'
     elif case == 'nothing merges':
@@ -184,10 +188,12 @@ MESSAGES = {
     'no config': 'no config nowhere.py',
     'exists': 'o.py exists; --force',
     'reads and writes': 'vit.pth is read too',
+    'weights named as a config': 'o.py would be both weights and config',
+    'no directory': 'vit.py is a file; .*OUT_DIR',
     'no adapters': 'base.pth does not fit .* lacks 20 ',
     'nothing merges': 'nothing in this model merges',
     'adapters alone': '--adapter adapter.pth --base BASE',
-    'another base': 'other base:\n.*attn.proj.weight',
+    'another base': 'adapter.pth: these .* another base:\n.*attn.proj.weight',
     'no base': 'nowhere.pth is not there',
     'half a base': '--base half.pth lacks 1 .*attn.proj.weight',
     'two scales': '--scale is for .*rep_adapter.scale=1 ',
