@@ -314,7 +314,12 @@ def main(argv=None):
         print(text)
     except ExportError as error:
         hint = ''
-        if not args.static and 'missing' not in str(error):
+        if args.checkpoint == RANDOM and 'differ' in str(error):
+            hint = (
+                '\nrandom weights can make much of rounding: compare with '
+                'trained ones, or raise --tolerance'
+            )
+        elif not args.static and 'missing' not in str(error):
             hint = (
                 '\nsome models write the size or the number of images into '
                 'their program: try --fixed-size, then --static'

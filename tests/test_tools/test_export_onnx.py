@@ -86,6 +86,11 @@ def test_a_wrong_file_is_not_written(tool, trained, tmp_path, capsys):
     text = capsys.readouterr().err
     assert 'differ from PyTorch' in text and 'nothing was written' in text
     assert not (tmp_path / 'out').exists()
+    # With random weights the cause is likely another one.
+    assert 'random weights' not in text
+    options = ['--static', '--tolerance', '0']
+    assert tool.main([trained[0], 'none', trained[2], *options]) == 1
+    assert 'random weights' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

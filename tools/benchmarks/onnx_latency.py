@@ -64,7 +64,7 @@ MODELS = {
     'ResNet-50': stock(2048, type='ResNet', depth=50),
     'Swin-T': stock(768, type='SwinTransformer', arch='tiny'),
 }
-# Swin of MMPretrain writes the number of images into the program.
+# Swin writes the size of images into the program.
 STATIC = ('Swin-T',)
 
 
