@@ -211,7 +211,10 @@ def _check_reached(model: nn.Module, part: str) -> None:
 
 def _let_checkpointing_see_gradients(runner: Runner, model: nn.Module) -> None:
     names = runner.cfg.get('activation_checkpointing') or []
-    for name in [names] if isinstance(names, str) else names:
-        part = attrgetter(name)(model)
+    names = [names] if isinstance(names, str) else names
+    parts = [attrgetter(name)(model) for name in names]
+    # Blocks of the hosts leave the form to PyTorch: reentrant in older ones.
+    parts += [m for m in model.modules() if getattr(m, 'with_cp', False)]
+    for part in parts:
         if adapters_of(part):
             part.register_forward_pre_hook(require_input_gradient)

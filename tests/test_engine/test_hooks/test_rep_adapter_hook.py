@@ -1,9 +1,11 @@
 """Adapters by config: what real runners make of them."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lors_plugin.adapters import adapters_of
 
@@ -107,3 +109,15 @@ def test_frozen_adapters(tiny, tmp_path):
         RuntimeError, match='backbone.1.used is frozen.*Freeze'
     ):
         runner.train()
+
+
+def test_recomputing_by_the_host(tiny, tmp_path):
+    """``with_cp`` is the reentrant form in older versions of PyTorch."""
+    plain = tiny.make(tmp_path, 'plain', epochs=1).train()
+    runner = tiny.make(tmp_path, 'recomputed', epochs=1)
+    for block in runner.model.backbone:
+        block.with_cp = True
+        block.forward = partial(checkpoint, block.forward, use_reentrant=True)
+    again = runner.train()
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value)
