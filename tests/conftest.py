@@ -5,6 +5,8 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, FULL_SIZE = {}, {}
@@ -17,6 +19,17 @@ def merge(config, changes):
         both = isinstance(value, dict) and isinstance(config.get(key), dict)
         config[key] = merge(config[key], value) if both else value
     return config
+
+
+@pytest.fixture(autouse=True, scope='module')
+def nothing_left_behind():
+    """Runners leave a default scope and loggers, which others would find."""
+    known = [k._instance_dict for k in (DefaultScope, MMLogger, MessageHub)]
+    before = [dict(instances) for instances in known]
+    yield
+    for instances, former in zip(known, before):
+        instances.clear()
+        instances.update(former)
 
 
 TINY = dict(

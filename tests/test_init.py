@@ -58,7 +58,8 @@ def test_types_are_found_without_custom_imports():
         '                       (HOOKS, "EpochSeedHook")):\n'
         '    print(registry.get(f"lors_plugin.{name}").__name__)\n'
     )
-    assert out == [
+    # What comes before is what hosts print when they are imported.
+    assert out[-3:] == [
         'lors_plugin.models.necks.channel_mapping',
         'AutocastOptimWrapper',
         'EpochSeedHook',

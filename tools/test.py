@@ -20,6 +20,7 @@ from tool_utils import (
 )
 
 import lors_plugin  # noqa: F401  (makes mmcv.ops importable)
+from lors_plugin.adapters import AdapterFileError
 from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
@@ -136,7 +137,8 @@ def main(argv=None):
             )
         if args.out:
             runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
-        runner.test()
+        with user_errors('', args.debug, (AdapterFileError,)):
+            runner.test()
     finally:
         finish_distributed()
     return 0

@@ -22,6 +22,7 @@ from tool_utils import (
 )
 
 import lors_plugin  # noqa: F401  (makes mmcv.ops importable)
+from lors_plugin.adapters import AdapterFileError
 from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
@@ -158,7 +159,8 @@ def main(argv=None):
         runner = build_runner(cfg, args.debug)
         with user_errors('', args.debug):
             check_start(runner, cfg, args.trust)
-        runner.train()
+        with user_errors('', args.debug, (AdapterFileError,)):
+            runner.train()
     finally:
         finish_distributed()
     return 0

@@ -93,6 +93,11 @@ def adapter_arm(placement: str, scale: float) -> Arm:
 ARMS = [
     Arm('linear probe', CONFIG.format('linear-probe')),
     Arm('full tuning', CONFIG.format('full')),
+    Arm(
+        'full tuning lr 1e-5',
+        CONFIG.format('full'),
+        {'optim_wrapper.optimizer.lr': 1e-5},
+    ),
     Arm('LoRA', CONFIG.format('lora')),
     *(adapter_arm(p, s) for p in ('block', 'attn') for s in (1.0, 5.0)),
 ]
