@@ -1,6 +1,7 @@
 """What several test files share: a detector small enough for any test."""
 
 import json
+import logging
 from copy import deepcopy
 from pathlib import Path
 
@@ -23,13 +24,14 @@ def merge(config, changes):
 
 @pytest.fixture(autouse=True, scope='module')
 def nothing_left_behind():
-    """Runners leave a default scope and loggers, which others would find."""
+    """Scopes and loggers of runners, and the silence that tools ask for."""
     known = [k._instance_dict for k in (DefaultScope, MMLogger, MessageHub)]
     before = [dict(instances) for instances in known]
     yield
     for instances, former in zip(known, before):
         instances.clear()
         instances.update(former)
+    logging.disable(logging.NOTSET)
 
 
 TINY = dict(
