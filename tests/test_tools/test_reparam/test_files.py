@@ -37,9 +37,8 @@ def weights(path):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(one[key], other[key]) for key in one
-    )
+    keys = one.keys() == other.keys()
+    return keys and all(one[key].equal(other[key]) for key in one)
 
 
 def change(path, **entries):
