@@ -98,13 +98,13 @@ class Subject:
         """Measure the memory of training.
 
         Returns:
-            dict: Bytes: ``state`` of parameters, gradients and optimizer,
-            and ``saved`` of the tensors that forward keeps for backward.
+            dict: Bytes: ``state`` of parameters and optimizer between two
+            steps, which clear gradients, and ``saved`` of the tensors that forward keeps for backward.
         """
         self.step()
         state = 0
         for param in self.model.parameters():
-            kept = [param, param.grad]
+            kept = [param]
             kept += self.optim.optimizer.state.get(param, {}).values()
             state += sum(
                 t.numel() * t.element_size()
