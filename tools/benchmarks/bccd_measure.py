@@ -99,7 +99,8 @@ class Subject:
 
         Returns:
             dict: Bytes: ``state`` of parameters and optimizer between two
-            steps, which clear gradients, and ``saved`` of the tensors that forward keeps for backward.
+            steps, which clear gradients, and ``saved`` of the tensors that
+            forward keeps for backward.
         """
         self.step()
         state = 0
