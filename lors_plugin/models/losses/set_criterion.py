@@ -9,16 +9,20 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 LOSS_CLS = dict(
-    type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0
+    type='mmdet.FocalLoss',
+    use_sigmoid=True,
+    gamma=2.0,
+    alpha=0.25,
+    loss_weight=2.0,
 )
-LOSS_BBOX = dict(type='L1Loss', loss_weight=5.0)
-LOSS_IOU = dict(type='GIoULoss', loss_weight=2.0)
+LOSS_BBOX = dict(type='mmdet.L1Loss', loss_weight=5.0)
+LOSS_IOU = dict(type='mmdet.GIoULoss', loss_weight=2.0)
 ASSIGNER = dict(
-    type='HungarianAssigner',
+    type='mmdet.HungarianAssigner',
     match_costs=[
-        dict(type='FocalLossCost', weight=2.0),
-        dict(type='BBoxL1Cost', weight=5.0, box_format='xyxy'),
-        dict(type='IoUCost', iou_mode='giou', weight=2.0),
+        dict(type='mmdet.FocalLossCost', weight=2.0),
+        dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xyxy'),
+        dict(type='mmdet.IoUCost', iou_mode='giou', weight=2.0),
     ],
 )
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 
@@ -298,3 +299,11 @@ def test_other_losses_and_costs(make_samples):
     assert all(value.isfinite() for value in losses.values())
     key = 'stage0_loss_bbox'
     assert losses[key] != default[key]
+
+
+def test_defaults_do_not_depend_on_the_scope(make_samples):
+    given = *make_predictions(2), make_samples()
+    expected = SetCriterion(CLASSES)(*given)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        losses = SetCriterion(CLASSES)(*given)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=0)
