@@ -98,8 +98,14 @@ def test_a_point_that_is_no_number_breaks_nothing_else():
 def test_memory_layouts_agree():
     feats, points, strides = make()
     wanted = sampling_3d(feats, points, strides, 'torch')
+    grads = gradients([wanted], feats)
     last = [f.to(memory_format=torch.channels_last) for f in feats]
-    assert torch.equal(sampling_3d(last, points, strides, 'torch'), wanted)
+    out = sampling_3d(last, points, strides, 'torch')
+    assert torch.equal(out, wanted)
+    for grad, other in zip(grads, gradients([out], last)):
+        assert torch.equal(grad, other)
+        assert grad.is_contiguous()
+        assert other.is_contiguous(memory_format=torch.channels_last)
     where = points.transpose(1, 3).contiguous().transpose(1, 3)
     assert not where.is_contiguous()
     assert torch.equal(sampling_3d(feats, where, strides, 'torch'), wanted)
@@ -280,11 +286,17 @@ def test_a_call_that_no_loss_depends_on():
 )
 def test_rows_are_found_alike_by_counting_and_searching(reads, rows):
     rng = torch.Generator().manual_seed(0)
-    where = torch.randint(rows, (reads,), generator=rng)
-    counted, searched = (fused._by_row(where, rows, s) for s in (False, True))
+    levels = 2
+    where = torch.randint(rows, (levels, reads), generator=rng)
+    where += torch.arange(levels)[:, None] * rows
+    counted, searched = (
+        fused._by_row(where, levels * rows, s) for s in (False, True)
+    )
     assert all(torch.equal(a, b) for a, b in zip(counted, searched))
-    begins = [int((where < row).sum()) for row in range(rows)]
+    begins = [int((where < row).sum()) for row in range(levels * rows)]
     assert counted[1].tolist() == begins
+    ordered = where.view(-1)[counted[0]]
+    assert torch.equal(ordered, ordered.sort()[0])
 
 
 def test_widths_beyond_the_kernels(monkeypatch):
@@ -344,6 +356,7 @@ def test_registered():
     tokens = [t.clone() for t in op.make_tokens(table, shape, sizes, strides)]
     where = points.detach()
     opcheck(op.pack, (feats, torch.float32))
+    opcheck(op.planes, (fused.unpack(table, 1, sizes)[0],))
     opcheck(op.points_gradient, (out, table, where, sizes, strides, 'torch'))
     opcheck(op.table_gradient, ([out], [where], [], sizes, strides))
     table.requires_grad_()

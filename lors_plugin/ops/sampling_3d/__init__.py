@@ -57,10 +57,11 @@ def sampling_3d(
 
     Runs in float32, also under autocast and for half-precision levels
     (coordinates of large images need the digits), and in float64 if any
-    input is float64. The gradient of a level is laid out channels last. It
-    is not computed where no level needs it. Levels that are sampled several
-    times should go through :func:`share_levels` first; one pass without
-    gradients over other levels samples them level by level on a CPU.
+    input is float64. The gradient of a level is contiguous where the level
+    is, else channels last. It is not computed where no level needs it.
+    Levels that are sampled several times should go through
+    :func:`share_levels` first; one pass without gradients over other levels
+    samples them level by level on a CPU.
 
     Args:
         feats (Sequence[Tensor] | PackedLevels): Levels, each of shape

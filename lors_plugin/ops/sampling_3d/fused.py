@@ -9,14 +9,13 @@ same function once the reads are sorted by row: no atomics, the same result
 each time, and every row is written once.
 """
 
-import functools
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .reads import by_point, find_reads
 
 
 def pack(feats: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -54,112 +53,25 @@ def unpack(table: Tensor, batch: int, sizes: Sequence[int]) -> list[Tensor]:
     ]
 
 
-class _Levels(NamedTuple):
-    """What all calls of one shape share; on the device, made once."""
+def planes(level: Tensor) -> Tensor:
+    """A channels-last level with its channels in planes.
 
-    strides: Tensor  # (L,)
-    pixels: Tensor  # (L, 2), width and height in pixels of the image
-    scales: Tensor  # (L,), log2 of the strides
-    limits: Tensor  # (L, 2), width and height
-    last: Tensor  # (L, 2, 1), index of the last column and row
-    widths: Tensor  # (L, 1), as indices
-    starts: Tensor  # (B, 1, 1, 1, L, 1), first row of each map
+    What made a level in planes wants its gradient like that too.
 
+    Args:
+        level (Tensor): Shape (B, D, H, W), as :func:`unpack` gives it.
 
-@functools.lru_cache(maxsize=32)
-def _levels(
-    batch: int,
-    groups: int,
-    sizes: tuple,
-    strides: tuple,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> _Levels:
-    limits = torch.tensor(list(zip(sizes[1::2], sizes[::2])))
-    cells = limits.prod(1)
-    rows = batch * cells
-    fits = int(rows.sum()) * groups < 2**31
-    kind = torch.int32 if fits else torch.int64
-    starts = rows.cumsum(0) - rows + torch.arange(batch)[:, None] * cells
-    number = dict(dtype=dtype, device=device)
-    index = dict(dtype=kind, device=device)
-    return _Levels(
-        torch.tensor(strides, **number),
-        (limits * torch.tensor(strides)[:, None]).to(**number),
-        torch.tensor([math.log2(stride) for stride in strides], **number),
-        limits.to(**number),
-        (limits - 1)[..., None].to(**index),
-        limits[:, :1].to(**index),
-        starts.view(batch, 1, 1, 1, -1, 1).to(**index),
-    )
-
-
-class _Reads(NamedTuple):
-    """Where each point reads, and how much of it.
-
-    Neighbours are the cell before and the cell after the point, first along
-    x, then along y.
+    Returns:
+        Tensor: The same, contiguous.
     """
-
-    rows: Tensor  # (B, N, G, P, L, 2, 2), of y and x neighbours
-    inside: Tensor  # (B, N, G, P, L, 2, 2), axis and neighbour; 1 in the map
-    shares: Tensor  # (B, N, G, P, L, 2, 2), axis and neighbour
-    levels: Tensor  # (B, N, G, P, L), weights of the levels
-    distance: Tensor  # (B, N, G, P, L), scale of point minus that of level
-    strides: Tensor  # (L,)
-
-    def weights(self) -> Tensor:
-        """Of all reads of a point, shape (S, 4 L)."""
-        x, y = self.shares.unbind(-2)
-        y = y * self.levels[..., None]
-        return (y[..., None] * x[..., None, :]).view(self.flat)
-
-    @property
-    def flat(self) -> tuple:
-        """tuple[int]: The shape (S, 4 L)."""
-        points = math.prod(self.rows.shape[:4])
-        return points, 4 * self.rows.shape[4]
-
-
-def _reads(
-    points: Tensor, sizes: Sequence[int], strides: Sequence[int]
-) -> _Reads:
-    batch, _, groups = points.shape[:3]
-    level = _levels(
-        batch,
-        groups,
-        tuple(sizes),
-        tuple(strides),
-        points.dtype,
-        points.device,
-    )
-    # In the steps of grid_sample: where a point lies on an edge between
-    # cells, another rounding would choose other neighbours.
-    cells = (points[..., None, :2] / level.pixels).mul_(2).sub_(1)
-    cells.add_(1).mul_(level.limits / 2).sub_(0.5)
-    # Far outside is outside; a huge number would be no index.
-    cells = torch.minimum(cells, level.limits + 1).clamp_(min=-2)
-    before = cells.floor()
-    after = cells - before
-    shares = torch.stack([1 - after, after], dim=-1)
-    index = before.to(level.starts.dtype)
-    index = torch.stack([index, index + 1], dim=-1)
-    # Rows must be rows even where the weight is zero (or a point is NaN).
-    valid = torch.minimum(index, level.last).clamp_(min=0)
-    inside = (valid == index).to(points.dtype)
-    x, y = valid.unbind(-2)
-    rows = y.mul_(level.widths).add_(level.starts)[..., None] + x[..., None, :]
-    group = torch.arange(groups, dtype=rows.dtype, device=rows.device)
-    rows.mul_(groups).add_(group.view(groups, 1, 1, 1, 1))
-    distance = points[..., 2:] - level.scales
-    return _Reads(
-        rows,
-        inside,
-        shares.mul_(inside),
-        (-(distance**2) / 2).softmax(-1),
-        distance,
-        level.strides,
-    )
+    if level.device.type != 'cpu' or torch.get_num_threads() > 2:
+        return level.clone(memory_format=torch.contiguous_format)
+    # PyTorch goes block by block for matrices alone, and in one thread:
+    # worth two and a half of them.
+    out = level.new_empty(level.shape)
+    for target, source in zip(out.flatten(2), level.flatten(2)):
+        target.copy_(source)
+    return out
 
 
 def sample(
@@ -182,12 +94,12 @@ def sample(
     shape = (*points.shape[:4], table.shape[1] // points.shape[2])
     if not points.numel():
         return table.new_zeros(shape)
-    reads = _reads(points, sizes, strides)
+    reads = find_reads(points, sizes, strides)
     out = F.embedding_bag(
-        reads.rows.view(reads.flat),
+        by_point(reads.rows),
         table.view(-1, shape[-1]),
         mode='sum',
-        per_sample_weights=reads.weights(),
+        per_sample_weights=by_point(reads.weights()),
     )
     return out.view(shape)
 
@@ -207,28 +119,31 @@ def points_gradient(
     """
     if not points.numel():
         return torch.zeros_like(points)
-    reads = _reads(points, sizes, strides)
-    number, each = reads.flat
-    bags = torch.arange(number, dtype=reads.rows.dtype, device=table.device)
+    reads = find_reads(points, sizes, strides)
+    rows = by_point(reads.rows)
+    number, each = rows.shape
+    bags = torch.arange(number, dtype=rows.dtype, device=table.device)
     width = grad_out.shape[-1]
     value = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad_out.reshape(number, width),
         table.view(-1, width),
-        reads.rows.view(-1),
+        rows.view(-1),
         bags * each,
         bags[:, None].expand(-1, each).reshape(-1),
         0,
-    ).view(reads.rows.shape)
-    x, y = reads.shares.unbind(-2)
-    along_x = (value * y[..., None]).sum(-2)
-    along_y = (value * x[..., None, :]).sum(-1)
-    slopes = torch.stack([along_x, along_y], dim=-2).mul_(reads.inside)
-    slopes = slopes[..., 1] - slopes[..., 0]
-    slopes.mul_((reads.levels / reads.strides)[..., None])
-    level = (along_y * y).sum(-1)
-    mean = (level * reads.levels).sum(-1, keepdim=True)
-    scale = ((mean - level) * reads.levels * reads.distance).sum(-1)
-    return torch.cat([slopes.sum(-2), scale[..., None]], dim=-1)
+    )
+    value = value.view(number, each).T.contiguous().view(reads.rows.shape)
+    x, y = reads.shares.unbind(1)
+    along_x = (value * y[:, :, None]).sum(1)
+    along_y = (value * x[:, None]).sum(2)
+    slopes = torch.stack([along_x, along_y], dim=1).mul_(reads.inside)
+    slopes = slopes[:, :, 1] - slopes[:, :, 0]
+    slopes.mul_((reads.levels / reads.strides)[:, None])
+    level = (along_y * y).sum(1)
+    mean = (level * reads.levels).sum(0)
+    scale = ((mean - level) * reads.levels * reads.distance).sum(0)
+    grad = torch.cat([slopes.sum(0), scale[None]])
+    return grad.T.contiguous().view(points.shape)
 
 
 def table_gradient(
@@ -273,17 +188,17 @@ def _sum_by_row(
     grads = _join([grad.reshape(-1, width) for grad, _ in calls])
     if not grads.numel():
         return grads.new_zeros(rows, width)
-    reads = [_reads(where, sizes, strides) for _, where in calls]
-    where = _join([read.rows.view(-1) for read in reads])
-    weights = _join([read.weights().view(-1) for read in reads])
-    each = reads[0].flat[1]
+    reads = [find_reads(where, sizes, strides) for _, where in calls]
+    # A read is the number of its point plus a multiple of how many there are.
+    where = _join([read.rows for read in reads], -1).flatten(1)
+    weights = _join([read.weights() for read in reads], -1).view(-1)
     order, offsets = _by_row(where, rows, where.device.type == 'cuda')
     return F.embedding_bag(
-        order.div(each, rounding_mode='floor'),
+        order.remainder(len(grads)),
         grads,
         offsets,
         mode='sum',
-        per_sample_weights=weights[order],
+        per_sample_weights=weights.index_select(0, order),
     )
 
 
@@ -291,21 +206,29 @@ def _by_row(where: Tensor, rows: int, search: bool) -> tuple[Tensor, Tensor]:
     """Order of the reads by row, and where in it each row begins.
 
     Args:
-        where (Tensor): Row of each read, shape (reads, ).
+        where (Tensor): Row of each read, shape (L, reads of a level). All
+            rows of a level are before those of the next.
         rows (int): Number of rows.
         search (bool): Search the sorted rows rather than count. For GPUs,
             where counting is atomic and waits for the largest row.
 
     Returns:
-        tuple[Tensor]: Shapes (reads, ) and (rows, ).
+        tuple[Tensor]: Shapes (L reads, ) and (rows, ).
     """
     if search:
-        ordered, order = where.sort(stable=True)
+        ordered, order = where.view(-1).sort(stable=True)
         each = torch.arange(rows, device=where.device, dtype=where.dtype)
         return order, torch.searchsorted(ordered, each)
-    number = torch.bincount(where, minlength=rows)
-    return where.argsort(stable=True), number.cumsum(0) - number
+    # A level at a time, since what is sorted should fit into the cache.
+    order = torch.cat(
+        [
+            level.argsort(stable=True).add_(i * len(level))
+            for i, level in enumerate(where)
+        ]
+    )
+    number = torch.bincount(where.view(-1), minlength=rows)
+    return order, number.cumsum(0) - number
 
 
-def _join(parts: list) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def _join(parts: list, dim: int = 0) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]

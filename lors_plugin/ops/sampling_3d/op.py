@@ -44,16 +44,36 @@ def _(feats, dtype):
     return feats[0].new_empty(cells, feats[0].shape[1], dtype=dtype)
 
 
+@custom_op(
+    'lors_plugin::sampling_3d_planes',
+    mutates_args=(),
+    schema='(Tensor level) -> Tensor',
+)
+def planes(level):
+    """See :func:`fused.planes`."""
+    return fused.planes(level)
+
+
+@planes.register_fake
+def _(level):
+    return level.new_empty(level.shape)
+
+
 def _pack_setup(ctx, inputs, output):
     feats = inputs[0]
     ctx.batch = feats[0].shape[0]
     ctx.sizes = [size for feat in feats for size in feat.shape[2:]]
     ctx.dtypes = [feat.dtype for feat in feats]
+    ctx.planar = [feat.is_contiguous() for feat in feats]
 
 
 def _pack_backward(ctx, grad):
-    levels = fused.unpack(grad, ctx.batch, ctx.sizes)
-    grads = [level.to(kind) for level, kind in zip(levels, ctx.dtypes)]
+    grads = [
+        (planes(level) if planar else level).to(kind)
+        for level, planar, kind in zip(
+            fused.unpack(grad, ctx.batch, ctx.sizes), ctx.planar, ctx.dtypes
+        )
+    ]
     return grads, None
 
 
