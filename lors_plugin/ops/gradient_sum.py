@@ -8,6 +8,7 @@ last call to the first, and what flows along it is the sum so far, to which
 each call adds its product in place.
 """
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -23,6 +24,7 @@ class GradientSum:
 
     def __init__(self) -> None:
         self._token: Optional[Tensor] = None
+        self._casts: dict = {}
 
     @staticmethod
     def fits(weight: Tensor, *others: Optional[Tensor]) -> bool:
@@ -31,7 +33,6 @@ class GradientSum:
             weight.requires_grad
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled(weight.device.type)
             and all(t is None or t.dtype == weight.dtype for t in others)
         )
 
@@ -44,6 +45,12 @@ class GradientSum:
     def give(self, token: Tensor) -> None:
         """Keep the token that a call returned."""
         self._token = token
+
+    def cast(self, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
+        """The weight in another type, made by the first call that asks."""
+        if dtype not in self._casts:
+            self._casts[dtype] = make()
+        return self._casts[dtype]
 
 
 def new_token(like: Tensor) -> Tensor:
@@ -58,4 +65,5 @@ class _First(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad
+        # Calls may find it handier to add to its transpose.
+        return grad.contiguous()

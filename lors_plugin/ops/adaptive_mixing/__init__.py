@@ -9,7 +9,14 @@ from torch import Tensor
 
 from ..backend import select_backend
 from ..gradient_sum import GradientSum
-from .op import SummedGeneratedMixing, generated_forward, mixing_forward
+from ..low_precision import in_low_precision
+from . import low_precision
+from .op import (
+    LowPrecisionMixing,
+    SummedGeneratedMixing,
+    generated_forward,
+    mixing_forward,
+)
 from .reference import LowRank, adaptive_mixing_reference
 
 # Of the kernels, 128 x 128: more does not fit into registers. Their launcher
@@ -123,9 +130,11 @@ def generated_mixing(
     _check_generator(x, query, weight, bias)
     parts = *(channel_low_rank or ()), *(spatial_low_rank or ())
     dtype = _product_dtype(x, query, weight, *parts)
-    autocast = torch.is_autocast_enabled(x.device.type)
     like = x if x.dtype == dtype else x.new_empty(0, dtype=dtype)
-    if autocast or select_backend(backend, like) != 'torch':
+    chosen = select_backend(backend, like)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    in_low = chosen == 'torch' and in_low_precision(weight, x, query, *parts)
+    if chosen != 'torch' or (autocast and not in_low):
         # Autocast keeps the cast weight for all stages; kernels read the
         # numbers of a query in one piece.
         if not autocast:
@@ -140,19 +149,43 @@ def generated_mixing(
     rows = (weight.shape[0] // x.shape[2] - width**2) // points
     _check_parts(x, rows, channel_low_rank, spatial_low_rank)
     none = (None,) * 3
+    factors = (
+        *(_cast(channel_low_rank, dtype) or none),
+        *(_cast(spatial_low_rank, dtype) or none),
+    )
+    if in_low:
+        x, query = x.to(dtype), query.to(dtype)
+        return _low(x, query, weight, bias, factors, eps, gradient_sum)
     tensors = (
         x.to(dtype),
         query.to(dtype),
         weight.to(dtype),
         None if bias is None else bias.to(dtype),
-        *(_cast(channel_low_rank, dtype) or none),
-        *(_cast(spatial_low_rank, dtype) or none),
+        *factors,
     )
     if gradient_sum is None or not gradient_sum.fits(weight, tensors[2]):
         return generated_forward(*tensors, eps)[0]
     token = gradient_sum.take(weight)
     out, token = SummedGeneratedMixing.apply(token, eps, *tensors)
     gradient_sum.give(token)
+    return out
+
+
+def _low(x, query, weight, bias, factors, eps, gradient_sum):
+    def cast():
+        with torch.no_grad():
+            return low_precision.cast(weight, bias, x.dtype)
+
+    low = cast() if gradient_sum is None else gradient_sum.cast(x.dtype, cast)
+    token = None
+    if gradient_sum is not None and gradient_sum.fits(weight):
+        token = gradient_sum.take(weight)
+        weight = weight.detach()
+    out, token = LowPrecisionMixing.apply(
+        token, eps, low, x, query, weight, bias, *factors
+    )
+    if token is not None:
+        gradient_sum.give(token)
     return out
 
 

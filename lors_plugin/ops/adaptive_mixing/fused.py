@@ -10,6 +10,7 @@ parts are added to a chunk's matrices, where this costs no more than factored
 products. ``n`` stands for the ``B N`` queries, ``m`` for those of a chunk.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Optional
 
@@ -330,7 +331,12 @@ def _ones(x: Tensor) -> Optional[Tensor]:
     """Scale of the norm: on CPUs its type is that of the statistics."""
     if x.device.type != 'cpu' or x.dtype in (torch.float32, torch.float64):
         return None
-    return torch.ones(x.shape[-2:])
+    return _ones_of(x.shape[-2:])
+
+
+@functools.lru_cache(maxsize=8)
+def _ones_of(shape: tuple) -> Tensor:
+    return torch.ones(shape)
 
 
 def _norm_relu(x: Tensor, eps: float, out: Tensor) -> Tensor:

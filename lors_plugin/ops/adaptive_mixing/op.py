@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..gradient_sum import new_token
-from . import generated
+from . import generated, low_precision
 
 _MODULES = {'torch': 'fused', 'triton': 'triton_kernels'}
 
@@ -283,3 +283,59 @@ class SummedGeneratedMixing(torch.autograd.Function):
             total,
         )
         return total, None, grad_x, grad_query, None, grad_bias, *grads
+
+
+class LowPrecisionMixing(torch.autograd.Function):
+    """Generate and mix in half precision, see :mod:`low_precision`.
+
+    ``low`` is what :func:`low_precision.cast` made of ``weight`` and
+    ``bias``, which are here for their gradients alone. With a token, that of
+    the weight is added up along tokens.
+    """
+
+    @staticmethod
+    def forward(ctx, token, eps, low, x, query, weight, bias, *factors):
+        with _no_autocast(x):
+            out, *kept = low_precision.forward(x, query, low, factors, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(low, x, query, *factors, *kept)
+        ctx.set_materialize_grads(False)
+        return out, None if token is None else new_token(token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, total):
+        nothing = [None] * 13
+        if grad_out is None:
+            return total, *nothing[1:]
+        low, x, query, *factors, stats, channel, spatial = ctx.saved_tensors
+        token, _, _, _, needs_query, needs_weight, needs_bias = (
+            ctx.needs_input_grad[:7]
+        )
+        with _no_autocast(x):
+            grad_x, grad_query, grad_weight, grad_bias, grads = (
+                low_precision.backward(
+                    grad_out,
+                    x,
+                    query,
+                    low,
+                    needs_query,
+                    token or needs_weight or needs_bias,
+                    tuple(factors),
+                    stats,
+                    channel,
+                    spatial,
+                    ctx.eps,
+                    total,
+                )
+            )
+        return (
+            grad_weight if token else None,
+            None,
+            None,
+            grad_x,
+            grad_query,
+            grad_weight if needs_weight and not token else None,
+            grad_bias if needs_bias else None,
+            *grads,
+        )

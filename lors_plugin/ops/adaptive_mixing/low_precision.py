@@ -1,0 +1,150 @@
+"""Generating the matrices and mixing in half precision, on CPUs.
+
+As :mod:`generated`, with what half-precision products of matrices want there:
+the weight is cast once for all calls and carries the bias as a column, the
+gradient of the weight is made from operands that lie row by row, and it is
+added up in the type of the weight itself.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..low_precision import CHUNK
+from .fused import Factors, mix, mix_backward
+from .generated import kinds
+
+# Columns behind the weight: the bias, then zeros, so that a row is a whole
+# number of cache lines.
+EXTRA = 32
+
+
+def cast(weight: Tensor, bias: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+    """The generator in another type, shape (G (C C + Q P), D + EXTRA)."""
+    rows, width = weight.shape
+    out = weight.new_empty(rows, width + EXTRA, dtype=dtype)
+    out[:, :width] = weight
+    out[:, width:] = 0
+    if bias is not None:
+        out[:, width] = bias
+    return out
+
+
+def forward(
+    x: Tensor, query: Tensor, generator: Tensor, factors: Factors, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Generate and mix.
+
+    Args:
+        x (Tensor): Shape (B, N, G, P, C), all tensors of one type.
+        query (Tensor): Shape (B, N, D).
+        generator (Tensor): What :func:`cast` made.
+        factors (tuple[Tensor | None]): See :func:`fused.forward`.
+        eps (float): Added to the variances.
+
+    Returns:
+        tuple[Tensor]: As :func:`generated.forward`.
+    """
+    groups, points, width = x.shape[2:]
+    query = _widen(query)
+    matrices = []
+    for rows in kinds(generator, groups, width):
+        out = x.new_empty(groups, len(query), rows.shape[1])
+        for target, part in zip(out, rows):
+            torch.mm(query, part.T, out=target)
+        matrices.append(out)
+    channel = matrices[0].unflatten(-1, (width, width))
+    spatial = matrices[1].unflatten(-1, (-1, points))
+    return *mix(x, channel, spatial, factors, eps), channel, spatial
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    query: Tensor,
+    generator: Tensor,
+    needs_query: bool,
+    needs_generator: bool,
+    factors: Factors,
+    stats: Tensor,
+    channel: Tensor,
+    spatial: Tensor,
+    eps: float,
+    total: Optional[Tensor] = None,
+) -> tuple[
+    Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Factors
+]:
+    """Gradients of the inputs of :func:`forward`.
+
+    That of the weight is float32, and lies in memory column by column. With
+    ``total``, it is added to it.
+
+    Returns:
+        tuple: Of ``x``, ``query``, weight and bias of the generator, and the
+        factors.
+    """
+    groups, width = x.shape[2], x.shape[4]
+    each = len(generator) // groups
+    query_n = _widen(query)
+    columns = query_n.T.contiguous()
+    wide = dict(dtype=torch.float32)
+    grad_query = query_n.new_zeros(query_n.shape, **wide)
+    grad_weight = grad_bias = None
+    if needs_generator:
+        shape = query.shape[-1], len(generator)
+        # Without queries, no group ever comes to its end.
+        make = x.new_empty if len(query_n) else x.new_zeros
+        grad_weight = make(shape, **wide) if total is None else total.T
+        grad_bias = make(shape[1:], **wide)
+    rows = kinds(generator, groups, width)
+    buffers = [torch.empty_like(t[0]) for t in (channel, spatial)]
+
+    def after_group(group: int) -> None:
+        start = group * each
+        for kind, buffer in enumerate(buffers):
+            grad = buffer.flatten(1)
+            if needs_query:
+                grad_query.add_(grad @ rows[kind][group])
+            if needs_generator:
+                for part in grad.split(CHUNK, dim=1):
+                    where = slice(start, start + part.shape[1])
+                    product = columns @ part
+                    own = product[: len(grad_weight)]
+                    if total is None:
+                        grad_weight[:, where] = own
+                    else:
+                        grad_weight[:, where].add_(own)
+                    grad_bias[where] = product[len(grad_weight)]
+                    start = where.stop
+
+    grad_x, grad_factors = mix_backward(
+        grad_out,
+        x,
+        channel,
+        spatial,
+        factors,
+        stats,
+        eps,
+        *(buffer.expand(groups, -1, -1, -1) for buffer in buffers),
+        after_group,
+    )
+    grad_query = grad_query[:, : query.shape[-1]].to(query.dtype)
+    if needs_generator:
+        grad_weight = grad_weight.T if total is None else total
+    return (
+        grad_x,
+        grad_query.view(query.shape) if needs_query else None,
+        grad_weight,
+        grad_bias,
+        grad_factors,
+    )
+
+
+def _widen(query: Tensor) -> Tensor:
+    """Queries (n, D + EXTRA): a one for the bias, then zeros."""
+    query = query.flatten(0, 1)
+    out = query.new_zeros(len(query), query.shape[1] + EXTRA)
+    out[:, : query.shape[1]] = query
+    out[:, query.shape[1]] = 1
+    return out
