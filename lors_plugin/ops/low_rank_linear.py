@@ -45,7 +45,9 @@ def low_rank_linear(
             return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
         dtype = torch.get_autocast_dtype(x.device.type)
         make = partial(weight.detach().to, dtype)
-        low = make() if gradient_sum is None else gradient_sum.cast(dtype, make)
+        low = (
+            make() if gradient_sum is None else gradient_sum.cast(dtype, make)
+        )
         x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     elif any(t.dtype != x.dtype for t in (weight, down, up)):

@@ -12,10 +12,6 @@ from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
 
-from lors_plugin.ops.dynamic_conv import side_by_side
-
-from .folding import can_fold, fold, is_as_made
-
 DIVISOR = 4
 # (in_channels, out_channels, kernel_size, stride, groups) -> convolution
 ConvFactory = Callable[[int, int, int, int, int], nn.Module]
@@ -59,12 +55,7 @@ class ConvNorm(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, C_in, H, W) to (B, C_out, H', W')."""
-        if not can_fold(self.conv, self.norm, x):
-            x = self.norm(self.conv(x))
-            return x if self.act is None else self.act(x)
-        x = fold(self.conv, self.norm, x)
-        if is_as_made(self.act, nn.Hardswish):
-            return F.hardswish(x, inplace=True)
+        x = self.norm(self.conv(x))
         return x if self.act is None else self.act(x)
 
 
@@ -125,11 +116,7 @@ class GhostModule(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, C_in, H, W) to (B, C_out, H, W)."""
         first = self.primary(x)
-        both = [first, self.cheap(first)]
-        if side_by_side.is_laid(first):
-            both = side_by_side.join_channels(both)
-        else:
-            both = torch.cat(both, 1)
+        both = torch.cat([first, self.cheap(first)], 1)
         # An odd number of channels leaves one over.
         return both[:, : self.out_channels]
 

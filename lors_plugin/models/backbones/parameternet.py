@@ -4,17 +4,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Optional, Union
 
-import torch
 from mmengine.model import BaseModule, ModuleList, Sequential
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from lors_plugin.models.layers import DynamicConv2d, RepConv2d
-from lors_plugin.ops.dynamic_conv import side_by_side
 from lors_plugin.registry import MODELS
 
-from .folding import can_fold
 from .ghost import (
     ConvFactory,
     ConvNorm,
@@ -22,6 +19,8 @@ from .ghost import (
     make_divisible,
     plain_conv,
 )
+from .ghost_inference import GhostInference
+from .watching import is_bare_inference
 
 # Kernel, expanded channels, channels, squeeze ratio, stride.
 Row = tuple[int, float, float, float, int]
@@ -50,7 +49,7 @@ ARCHS = {
 CONVS = ('dynamic', 'rep')
 # Places of the images that inference computes at once: maps are then small
 # enough for the C library to give out memory that it has.
-PIECE = 4 * 224**2
+PIECE = 8 * 224**2
 
 
 @MODELS.register_module()
@@ -171,6 +170,7 @@ class ParameterNet(BaseModule):
         self.out_channels, self.out_strides = zip(
             *(sizes[i] for i in self.out_indices)
         )
+        self._inference: Optional[GhostInference] = None
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -183,28 +183,18 @@ class ParameterNet(BaseModule):
             tuple[Tensor]: Shapes (B, out_channels[i], H / out_strides[i],
             W / out_strides[i]), rounded up.
         """
-        if not can_fold(self.stem.conv, self.stem.norm, x):
-            return self._compute(x)
-        step = max(PIECE // (x.shape[2] * x.shape[3]), 1)
-        if step >= len(x) or self._is_watched():
-            return tuple(o.contiguous() for o in self._compute(self._lay(x)))
-        outs = [self._compute(self._lay(piece)) for piece in x.split(step)]
-        return tuple(
-            torch.cat(list(parts)).contiguous() for parts in zip(*outs)
-        )
+        if is_bare_inference(x):
+            # Built at the first image, and again when parts were replaced.
+            if self._inference is None or not self._inference.is_current():
+                self._inference = GhostInference(self)
+            if self._inference.can_run(x):
+                piece = max(PIECE // (x.shape[2] * x.shape[3]), 1)
+                return self._inference(x, self.out_indices, piece)
+        return self._compute(x)
 
-    def _lay(self, x: Tensor) -> Tensor:
-        """Images in the order in memory that inference likes best."""
-        if isinstance(self.stem.conv, DynamicConv2d):
-            return side_by_side.lay(x)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def _is_watched(self) -> bool:
-        """Whether a part would tell pieces of a batch from the whole."""
-        return any(
-            part.training or part._forward_hooks or part._forward_pre_hooks
-            for part in self.modules()
-        )
+    def __getstate__(self) -> dict:
+        """Copies and files of the module find their parts themselves."""
+        return {**self.__dict__, '_inference': None}
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)

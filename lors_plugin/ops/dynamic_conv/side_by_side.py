@@ -1,98 +1,180 @@
 """Convolutions of images that lie side by side in memory, for inference.
 
-Maps of shape (B, C, H, W) whose places hold the channels of all images, one
-image after the other: memory (H, W, B, C). A depth-wise convolution of all
-images is then one convolution with ``B C`` channels last, for which a CPU
-library copies nothing, and a pointwise one is a batched product with strides.
+Maps have shape (L, B, C): at each of ``L`` places, row by row, the channels of
+all images, one image after the other. A depth-wise convolution of all images
+is then one convolution with ``B C`` channels last, for which a CPU library
+copies nothing, and a pointwise one is a batched product with strides.
+
+A map may come in parts, each with some of the channels: whoever reads it next
+then saves joining them.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
+# The largest block that glibc keeps when it is given back: half a page less
+# than 32 MB, above which it asks the system each time.
+KEPT_BYTES = 2**25 - 2**11
+# Places from which on a product is faster than a sum.
+MANY = 2**12
 
 
-def lay(x: Tensor) -> Tensor:
-    """The same maps, in this order in memory; a view if they are already."""
-    return x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+def keep_memory() -> None:
+    """Let the C library keep large blocks that were given back.
 
-
-def is_laid(x: Tensor) -> bool:
-    """Whether maps have this order in memory, and no other one."""
-    return not x.is_contiguous() and x.permute(2, 3, 0, 1).is_contiguous()
-
-
-def mean(x: Tensor) -> Tensor:
-    """The mean of each channel of each image, shape (B, C).
-
-    As a product, which takes half the time of a sum.
+    glibc returns memory above 128 kB to the system until it has seen a larger
+    block come back, and each page fetched anew costs more than the arithmetic
+    on it. One block of the largest size is enough, and costs nothing since
+    nobody writes to it. Other libraries take no notice.
     """
-    maps = x.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
+    torch.empty(KEPT_BYTES, dtype=torch.uint8)
+
+
+class KernelSpace:
+    """Memory for the mixed kernels of one layer after the other.
+
+    Memory that was just written is still in the processor's cache; fresh
+    memory would have to be fetched from the system, layer by layer.
+
+    Args:
+        like (Tensor): Of the type and on the device of the kernels.
+        size (int): Numbers of all kernels of the largest layer.
+    """
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        self._memory = like.new_empty(size)
+
+    def mix(self, experts: Tensor, attention: Tensor) -> Tensor:
+        """Mix kernels, which stay until the next ones are mixed.
+
+        Args:
+            experts (Tensor): Shape (M, C_out, C_in / groups, kh, kw).
+            attention (Tensor): Shape (B, M), of the same type.
+
+        Returns:
+            Tensor: Shape (B, C_out, C_in / groups * kh * kw).
+        """
+        batch, (number, rows) = len(attention), experts.shape[:2]
+        experts = experts.view(number, -1)
+        size = experts.shape[1]
+        mixed = self._memory[: batch * size].view(batch, size)
+        torch.mm(attention, experts, out=mixed)
+        return mixed.view(batch, rows, -1)
+
+
+def mean(maps: Tensor) -> Tensor:
+    """The mean of each channel of each image, shape (L, B, C) to (B, C)."""
     places = len(maps)
-    weights = maps.new_full((1, places), 1 / places)
-    return weights.mm(maps).view(len(x), -1)
+    if places < MANY:
+        return maps.sum(0).mul_(1 / places)
+    row = maps.new_full((1, places), 1 / places)
+    return row.mm(maps.flatten(1)).view(maps.shape[1:])
 
 
-def join_channels(parts: list[Tensor]) -> Tensor:
-    """Concatenate maps along their channels, in this order in memory."""
-    parts = [part.permute(2, 3, 0, 1) for part in parts]
-    return torch.cat(parts, 3).permute(2, 3, 0, 1)
+def to_images(maps: Tensor, size: Pair) -> Tensor:
+    """Maps (L, B, C) of a height and width as contiguous (B, C, H, W)."""
+    return maps.unflatten(0, size).permute(2, 3, 0, 1).contiguous()
 
 
-def conv2d(
-    x: Tensor,
+def pointwise(
+    parts: Sequence[Tensor], kernels: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
+    """Multiply each place with the image's kernel, scale and shift.
+
+    Args:
+        parts (Sequence[Tensor]): Shapes (L, B, C_i), together ``C_in``.
+        kernels (Tensor): Shape (B, C_out, C_in), or (1, C_out, C_in) for
+            one kernel for all.
+        scale, shift (Tensor): Shape (C_out,).
+
+    Returns:
+        Tensor: Shape (L, B, C_out).
+    """
+    places, batch, _ = parts[0].shape
+    shared = len(kernels) == 1
+    out = parts[0].new_empty(places, batch, kernels.shape[1])
+    product = out.flatten(0, 1) if shared else out.transpose(0, 1)
+    start = 0
+    for part in parts:
+        stop = start + part.shape[2]
+        kernel = kernels if len(parts) == 1 else kernels[..., start:stop]
+        beta = min(start, 1)
+        if shared:
+            factors = part.flatten(0, 1), kernel[0].t()
+            torch.addmm(product, *factors, beta=beta, out=product)
+        else:
+            factors = part.transpose(0, 1), kernel.mT
+            torch.baddbmm(product, *factors, beta=beta, out=product)
+        start = stop
+    return torch.addcmul(shift, out, scale, out=out)
+
+
+def depthwise(
+    maps: Tensor,
+    size: Pair,
     kernels: Tensor,
-    scale: Tensor,
     shift: Tensor,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
-    groups: int,
-) -> Tensor:
-    """Convolve each image with its own kernel, scale and shift the result.
+) -> tuple[Tensor, Pair]:
+    """Convolve each channel with its own kernel, then shift.
 
     Args:
-        x (Tensor): Shape (B, C_in, H, W), at best from :func:`lay`.
-        kernels (Tensor): Shape (B, C_out, C_in / groups, kh, kw).
-        scale (Tensor): Shape (C_out,).
-        shift (Tensor): Added to the result, shape (C_out,) or (B, C_out).
+        maps (Tensor): Shape (L, B, C).
+        size (tuple[int]): Height and width.
+        kernels (Tensor): Shape (B, C, kh, kw) or (1, C, kh, kw).
+        shift (Tensor): Shape (C,).
         stride, padding, dilation (tuple[int]): As (y, x).
-        groups (int): Of the convolution.
 
     Returns:
-        Tensor: New, shape (B, C_out, H_out, W_out), laid out as above.
+        tuple[Tensor, tuple[int]]: Shape (L', B, C), and its height and width.
     """
-    batch, rows, columns = kernels.shape[:3]
-    maps = x.permute(2, 3, 0, 1).contiguous()
-    one_place = kernels.shape[3:] == (1, 1) and max(padding) == 0
-    if groups == 1 and one_place:
-        if max(stride) > 1:
-            maps = maps[:: stride[0], :: stride[1]].contiguous()
-        tokens = maps.flatten(0, 1)
-        matrices = kernels.view(batch, rows, columns).mT
-        out = tokens.new_empty(len(tokens), batch, rows)
-        if batch == 1:
-            torch.mm(tokens[:, 0], matrices[0], out=out[:, 0])
-        else:
-            images = tokens.transpose(0, 1), matrices
-            torch.bmm(*images, out=out.transpose(0, 1))
-        torch.addcmul(shift, out, scale, out=out)
-        out = out.unflatten(0, maps.shape[:2])
-        return out.permute(2, 3, 0, 1)
-    kernels = kernels * scale[:, None, None, None]
-    offsets = shift.expand(batch, rows).flatten()
-    side = maps.flatten(2)[None].permute(0, 3, 1, 2)
-    if columns > 1:
-        # Grouped, not depth-wise: libraries are faster with planes.
-        side = side.contiguous()
-    out = F.conv2d(
-        side,
-        kernels.flatten(0, 1),
-        offsets,
-        stride,
-        padding,
-        dilation,
-        batch * groups,
-    )
-    return lay(out.squeeze(0).unflatten(0, (batch, rows)))
+    batch, channels = maps.shape[1:]
+    side = maps.flatten(1).view(1, *size, -1).permute(0, 3, 1, 2)
+    kernels = kernels.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+    shift = shift.expand(batch, -1).flatten()
+    geometry = stride, padding, dilation, batch * channels
+    out = F.conv2d(side, kernels, shift, *geometry).permute(0, 2, 3, 1)
+    size = tuple(out.shape[1:3])
+    return out.reshape(-1, batch, channels), size
+
+
+def convolve_images(
+    images: Tensor,
+    kernels: Tensor,
+    shift: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> tuple[Tensor, Pair]:
+    """Convolve each image with its own kernel, shift, and lay side by side.
+
+    Args:
+        images (Tensor): Shape (B, C_in, H, W).
+        kernels (Tensor): Shape (B, C_out, C_in, kh, kw), or (1, ...) for
+            one kernel for all.
+        shift (Tensor): Shape (C_out,).
+        stride, padding, dilation (tuple[int]): As (y, x).
+
+    Returns:
+        tuple[Tensor, tuple[int]]: Shape (L, B, C_out), and its height and
+        width.
+    """
+    geometry = stride, padding, dilation
+    # Libraries put channels last where images have, without a copy.
+    images = images.contiguous(memory_format=torch.channels_last)
+    maps = None
+    for i, kernel in enumerate(kernels.expand(len(images), -1, -1, -1, -1)):
+        out = F.conv2d(images[i : i + 1], kernel, shift, *geometry)
+        out = out[0].permute(1, 2, 0)
+        if len(images) == 1:
+            return out.reshape(-1, 1, out.shape[2]), tuple(out.shape[:2])
+        if maps is None:
+            maps = out.new_empty(*out.shape[:2], len(images), out.shape[2])
+        maps[:, :, i] = out
+    return maps.flatten(0, 1), tuple(maps.shape[:2])

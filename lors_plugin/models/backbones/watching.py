@@ -1,0 +1,83 @@
+"""Whether somebody changed a model, or looks into it."""
+
+from itertools import chain
+from operator import is_
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def is_bare_inference(x: Tensor) -> bool:
+    """Whether maps are computed here and now, without any bookkeeping.
+
+    That is on a CPU in float32 or float64, without gradients, autocast,
+    compiler, tracer or tensors that are more than numbers.
+    """
+    return (
+        type(x) is Tensor
+        and x.device.type == 'cpu'
+        and x.dtype in (torch.float32, torch.float64)
+        and x.dim() == 4
+        and x.numel() > 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled('cpu')
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+class Snapshot:
+    """The parts of a model at one moment, to tell later ones from it.
+
+    The parts themselves, not what is in them: weights and statistics may
+    change, also as a whole by ``.data``.
+
+    Args:
+        model (nn.Module): Any.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        # Who watches the model as a whole sees nothing of how it computes.
+        self._hooks = [
+            hooks
+            for part in self._modules[1:]
+            for hooks in (part._forward_hooks, part._forward_pre_hooks)
+        ]
+        self._owners = [
+            owned
+            for part in self._modules
+            for owned in (part._modules, part._parameters, part._buffers)
+            if owned
+        ]
+        self._owned = self._all_owned()
+        self._numbers = [
+            value
+            for value in self._owned
+            if isinstance(value, Tensor) and value.is_floating_point()
+        ]
+
+    def _all_owned(self) -> list:
+        return list(chain.from_iterable(o.values() for o in self._owners))
+
+    def is_current(self) -> bool:
+        """Whether modules, parameters and buffers are the same objects."""
+        owned = self._all_owned()
+        same = len(owned) == len(self._owned)
+        return same and all(map(is_, owned, self._owned))
+
+    def is_watched(self) -> bool:
+        """Whether a part trains, has hooks or a forward of its own."""
+        states = [part.__dict__ for part in self._modules]
+        return (
+            any(self._hooks)
+            or _has_any_global_hook()
+            or any([state['training'] for state in states])
+            or any(['forward' in state for state in states])
+        )
+
+    def has_type(self, dtype: torch.dtype) -> bool:
+        """Whether all weights and statistics are on the CPU in this type."""
+        types = {value.dtype for value in self._numbers}
+        return types == {dtype} and self._numbers[0].is_cpu
