@@ -143,9 +143,9 @@ def mix(
     work = _Workspace(x, spatial, size)
     channel_side = make_side(*factors[:3], size)
     spatial_side = make_side(*factors[3:], size)
-    x_n, out_n, stats_n = _queries(x), out.flatten(0, 1), stats.flatten(0, 1)
+    x_g, out_n, stats_n = _by_group(x), out.flatten(0, 1), stats.flatten(0, 1)
     for group, part in _chunks(x, size):
-        x_m, z = x_n[part, group], out_n[part, group]
+        x_m, z = x_g[group, part], out_n[part, group]
         work.start(len(x_m))
         full = _full(channel, channel_side, group, part, work.channel)
         y = torch.bmm(x_m, full, out=work.y)
@@ -192,12 +192,12 @@ def mix_backward(
     work = _Workspace(x, spatial, size)
     channel_side = make_side(*factors[:3], size)
     spatial_side = make_side(*factors[3:], size)
-    grad_x = x.new_empty(x.shape)
-    x_n, grad_x_n = _queries(x), grad_x.flatten(0, 1)
+    grad_x = empty_by_group(x)
+    x_g, grad_x_g = _by_group(x), _by_group(grad_x)
     grad_out = grad_out.contiguous().flatten(0, 1)
     stats = stats.flatten(0, 1)
     for group, part in _chunks(x, size):
-        x_m = x_n[part, group]
+        x_m = x_g[group, part]
         work.start(len(x_m))
         mean_y, rstd_y, mean_z, rstd_z = (
             t.view(-1, 1, 1) for t in stats[part, group].T.contiguous()
@@ -215,8 +215,7 @@ def mix_backward(
         grad_y = torch.bmm(full_s.mT, grad_z, out=work.grad_y)
         grad_y = _relu_backward(grad_y, y, grad_y)
         grad_y = _norm_backward(grad_y, y_pre, mean_y, rstd_y)
-        # Normalised, y_pre has been used up.
-        grad_x_n[part, group] = torch.bmm(grad_y, full_c.mT, out=work.y_pre)
+        torch.bmm(grad_y, full_c.mT, out=grad_x_g[group, part])
         for a, b, side, grad, buffer in (
             (x_m.mT, grad_y, channel_side, grad_channel, full_c),
             (grad_z, y.mT, spatial_side, grad_spatial, full_s),
@@ -230,7 +229,7 @@ def mix_backward(
                 target.copy_(product)
             if side is not None:
                 side.collect(product, group, part)
-        if after_group is not None and part.stop == len(x_n):
+        if after_group is not None and part.stop == x_g.shape[1]:
             after_group(group)
     grads = [
         t
@@ -258,9 +257,22 @@ def _chunks(x: Tensor, size: int) -> Iterator[tuple[int, slice]]:
             yield group, slice(start, min(start + size, queries))
 
 
-def _queries(x: Tensor) -> Tensor:
-    """Shape (n, G, P, C), each (P, C) dense as products need it."""
-    return x.contiguous().flatten(0, 1)
+def empty_by_group(x: Tensor) -> Tensor:
+    """Memory for a tensor of the shape of ``x``, one group after another.
+
+    So chunks of a group lie without gaps. Sampling lays out what it returns
+    alike, and takes gradients like that.
+    """
+    return torch.empty_like(
+        x.permute(2, 0, 1, 3, 4), memory_format=torch.contiguous_format
+    ).permute(1, 2, 0, 3, 4)
+
+
+def _by_group(x: Tensor) -> Tensor:
+    """Shape (G, n, P, C), each (P, C) dense as products need it."""
+    if x.stride()[-2:] != (x.shape[-1], 1):
+        x = x.contiguous()
+    return x.permute(2, 0, 1, 3, 4).flatten(1, 2)
 
 
 def _full(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..gradient_sum import new_token
-from . import generated, low_precision
+from . import fused, generated, low_precision
 
 _MODULES = {'torch': 'fused', 'triton': 'triton_kernels'}
 
@@ -95,8 +95,14 @@ def mixing_backward(
 
 @mixing_backward.register_fake
 def _(grad_out, x, weights, *rest):
-    inputs = x, weights, *rest[:6]
-    return tuple(x.new_empty(0 if t is None else t.shape) for t in inputs)
+    in_groups = rest[-1] == 'torch'
+    return (
+        fused.empty_by_group(x) if in_groups else x.new_empty(x.shape),
+        *(
+            x.new_empty(0 if t is None else t.shape)
+            for t in (weights, *rest[:6])
+        ),
+    )
 
 
 def _setup_context(ctx, inputs, output):
@@ -206,7 +212,7 @@ def _(
 ):
     rows = weight.shape[0]
     return (
-        x.new_empty(x.shape),
+        fused.empty_by_group(x),
         x.new_empty(query.shape if needs_query else 0),
         x.new_empty(weight.shape if needs_generator else 0),
         x.new_empty(rows if with_bias and needs_generator else 0),

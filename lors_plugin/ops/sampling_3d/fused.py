@@ -89,19 +89,22 @@ def sample(
         strides (Sequence[int]): Pixels a cell of each level.
 
     Returns:
-        Tensor: Shape (B, N, G, P, C).
+        Tensor: Shape (B, N, G, P, C), in memory one group after another, as
+        the chunks of mixing read it.
     """
-    shape = (*points.shape[:4], table.shape[1] // points.shape[2])
+    batch, queries, groups, number, _ = points.shape
+    width = table.shape[1] // groups
+    shape = groups, batch, queries, number, width
     if not points.numel():
-        return table.new_zeros(shape)
+        return table.new_zeros(shape).permute(1, 2, 0, 3, 4)
     reads = find_reads(points, sizes, strides)
     out = F.embedding_bag(
         by_point(reads.rows),
-        table.view(-1, shape[-1]),
+        table.view(-1, width),
         mode='sum',
         per_sample_weights=by_point(reads.weights()),
     )
-    return out.view(shape)
+    return out.view(shape).permute(1, 2, 0, 3, 4)
 
 
 def points_gradient(
@@ -125,7 +128,7 @@ def points_gradient(
     bags = torch.arange(number, dtype=rows.dtype, device=table.device)
     width = grad_out.shape[-1]
     value = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_out.reshape(number, width),
+        _by_group(grad_out),
         table.view(-1, width),
         rows.view(-1),
         bags * each,
@@ -143,7 +146,15 @@ def points_gradient(
     mean = (level * reads.levels).sum(0)
     scale = ((mean - level) * reads.levels * reads.distance).sum(0)
     grad = torch.cat([slopes.sum(0), scale[None]])
-    return grad.T.contiguous().view(points.shape)
+    batch, queries, groups, number, _ = points.shape
+    grad = grad.view(3, groups, batch, queries, number)
+    return grad.permute(2, 3, 1, 4, 0).contiguous()
+
+
+def _by_group(grad_out: Tensor) -> Tensor:
+    """What flows back, in the order of the reads, shape (S, C)."""
+    order = grad_out.permute(2, 0, 1, 3, 4)
+    return order.reshape(-1, grad_out.shape[-1])
 
 
 def table_gradient(
@@ -185,7 +196,7 @@ def _sum_by_row(
 ) -> Tensor:
     """Sum what flows back into each of ``rows`` rows, shape (rows, C)."""
     width = calls[0][0].shape[-1]
-    grads = _join([grad.reshape(-1, width) for grad, _ in calls])
+    grads = _join([_by_group(grad) for grad, _ in calls])
     if not grads.numel():
         return grads.new_zeros(rows, width)
     reads = [find_reads(where, sizes, strides) for _, where in calls]

@@ -206,8 +206,12 @@ def sample(table, points, tokens, sizes, strides, backend):
 
 @sample.register_fake
 def _(table, points, tokens, sizes, strides, backend):
-    width = table.shape[1] // points.shape[2]
-    return table.new_empty(*points.shape[:4], width)
+    batch, queries, groups, number, _ = points.shape
+    width = table.shape[1] // groups
+    if backend != 'torch':
+        return table.new_empty(batch, queries, groups, number, width)
+    out = table.new_empty(groups, batch, queries, number, width)
+    return out.permute(1, 2, 0, 3, 4)
 
 
 def _sample_setup(ctx, inputs, output):

@@ -3,7 +3,7 @@
 Numbers of all points lie side by side, small dimensions (levels, axes,
 neighbours) come first: every step is one pass over long rows, where the same
 steps with two or four numbers in a row cost many times as much.
-``S = B N G P`` is the number of points.
+Points go by group, image, query and number: ``S = G B N P`` of them.
 """
 
 import functools
@@ -24,7 +24,7 @@ class _Levels(NamedTuple):
     limits: Tensor  # (L, 2, 1), width and height
     last: Tensor  # (L, 2, 1, 1), index of the last column and row
     widths: Tensor  # (L, 1, 1), rows of the table a row of a map
-    starts: Tensor  # (L, 1, B, 1, G, 1), first row of each map and group
+    starts: Tensor  # (L, 1, G, B, 1), first row of each map and group
 
 
 @functools.lru_cache(maxsize=32)
@@ -41,10 +41,10 @@ def _levels(
     rows = batch * cells
     fits = int(rows.sum()) * groups < 2**31
     kind = torch.int32 if fits else torch.int64
-    # (L, B, G): levels one after another, images in them, groups in a cell.
+    # (L, G, B): levels one after another, images in them, groups in a cell.
     starts = (rows.cumsum(0) - rows)[:, None, None]
-    starts = starts + torch.arange(batch)[:, None] * cells[:, None, None]
-    starts = starts * groups + torch.arange(groups)
+    starts = starts + torch.arange(batch) * cells[:, None, None]
+    starts = starts * groups + torch.arange(groups)[:, None]
     number = dict(dtype=dtype, device=device)
     index = dict(dtype=kind, device=device)
     return _Levels(
@@ -54,7 +54,7 @@ def _levels(
         limits[..., None].to(**number),
         (limits - 1)[..., None, None].to(**index),
         (limits[:, :1, None] * groups).to(**index),
-        starts[:, None, :, None, :, None].to(**index),
+        starts[:, None, :, :, None].to(**index),
     )
 
 
@@ -94,16 +94,17 @@ def find_reads(
         sizes (Sequence[int]): Height and width of each level in turn.
         strides (Sequence[int]): Pixels a cell of each level.
     """
+    batch, _, groups = points.shape[:3]
     level = _levels(
-        points.shape[0],
-        points.shape[2],
+        batch,
+        groups,
         tuple(sizes),
         tuple(strides),
         points.dtype,
         points.device,
     )
-    lead = points.shape[:4]
-    points = points.reshape(-1, 3).T.contiguous()
+    # x, y and z, a row of S numbers each.
+    points = points.permute(4, 2, 0, 1, 3).contiguous().flatten(1)
     # In the steps of grid_sample: where a point lies on an edge between
     # cells, another rounding would choose other neighbours.
     cells = (points[:2] / level.pixels).mul_(2).sub_(1)
@@ -119,8 +120,9 @@ def find_reads(
     valid = torch.minimum(index, level.last).clamp_(min=0)
     inside = (valid == index).to(points.dtype)
     x, y = valid.unbind(1)
-    x = x * level.starts.shape[4]
-    y = (y * level.widths).unflatten(-1, lead).add_(level.starts)
+    x = x * groups
+    y = (y * level.widths).view(*y.shape[:2], groups, batch, -1)
+    y.add_(level.starts)
     rows = y.view(x.shape)[:, :, None] + x[:, None]
     distance = points[2] - level.scales
     return Reads(
