@@ -123,7 +123,7 @@ def test_frozen_weight(calls):
     sums = GradientSum()
     with torch.no_grad():
         calls(sums)
-    assert sums._token is None
+    assert sums.token is None
     assert not GradientSum.fits(torch.zeros(2))
     weight = torch.zeros(2, requires_grad=True)
     assert GradientSum.fits(weight, None, torch.zeros(2))

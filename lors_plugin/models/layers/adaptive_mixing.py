@@ -7,9 +7,13 @@ from typing import Optional, Union
 import torch
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lors_plugin.ops import GradientSum, adaptive_mixing, generated_mixing
+from lors_plugin.ops import (
+    GradientSum,
+    adaptive_mixing,
+    checkpoint_with_sums,
+    generated_mixing,
+)
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible, per_layer
 
@@ -54,12 +58,17 @@ class MixingShape:
         return self.groups * self.out_points * self.width
 
 
-def _run(function: Callable, *args, recompute: bool) -> Tensor:
+def _run(
+    function: Callable,
+    *args,
+    recompute: bool,
+    sums: tuple[GradientSum, ...] = (),
+) -> Tensor:
     if not (recompute and torch.is_grad_enabled()):
-        return function(*args)
+        return function(*args, sums)
     # Nothing in it is random.
-    return checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=False
+    return checkpoint_with_sums(
+        function, *args, sums=sums, preserve_rng_state=False
     )
 
 
@@ -122,7 +131,7 @@ class AdaptiveMixing(BaseModule):
         mixed = _run(self.mix, x, query, recompute=self.recompute)
         return self.out_proj(mixed.flatten(2))
 
-    def mix(self, x: Tensor, query: Tensor) -> Tensor:
+    def mix(self, x: Tensor, query: Tensor, sums: tuple = ()) -> Tensor:
         """Generate the matrices and mix, shape (B, N, G, Q, C)."""
         generator = self.generator
         return generated_mixing(
@@ -133,11 +142,17 @@ class AdaptiveMixing(BaseModule):
 class PrivateMixing(ModuleList):
     """One :class:`AdaptiveMixing` a stage, called like the shared one."""
 
+    def new_sums(self) -> tuple[GradientSum, ...]:
+        """None: nothing is shared."""
+        return ()
+
     def one_pass(self) -> Callable:
         """What the stages of one forward pass call: nothing is shared."""
         return self
 
-    def forward(self, x: Tensor, query: Tensor, stage: int) -> Tensor:
+    def forward(
+        self, x: Tensor, query: Tensor, stage: int, sums: tuple = ()
+    ) -> Tensor:
         return self[stage](x, query)
 
 
@@ -305,22 +320,24 @@ class LORSAdaptiveMixing(BaseModule):
             for linear in self.out_proj:
                 nn.init.xavier_uniform_(linear.weight)
 
+    def new_sums(self) -> tuple[GradientSum, ...]:
+        """Of the weights of generator and output projection, for one pass."""
+        return GradientSum(), GradientSum()
+
     def one_pass(self) -> Callable:
         """What the stages of one forward pass call in place of this module.
 
         It adds the gradients of the shared weights up in place. Not for
-        stages that run again in backward.
+        stages that run again in backward, see :func:`checkpoint_with_sums`.
         """
-        if self.recompute:
-            return self
-        return partial(self, sums=(GradientSum(), GradientSum()))
+        return partial(self, sums=self.new_sums())
 
     def forward(
         self,
         x: Tensor,
         query: Tensor,
         stage: int,
-        sums: tuple[Optional[GradientSum], ...] = (None, None),
+        sums: tuple[GradientSum, ...] = (),
     ) -> Tensor:
         """Mix and project as stage ``stage`` does, without the residual.
 
@@ -328,23 +345,23 @@ class LORSAdaptiveMixing(BaseModule):
             x (Tensor): Sampled features, shape (B, N, G, P, C).
             query (Tensor): Content of the queries, shape (B, N, D).
             stage (int): Which stage calls.
-            sums (tuple[GradientSum]): Of the weights of generator and output
-                projection, see :meth:`one_pass`.
+            sums (tuple[GradientSum]): From :meth:`new_sums`; empty to let
+                autograd add up.
 
         Returns:
             Tensor: Shape (B, N, D).
         """
         mixed = _run(
-            self.mix, x, query, stage, sums[0], recompute=self.recompute
+            self.mix, x, query, stage, recompute=self.recompute, sums=sums[:1]
         )
-        return self.out_proj(mixed.flatten(2), stage, sums[1])
+        return self.out_proj(mixed.flatten(2), stage, *sums[1:])
 
     def mix(
         self,
         x: Tensor,
         query: Tensor,
         stage: int,
-        gradient_sum: Optional[GradientSum] = None,
+        sums: tuple[GradientSum, ...] = (),
     ) -> Tensor:
         """Generate the matrices and mix, shape (B, N, G, Q, C)."""
         cores = self.core_generators[stage](query)
@@ -360,7 +377,7 @@ class LORSAdaptiveMixing(BaseModule):
             return adaptive_mixing(x, weights, backend=self.backend)
         generator = self.generator
         if isinstance(generator, LinearStack):
-            generator, gradient_sum = generator[stage], None
+            generator, sums = generator[stage], ()
         return generated_mixing(
             x,
             query,
@@ -368,5 +385,5 @@ class LORSAdaptiveMixing(BaseModule):
             generator.bias,
             *parts,
             backend=self.backend,
-            gradient_sum=gradient_sum,
+            gradient_sum=next(iter(sums), None),
         )

@@ -9,9 +9,8 @@ from mmengine.config import ConfigDict
 from mmengine.model import BaseModule, ModuleList
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lors_plugin.ops import share_levels
+from lors_plugin.ops import checkpoint_with_sums, share_levels
 from lors_plugin.ops.backend import BACKENDS
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible, per_layer
@@ -207,23 +206,34 @@ class AdaMixerDecoder(BaseModule):
             feats, self.strides, calls, self.backend, xyzr.dtype
         )
         again = self.with_cp and torch.is_grad_enabled()
-        mixing = self.mixing if again else self.mixing.one_pass()
+        sums = self.mixing.new_sums() if again else ()
+        mixing = self.mixing.one_pass()
         scores, boxes, contents = [], [], []
         for index, stage in enumerate(self.stages):
-            run = stage
+            inputs = levels[index], content, xyzr.detach()
             if again:
-                run = partial(checkpoint, stage, use_reentrant=False)
-            cls_scores, xyzr, content = run(
-                levels[index],
-                content,
-                xyzr.detach(),
-                self.strides,
-                partial(mixing, stage=index),
-            )
+                cls_scores, xyzr, content = checkpoint_with_sums(
+                    partial(self._run_stage, index), *inputs, sums=sums
+                )
+            else:
+                cls_scores, xyzr, content = stage(
+                    *inputs, self.strides, partial(mixing, stage=index)
+                )
             scores.append(cls_scores)
             boxes.append(decode_boxes(xyzr))
             contents.append(content)
         return torch.stack(scores), torch.stack(boxes), torch.stack(contents)
+
+    def _run_stage(
+        self,
+        index: int,
+        levels: Sequence[Tensor],
+        content: Tensor,
+        xyzr: Tensor,
+        sums: tuple,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mixing = partial(self.mixing, stage=index, sums=sums)
+        return self.stages[index](levels, content, xyzr, self.strides, mixing)
 
     def loss(
         self,

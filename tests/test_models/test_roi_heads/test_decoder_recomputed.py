@@ -1,0 +1,74 @@
+"""Stages and mixing that run again in backward: the same numbers."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lors_plugin.ops import GradientSum
+
+WAYS = {
+    'stages': dict(with_cp=True),
+    'mixing': dict(recompute_mixing=True),
+    'both': dict(with_cp=True, recompute_mixing=True),
+}
+
+
+def gradients(decoder, inputs, dtype):
+    with torch.autocast('cpu', dtype, enabled=dtype is not None):
+        outs = decoder(*inputs)
+    torch.manual_seed(1)
+    upstream = [torch.randn(out.shape).to(out.dtype) for out in outs]
+    decoder.zero_grad()
+    torch.autograd.backward(outs, upstream)
+    return {name: p.grad for name, p in decoder.named_parameters()}
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('kind', ['adamixer', 'lors'])
+def test_gradients_stay(kind, way, dtype, tiny_decoder, decoder_inputs):
+    inputs = decoder_inputs()
+    wanted = gradients(tiny_decoder(kind, backend='torch'), inputs, dtype)
+    decoder = tiny_decoder(kind, backend='torch', **WAYS[way])
+    assert_close(gradients(decoder, inputs, dtype), wanted)
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_shared_weights_get_one_gradient(
+    way, tiny_decoder, decoder_inputs, monkeypatch
+):
+    """Calls are chained in forward, and no more often than needed later."""
+    decoder = tiny_decoder('lors', backend='torch', **WAYS[way])
+    firsts, fits = [], GradientSum.take
+
+    def take(self, weight):
+        firsts.append(self.token is None)
+        return fits(self, weight)
+
+    monkeypatch.setattr(GradientSum, 'take', take)
+    outs = decoder(*decoder_inputs())
+    assert sum(firsts) == 2
+    assert len(firsts) == 2 * len(decoder.stages)
+    sum(out.square().sum() for out in outs).backward()
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_a_pass_without_backward_leaves_nothing_behind(
+    way, tiny_decoder, decoder_inputs
+):
+    """Not even for the collector, which does not see into graphs."""
+    decoder = tiny_decoder('lors', backend='torch', **WAYS[way])
+    feats, content, boxes = decoder_inputs()
+    content.requires_grad_()
+    gc.collect()
+    gc.disable()
+    try:
+        outs = decoder(feats, content, boxes)
+        alive = weakref.ref(content)
+        del outs, content
+        assert alive() is None
+    finally:
+        gc.enable()
