@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Optional, Union
 
+import torch
 from mmengine.model import BaseModule, ModuleList, Sequential
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,8 +20,8 @@ from .ghost import (
     make_divisible,
     plain_conv,
 )
-from .ghost_inference import GhostInference
-from .watching import is_bare_inference
+from .ghost_program import GhostInference, GhostProgram, GhostTraining
+from .watching import is_bare
 
 # Kernel, expanded channels, channels, squeeze ratio, stride.
 Row = tuple[int, float, float, float, int]
@@ -170,7 +171,7 @@ class ParameterNet(BaseModule):
         self.out_channels, self.out_strides = zip(
             *(sizes[i] for i in self.out_indices)
         )
-        self._inference: Optional[GhostInference] = None
+        self._programs: dict[type, GhostProgram] = {}
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -183,18 +184,26 @@ class ParameterNet(BaseModule):
             tuple[Tensor]: Shapes (B, out_channels[i], H / out_strides[i],
             W / out_strides[i]), rounded up.
         """
-        if is_bare_inference(x):
-            # Built at the first image, and again when parts were replaced.
-            if self._inference is None or not self._inference.is_current():
-                self._inference = GhostInference(self)
-            if self._inference.can_run(x):
-                piece = max(PIECE // (x.shape[2] * x.shape[3]), 1)
-                return self._inference(x, self.out_indices, piece)
-        return self._compute(x)
+        program = self._find_program(x) if is_bare(x) else None
+        if program is None:
+            return self._compute(x)
+        if torch.is_grad_enabled():
+            return program(x, self.out_indices, self.with_cp)
+        piece = max(PIECE // (x.shape[2] * x.shape[3]), 1)
+        return program(x, self.out_indices, piece)
+
+    def _find_program(self, x: Tensor) -> Optional[GhostProgram]:
+        """What computes the same in less time, if anything does."""
+        kind = GhostTraining if torch.is_grad_enabled() else GhostInference
+        program = self._programs.get(kind)
+        # Made for the first image, and anew when parts were replaced.
+        if program is None or not program.is_current():
+            program = self._programs[kind] = kind(self)
+        return program if program.can_run(x) else None
 
     def __getstate__(self) -> dict:
         """Copies and files of the module find their parts themselves."""
-        return {**self.__dict__, '_inference': None}
+        return {**self.__dict__, '_programs': {}}
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 
-def is_bare_inference(x: Tensor) -> bool:
-    """Whether maps are computed here and now, without any bookkeeping.
+def is_bare(x: Tensor) -> bool:
+    """Whether maps are computed here and now, and nobody follows how.
 
-    That is on a CPU in float32 or float64, without gradients, autocast,
-    compiler, tracer or tensors that are more than numbers.
+    That is on a CPU in float32 or float64, without autocast, compiler,
+    tracer or tensors that are more than numbers.
     """
     return (
         type(x) is Tensor
@@ -20,7 +20,7 @@ def is_bare_inference(x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.float64)
         and x.dim() == 4
         and x.numel() > 0
-        and not torch.is_grad_enabled()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not torch.is_autocast_enabled('cpu')
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
@@ -43,7 +43,12 @@ class Snapshot:
         self._hooks = [
             hooks
             for part in self._modules[1:]
-            for hooks in (part._forward_hooks, part._forward_pre_hooks)
+            for hooks in (
+                part._forward_hooks,
+                part._forward_pre_hooks,
+                part._backward_hooks,
+                part._backward_pre_hooks,
+            )
         ]
         self._owners = [
             owned
@@ -68,13 +73,11 @@ class Snapshot:
         return same and all(map(is_, owned, self._owned))
 
     def is_watched(self) -> bool:
-        """Whether a part trains, has hooks or a forward of its own."""
-        states = [part.__dict__ for part in self._modules]
+        """Whether a part has hooks or a forward of its own."""
         return (
             any(self._hooks)
             or _has_any_global_hook()
-            or any([state['training'] for state in states])
-            or any(['forward' in state for state in states])
+            or any(['forward' in part.__dict__ for part in self._modules])
         )
 
     def has_type(self, dtype: torch.dtype) -> bool:

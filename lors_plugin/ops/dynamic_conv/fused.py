@@ -55,7 +55,7 @@ def conv2d(
         return _maps(out, x, last)
     outs = [
         _grouped(x[i], weight, attention[i], bias, geometry, last)
-        for i in _pieces(x, weight)
+        for i in pieces(x, weight)
     ]
     return _joined(outs, x, last)
 
@@ -90,9 +90,9 @@ def conv2d_backward(
         if grad_weight is not None:
             grad_weight = grad_weight.view(weight.shape)
         return grad_x, grad_weight, *rest
-    sums = _Sums(weight, attention, bias, needed)
+    sums = Sums(weight, attention, bias, needed)
     grad_xs = []
-    for i in _pieces(x, weight):
+    for i in pieces(x, weight):
         kernels = mix_experts(weight, attention[i]).to(x.dtype)
         number = len(kernels)
         grad_piece, grad_kernels, _ = torch.ops.aten.convolution_backward(
@@ -158,7 +158,7 @@ def output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> list[int]:
     ]
 
 
-def _pieces(x: Tensor, weight: Tensor) -> Iterator[slice]:
+def pieces(x: Tensor, weight: Tensor) -> Iterator[slice]:
     """Slices of the batch ``x`` whose mixed kernels are small enough."""
     batch = step = len(x)
     if x.device.type == 'cpu':
@@ -240,7 +240,7 @@ def _product(x, weight, attention, bias, last):
     rows = weight.shape[1]
     shape = (batch, length, rows) if last else (batch, rows, length)
     out = None
-    for i in _pieces(x, weight):
+    for i in pieces(x, weight):
         matrices = mix_experts(weight, attention[i]).to(x.dtype)
         given = x[i], matrices.mT
         if not last:
@@ -260,9 +260,9 @@ def _product(x, weight, attention, bias, last):
 
 
 def _product_backward(grad_out, x, weight, attention, bias, last, needed):
-    sums = _Sums(weight, attention, bias, needed)
+    sums = Sums(weight, attention, bias, needed)
     grad_x = x.new_empty(x.shape) if needed[0] else None
-    for i in _pieces(x, weight):
+    for i in pieces(x, weight):
         grad, given = grad_out[i], x[i]
         if needed[0]:
             matrices = mix_experts(weight, attention[i]).to(x.dtype)
@@ -277,7 +277,7 @@ def _product_backward(grad_out, x, weight, attention, bias, last, needed):
     return grad_x, *sums.results()
 
 
-class _Sums:
+class Sums:
     """Gradients that all images add to.
 
     Args:

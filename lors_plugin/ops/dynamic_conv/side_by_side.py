@@ -69,7 +69,8 @@ class KernelSpace:
 def mean(maps: Tensor) -> Tensor:
     """The mean of each channel of each image, shape (L, B, C) to (B, C)."""
     places = len(maps)
-    if places < MANY:
+    # A sum has a gradient that needs no memory.
+    if places < MANY or torch.is_grad_enabled():
         return maps.sum(0).mul_(1 / places)
     row = maps.new_full((1, places), 1 / places)
     return row.mm(maps.flatten(1)).view(maps.shape[1:])
@@ -78,6 +79,40 @@ def mean(maps: Tensor) -> Tensor:
 def to_images(maps: Tensor, size: Pair) -> Tensor:
     """Maps (L, B, C) of a height and width as contiguous (B, C, H, W)."""
     return maps.unflatten(0, size).permute(2, 3, 0, 1).contiguous()
+
+
+def as_one_image(maps: Tensor, size: Pair) -> Tensor:
+    """Maps (L, B, C) of a height and width as one image of B C channels."""
+    return maps.flatten(1).view(1, *size, -1).permute(0, 3, 1, 2)
+
+
+def multiply(parts: Sequence[Tensor], kernels: Tensor, out: Tensor) -> Tensor:
+    """Multiply each place with the image's kernel.
+
+    Args:
+        parts (Sequence[Tensor]): Shapes (L, B, C_i), together ``C_in``.
+        kernels (Tensor): Shape (B, C_out, C_in), or (1, C_out, C_in) for
+            one kernel for all, where ``B`` dimensions must be contiguous.
+        out (Tensor): Shape (L, B, C_out); written.
+
+    Returns:
+        Tensor: ``out``.
+    """
+    shared = len(kernels) == 1
+    product = out.flatten(0, 1) if shared else out.transpose(0, 1)
+    start = 0
+    for part in parts:
+        stop = start + part.shape[2]
+        kernel = kernels if len(parts) == 1 else kernels[..., start:stop]
+        beta = min(start, 1)
+        if shared:
+            factors = part.flatten(0, 1), kernel[0].t()
+            torch.addmm(product, *factors, beta=beta, out=product)
+        else:
+            factors = part.transpose(0, 1), kernel.mT
+            torch.baddbmm(product, *factors, beta=beta, out=product)
+        start = stop
+    return out
 
 
 def pointwise(
@@ -95,21 +130,8 @@ def pointwise(
         Tensor: Shape (L, B, C_out).
     """
     places, batch, _ = parts[0].shape
-    shared = len(kernels) == 1
     out = parts[0].new_empty(places, batch, kernels.shape[1])
-    product = out.flatten(0, 1) if shared else out.transpose(0, 1)
-    start = 0
-    for part in parts:
-        stop = start + part.shape[2]
-        kernel = kernels if len(parts) == 1 else kernels[..., start:stop]
-        beta = min(start, 1)
-        if shared:
-            factors = part.flatten(0, 1), kernel[0].t()
-            torch.addmm(product, *factors, beta=beta, out=product)
-        else:
-            factors = part.transpose(0, 1), kernel.mT
-            torch.baddbmm(product, *factors, beta=beta, out=product)
-        start = stop
+    multiply(parts, kernels, out)
     return torch.addcmul(shift, out, scale, out=out)
 
 
@@ -135,11 +157,11 @@ def depthwise(
         tuple[Tensor, tuple[int]]: Shape (L', B, C), and its height and width.
     """
     batch, channels = maps.shape[1:]
-    side = maps.flatten(1).view(1, *size, -1).permute(0, 3, 1, 2)
     kernels = kernels.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
     shift = shift.expand(batch, -1).flatten()
     geometry = stride, padding, dilation, batch * channels
-    out = F.conv2d(side, kernels, shift, *geometry).permute(0, 2, 3, 1)
+    out = F.conv2d(as_one_image(maps, size), kernels, shift, *geometry)
+    out = out.permute(0, 2, 3, 1)
     size = tuple(out.shape[1:3])
     return out.reshape(-1, batch, channels), size
 

@@ -1,16 +1,19 @@
-"""Inference of GhostNet-like backbones on a CPU, as one short program.
+"""GhostNet-like backbones on a CPU, as short programs.
 
 Modules cost what they do not compute: each call of a small layer costs
 Python more than its arithmetic, norms and activations read maps again that
-have left the cache, and every kernel is mixed into fresh memory. The program
+have left the cache, and every kernel is mixed into fresh memory. A program
 does the same as the modules, with the images side by side
-(:mod:`lors_plugin.ops.dynamic_conv.side_by_side`):
+(:mod:`lors_plugin.ops.dynamic_conv.side_by_side`), in which order depth-wise
+convolutions and norms are faster, in both directions:
 
-- scales and shifts of all norms are computed at once and are a part of the
-  convolution before them;
-- kernels are mixed into memory that all layers share;
 - the halves of a Ghost module are joined where they are added only;
-- a mean that two layers need is taken once.
+- a mean that two layers need is taken once;
+- in inference, scales and shifts of all norms are computed at once and are a
+  part of the convolution before them, and kernels are mixed into memory that
+  all layers share;
+- in training, mixed kernels and normalised maps are computed again instead
+  of kept.
 
 Nothing of the weights is kept from one call to the next, so nothing goes
 stale. Shapes: ``B`` images, ``L`` places, ``C`` channels.
@@ -22,6 +25,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lors_plugin.models.layers import DynamicConv2d, ExpertRouter
 from lors_plugin.ops.dynamic_conv.side_by_side import (
@@ -41,6 +45,7 @@ from .inference_layers import (
     activation_of,
     check_type,
 )
+from .training_layers import TrainingLayer
 from .watching import Snapshot
 
 # A forward that somebody replaced is not stepped over.
@@ -53,8 +58,8 @@ _FORWARDS = {
 }  # fmt: skip
 
 
-class GhostInference:
-    """What a backbone computes in evaluation, without calling its modules.
+class GhostProgram:
+    """What a backbone computes, without calling its modules.
 
     Args:
         net (nn.Module): With ``stem``, a :class:`ConvNorm`, and ``stages``,
@@ -64,6 +69,8 @@ class GhostInference:
         unsupported (str, optional): Which part is another one; then
             the program cannot run.
     """
+
+    layer_type: type[Layer]
 
     def __init__(self, net: nn.Module) -> None:
         keep_memory()
@@ -85,7 +92,11 @@ class GhostInference:
         return self._snapshot.is_current()
 
     def can_run(self, x: Tensor) -> bool:
-        """Whether the program does with images what the modules would."""
+        """Whether the program does with images what the modules would.
+
+        Args:
+            x (Tensor): Images, on a CPU, that nobody watches.
+        """
         return (
             self.unsupported is None
             and not self._snapshot.is_watched()
@@ -94,39 +105,29 @@ class GhostInference:
             and all(layer.is_as_built() for layer in self._layers)
         )
 
-    def __call__(
-        self, x: Tensor, out_indices: Sequence[int], piece: int
-    ) -> tuple[Tensor, ...]:
-        """Compute the outputs of stages.
-
-        Args:
-            x (Tensor): Images, shape (B, C, H, W).
-            out_indices (Sequence[int]): Which stages.
-            piece (int): Images to compute at once.
-
-        Returns:
-            tuple[Tensor]: Contiguous, shape (B, C_i, H_i, W_i) each.
-        """
-        frame = Frame(self._layers, x, min(piece, len(x)))
-        outs = [self._run(part, out_indices, frame) for part in x.split(piece)]
-        if len(outs) == 1:
-            return outs[0]
-        return tuple(torch.cat(parts) for parts in zip(*outs))
-
     def _run(
-        self, images: Tensor, out_indices: Sequence[int], frame: Frame
+        self,
+        images: Tensor,
+        out_indices: Sequence[int],
+        frame: Optional[Frame] = None,
+        with_cp: bool = False,
     ) -> tuple[Tensor, ...]:
         maps, size = self._stem.images(images, frame)
         outs = {}
         for i, stage in enumerate(self._stages):
             for block in stage:
-                maps, size = block(maps, size, frame)
+                if with_cp and maps.requires_grad:
+                    maps, size = checkpoint(
+                        block, maps, size, frame, use_reentrant=False
+                    )
+                else:
+                    maps, size = block(maps, size, frame)
             if i in out_indices:
                 outs[i] = to_images(maps, size)
         return tuple(outs[i] for i in out_indices)
 
     def _layer(self, part: nn.Module, kind: str) -> Layer:
-        layer = Layer(part, kind, len(self._layers))
+        layer = self.layer_type(part, kind, len(self._layers))
         self._layers.append(layer)
         return layer
 
@@ -160,6 +161,58 @@ class GhostInference:
         )
 
 
+class GhostInference(GhostProgram):
+    """Evaluation without gradients."""
+
+    layer_type = Layer
+
+    def can_run(self, x: Tensor) -> bool:
+        """As the program; and no norm takes its statistics from the maps."""
+        return super().can_run(x) and not any(
+            layer.norm.training for layer in self._layers
+        )
+
+    def __call__(
+        self, x: Tensor, out_indices: Sequence[int], piece: int
+    ) -> tuple[Tensor, ...]:
+        """Compute the outputs of stages.
+
+        Args:
+            x (Tensor): Images, shape (B, C, H, W).
+            out_indices (Sequence[int]): Which stages.
+            piece (int): Images to compute at once.
+
+        Returns:
+            tuple[Tensor]: Contiguous, shape (B, C_i, H_i, W_i) each.
+        """
+        frame = Frame(self._layers, x, min(piece, len(x)))
+        outs = [self._run(part, out_indices, frame) for part in x.split(piece)]
+        if len(outs) == 1:
+            return outs[0]
+        return tuple(torch.cat(parts) for parts in zip(*outs))
+
+
+class GhostTraining(GhostProgram):
+    """With gradients, and norms that train or do not."""
+
+    layer_type = TrainingLayer
+
+    def __call__(
+        self, x: Tensor, out_indices: Sequence[int], with_cp: bool
+    ) -> tuple[Tensor, ...]:
+        """Compute the outputs of stages.
+
+        Args:
+            x (Tensor): Images, shape (B, C, H, W).
+            out_indices (Sequence[int]): Which stages.
+            with_cp (bool): Compute blocks again in the backward pass.
+
+        Returns:
+            tuple[Tensor]: Contiguous, shape (B, C_i, H_i, W_i) each.
+        """
+        return self._run(x, out_indices, with_cp=with_cp)
+
+
 class _Ghost:
     """Half of the channels, then the others from those."""
 
@@ -168,7 +221,7 @@ class _Ghost:
         self.rest = channels - primary.norm.num_features
 
     def __call__(
-        self, parts: Parts, pooled: Tensor, size: Pair, frame: Frame
+        self, parts: Parts, pooled: Tensor, size: Pair, frame: Optional[Frame]
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Both halves, and the mean of the first."""
         first = self.primary.pointwise(parts, pooled, frame)
@@ -189,17 +242,20 @@ class _Excite:
             check_type(conv, nn.Conv2d)
         self.act = activation_of(part.act)
 
-    def __call__(self, parts: Parts, pooled: Tensor) -> Tensor:
-        """Scale the parts in place; their mean after that."""
+    def __call__(self, parts: Parts, pooled: Tensor) -> tuple[Parts, Tensor]:
+        """Scaled parts, in their memory if nobody needs it, and their mean."""
         reduce, expand = (
             (conv.weight.flatten(1), conv.bias) for conv in self.convs
         )
         hidden = self.act(F.linear(pooled, *reduce))
-        gates = F.hardsigmoid(F.linear(hidden, *expand), inplace=True)
+        gates = F.hardsigmoid(F.linear(hidden, *expand))
         widths = [part.shape[2] for part in parts]
-        for part, gate in zip(parts, gates.split(widths, 1)):
-            part.mul_(gate)
-        return gates.mul_(pooled)
+        keep = torch.is_grad_enabled()
+        parts = [
+            part * gate if keep else part.mul_(gate)
+            for part, gate in zip(parts, gates.split(widths, 1))
+        ]
+        return parts, gates * pooled
 
 
 class _Pointwise:
@@ -209,7 +265,7 @@ class _Pointwise:
         self.layer = layer
 
     def __call__(
-        self, maps: Tensor, size: Pair, frame: Frame
+        self, maps: Tensor, size: Pair, frame: Optional[Frame]
     ) -> tuple[Tensor, Pair]:
         return self.layer.pointwise([maps], mean(maps), frame), size
 
@@ -229,7 +285,7 @@ class _Block:
         self.project, self.shortcut = project, shortcut
 
     def __call__(
-        self, maps: Tensor, size: Pair, frame: Frame
+        self, maps: Tensor, size: Pair, frame: Optional[Frame]
     ) -> tuple[Tensor, Pair]:
         pooled, before = mean(maps), size
         parts, first = self.expand([maps], pooled, size, frame)
@@ -238,7 +294,7 @@ class _Block:
             first = mean(parts[0])
         means = torch.cat([first, mean(parts[1])], 1)
         if self.excite is not None:
-            means = self.excite(parts, means)
+            parts, means = self.excite(parts, means)
         halves, _ = self.project(parts, means, size, frame)
         if self.shortcut is not None:
             spread, widen = self.shortcut
@@ -247,7 +303,7 @@ class _Block:
         return torch.cat(halves, 2).add_(maps), size
 
     def _go_down(
-        self, parts: Parts, size: Pair, frame: Frame
+        self, parts: Parts, size: Pair, frame: Optional[Frame]
     ) -> tuple[list[Tensor], Pair]:
         outs, start = [], 0
         for part in parts:
