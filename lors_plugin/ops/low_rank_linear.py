@@ -54,7 +54,7 @@ def low_rank_linear(
         return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
     kept = (weight,) if low is not None else (weight, bias)
     if gradient_sum is None or not gradient_sum.fits(*kept):
-        return _LowRankLinear.apply(None, x, weight, down, up, bias, low)[0]
+        return _LowRankLinear.apply(None, x, weight, down, up, bias, low)
     token = gradient_sum.take(weight)
     out, token = _LowRankLinear.apply(token, x, weight, down, up, bias, low)
     gradient_sum.give(token)
@@ -80,7 +80,7 @@ class _LowRankLinear(torch.autograd.Function):
         shape = *x.shape[:-1], len(weight)
         out = torch.ops.aten._unsafe_view(out, shape)
         if token is None:
-            return out, None
+            return out
         ctx.set_materialize_grads(False)
         return out, new_token(token)
 

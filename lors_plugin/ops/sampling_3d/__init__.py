@@ -33,11 +33,6 @@ class PackedLevels(NamedTuple):
     strides: tuple
     tokens: tuple = ()
 
-    @property
-    def num_levels(self) -> int:
-        """int: Number of levels ``L``."""
-        return len(self.sizes) // 2
-
 
 Levels = Union[Sequence[Tensor], PackedLevels]
 
@@ -206,7 +201,7 @@ def _check_levels(feats, strides):
 
 
 def _check_packed(packed, points, strides):
-    _check_number(packed.num_levels, strides)
+    _check_number(len(packed.sizes) // 2, strides)
     if tuple(strides) != packed.strides:
         raise ValueError(
             f'these levels were shared for strides {packed.strides}, '
