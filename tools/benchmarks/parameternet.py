@@ -32,6 +32,8 @@ TINY = dict(
     rows=(((3, 16, 16, 0, 1),), ((5, 24, 16, 0.25, 2), (3, 24, 16, 0, 1))),
 )
 CLASSES = 1000
+# Images that norms see before anything is compared: how often, and their side.
+PASSES, SETTLING = 4, 96
 
 
 class Classifier(nn.Module):
@@ -51,11 +53,29 @@ class Classifier(nn.Module):
 
 
 def build(args, model, dtype=torch.float32, **options):
-    """A model with random weights."""
+    """A model with random weights, whose scores depend on the image."""
     arch = TINY if args.size == 'tiny' else model
     routing = args.routing
     net = Classifier(arch, routing=routing, **options)
-    return randomize(net, args.seed).to(args.device, dtype)
+    net = randomize(net, args.seed).to(args.device, dtype)
+    settle(net, args, dtype)
+    return net
+
+
+def settle(net, args, dtype):
+    """Let norms see images: with random statistics all images look alike."""
+    torch.manual_seed(args.seed)
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        for _ in range(PASSES):
+            images = torch.randn(4, 3, SETTLING, SETTLING, dtype=dtype)
+            net.train()(images.to(args.device))
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
 
 
 def make_lanes(args, nets, dtype, batch):

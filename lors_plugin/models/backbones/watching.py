@@ -15,15 +15,15 @@ def is_bare(x: Tensor) -> bool:
     tracer or tensors that are more than numbers.
     """
     return (
-        type(x) is Tensor
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(x) is Tensor
         and x.device.type == 'cpu'
         and x.dtype in (torch.float32, torch.float64)
         and x.dim() == 4
         and x.numel() > 0
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not torch.is_autocast_enabled('cpu')
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
     )
 
 
