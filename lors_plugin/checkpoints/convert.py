@@ -29,8 +29,6 @@ def guess_source(state: StateDict) -> str:
     Raises:
         ConversionError: If the keys are of none.
     """
-    if is_parameternet(state):
-        return 'parameternet'
     keys = ' '.join(state)
     if 'common_parameter_generator' in keys or 'mixing.channel_part' in keys:
         return 'lors'
@@ -40,6 +38,9 @@ def guess_source(state: StateDict) -> str:
         or ('parameter_generator.0' in keys)
     ):
         return 'adamixer'
+    # A backbone of a detector may be one too, so the decoder is asked first.
+    if is_parameternet(state):
+        return 'parameternet'
     raise ConversionError(
         'the keys are of no program known here; the first ones: '
         + ', '.join(list(state)[:5])

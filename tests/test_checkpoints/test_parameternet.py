@@ -56,6 +56,18 @@ def test_there_and_back(small):
         assert torch.equal(back[key], value), key
 
 
+@pytest.mark.parametrize('kind', ['adamixer', 'lors'])
+def test_as_the_backbone_of_a_detector(kind, build, tiny_config, small):
+    """Its keys say nothing about the detector around it."""
+    decoder = build(tiny_config(kind)['decoder']).state_dict()
+    state = {
+        f'backbone.{key}' if key.startswith(('stem', 'stages')) else key: v
+        for key, v in to_lors_plugin(small, SOURCE).items()
+    }
+    state.update({f'decoder.{key}': value for key, value in decoder.items()})
+    assert guess_source(state) == kind
+
+
 @pytest.fixture
 def build_classifier():
     from mmengine.registry import DefaultScope

@@ -72,6 +72,11 @@ class RepConv2d(BaseModule):
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
+    # What hosts ask of any convolution.
+    transposed = False
+    output_padding = (0, 0)
+    padding_mode = 'zeros'
+
     def __init__(
         self,
         in_channels: int,
@@ -103,6 +108,13 @@ class RepConv2d(BaseModule):
             )
 
         self.conv = make(bias)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = self.conv.kernel_size
+        self.stride = self.conv.stride
+        self.padding = self.conv.padding
+        self.dilation = self.conv.dilation
+        self.groups = groups
         self.branches = ModuleList(
             _Branch(make(False), norm_cfg) for _ in range(num_branches)
         )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mmcv.cnn import ConvModule
 from torch import nn
 from torch.testing import assert_close
 
@@ -81,3 +82,20 @@ def test_norms_that_cannot_merge(norm_cfg):
 def test_negative():
     with pytest.raises(ValueError, match='num_branches=-1'):
         RepConv2d(4, 4, 3, num_branches=-1)
+
+
+def test_a_host_builds_it():
+    """Any backbone with ``conv_cfg`` can have it."""
+    module = ConvModule(
+        4,
+        6,
+        3,
+        stride=2,
+        padding=1,
+        conv_cfg=dict(type='lors_plugin.RepConv2d', num_branches=2),
+        norm_cfg=dict(type='BN'),
+    )
+    assert module.out_channels == module.conv.out_channels == 6
+    assert module.stride == (2, 2)
+    assert module(torch.randn(2, 4, 7, 7)).shape == (2, 6, 4, 4)
+    assert len(module.conv.branches) == 2
