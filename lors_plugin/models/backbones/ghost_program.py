@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lors_plugin.models.layers import DynamicConv2d, ExpertRouter
+from lors_plugin.ops.dynamic_conv import chooses_reference
 from lors_plugin.ops.dynamic_conv.side_by_side import (
     Pair,
     keep_memory,
@@ -102,8 +103,17 @@ class GhostProgram:
             and not self._snapshot.is_watched()
             and self._snapshot.has_type(x.dtype)
             and all(kind.forward is own for kind, own in _FORWARDS.items())
-            and all(layer.is_as_built() for layer in self._layers)
+            and all([layer.is_as_built() for layer in self._layers])
+            and not any(map(chooses_reference, self._backends()))
         )
+
+    def _backends(self) -> set[str]:
+        """What the dynamic layers were told to compute with."""
+        return {
+            layer.conv.backend
+            for layer in self._layers
+            if layer.router is not None
+        }
 
     def _run(
         self,

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lors_plugin.models.layers import DynamicConv2d, ExpertRouter
-from lors_plugin.ops.dynamic_conv import chooses_reference
 from lors_plugin.ops.dynamic_conv.side_by_side import (
     KernelSpace,
     Pair,
@@ -83,9 +82,7 @@ class Layer:
         return *geometry, self.norm.eps
 
     def is_as_built(self) -> bool:
-        """Whether nobody changed its options or asked for the definition."""
-        if self.router is not None and chooses_reference(self.conv.backend):
-            return False
+        """Whether nobody changed its options."""
         return self._options() == self.built
 
     def pointwise(self, parts: Parts, pooled: Tensor, frame: Frame) -> Tensor:
