@@ -124,6 +124,17 @@ def test_no_queries():
     assert all((grad == 0).all() for grad in grads)
 
 
+@pytest.mark.parametrize('order', [(2, 0, 1), (1, 0, 2), (2, 1, 0)])
+def test_features_in_any_order(order):
+    tensors = make('both', torch.float64)
+    upstream = torch.randn(B, N, G, Q, C, dtype=torch.float64)
+    wanted = grads_of(call, tensors, upstream)
+    x = tensors[0].detach().permute(*order, 3, 4).contiguous()
+    back = [order.index(i) for i in range(3)]
+    tensors[0] = x.permute(*back, 3, 4).requires_grad_()
+    assert_close(grads_of(call, tensors, upstream), wanted)
+
+
 def test_inputs_with_gaps():
     tensors = make('both', torch.float64)
     upstream = torch.randn(B, N, G, Q, C, dtype=torch.float64)

@@ -17,6 +17,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from .layout import empty_as, in_groups
 from .low_rank_side import LowRankSide, make_side
 from .reference import split_weights
 
@@ -143,7 +144,7 @@ def mix(
     work = _Workspace(x, spatial, size)
     channel_side = make_side(*factors[:3], size)
     spatial_side = make_side(*factors[3:], size)
-    x_g, out_n, stats_n = _by_group(x), out.flatten(0, 1), stats.flatten(0, 1)
+    x_g, out_n, stats_n = in_groups(x), out.flatten(0, 1), stats.flatten(0, 1)
     for group, part in _chunks(x, size):
         x_m, z = x_g[group, part], out_n[part, group]
         work.start(len(x_m))
@@ -192,8 +193,8 @@ def mix_backward(
     work = _Workspace(x, spatial, size)
     channel_side = make_side(*factors[:3], size)
     spatial_side = make_side(*factors[3:], size)
-    grad_x = empty_by_group(x)
-    x_g, grad_x_g = _by_group(x), _by_group(grad_x)
+    grad_x = empty_as(x)
+    x_g, grad_x_g = in_groups(x), in_groups(grad_x)
     grad_out = grad_out.contiguous().flatten(0, 1)
     stats = stats.flatten(0, 1)
     for group, part in _chunks(x, size):
@@ -215,7 +216,11 @@ def mix_backward(
         grad_y = torch.bmm(full_s.mT, grad_z, out=work.grad_y)
         grad_y = _relu_backward(grad_y, y, grad_y)
         grad_y = _norm_backward(grad_y, y_pre, mean_y, rstd_y)
-        torch.bmm(grad_y, full_c.mT, out=grad_x_g[group, part])
+        target = grad_x_g[group, part]
+        if target.is_contiguous():
+            torch.bmm(grad_y, full_c.mT, out=target)
+        else:  # normalised, y_pre has been used up
+            target.copy_(torch.bmm(grad_y, full_c.mT, out=work.y_pre))
         for a, b, side, grad, buffer in (
             (x_m.mT, grad_y, channel_side, grad_channel, full_c),
             (grad_z, y.mT, spatial_side, grad_spatial, full_s),
@@ -255,24 +260,6 @@ def _chunks(x: Tensor, size: int) -> Iterator[tuple[int, slice]]:
     for group in range(x.shape[2]):
         for start in range(0, queries, size):
             yield group, slice(start, min(start + size, queries))
-
-
-def empty_by_group(x: Tensor) -> Tensor:
-    """Memory for a tensor of the shape of ``x``, one group after another.
-
-    So chunks of a group lie without gaps. Sampling lays out what it returns
-    alike, and takes gradients like that.
-    """
-    return torch.empty_like(
-        x.permute(2, 0, 1, 3, 4), memory_format=torch.contiguous_format
-    ).permute(1, 2, 0, 3, 4)
-
-
-def _by_group(x: Tensor) -> Tensor:
-    """Shape (G, n, P, C), each (P, C) dense as products need it."""
-    if x.stride()[-2:] != (x.shape[-1], 1):
-        x = x.contiguous()
-    return x.permute(2, 0, 1, 3, 4).flatten(1, 2)
 
 
 def _full(

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..gradient_sum import new_token
-from . import fused, generated, low_precision
+from . import generated, low_precision
+from .layout import empty_as
 
 _MODULES = {'torch': 'fused', 'triton': 'triton_kernels'}
 
@@ -97,7 +98,7 @@ def mixing_backward(
 def _(grad_out, x, weights, *rest):
     in_groups = rest[-1] == 'torch'
     return (
-        fused.empty_by_group(x) if in_groups else x.new_empty(x.shape),
+        empty_as(x) if in_groups else x.new_empty(x.shape),
         *(
             x.new_empty(0 if t is None else t.shape)
             for t in (weights, *rest[:6])
@@ -212,7 +213,7 @@ def _(
 ):
     rows = weight.shape[0]
     return (
-        fused.empty_by_group(x),
+        empty_as(x),
         x.new_empty(query.shape if needs_query else 0),
         x.new_empty(weight.shape if needs_generator else 0),
         x.new_empty(rows if with_bias and needs_generator else 0),
