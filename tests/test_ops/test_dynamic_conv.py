@@ -80,7 +80,7 @@ def small_pieces(monkeypatch, images=1):
         for start in range(0, len(x), images):
             yield slice(start, start + images)
 
-    monkeypatch.setattr(fused, '_pieces', pieces)
+    monkeypatch.setattr(fused, 'pieces', pieces)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -118,7 +118,7 @@ def test_pieces(case, images, monkeypatch):
 def test_a_piece_is_what_fits():
     def pieces(batch, size):
         given = torch.empty(batch, 1), torch.empty(4, size)
-        return [len(given[0][i]) for i in fused._pieces(*given)]
+        return [len(given[0][i]) for i in fused.pieces(*given)]
 
     numbers = fused.PIECE_BYTES // 4
     assert pieces(10, 7) == [10]

@@ -122,7 +122,7 @@ def make_lanes(args, decoder, queries, batch):
 
     def recompute():
         with recomputed(mixing):
-            return stages(mixing)
+            return stages(mixing.one_pass())
 
     makers = [partial(Lane, 'reference', partial(stages, mixing), leaves)]
     if 'original' in args.providers:

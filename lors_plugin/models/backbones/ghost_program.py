@@ -31,10 +31,10 @@ from lors_plugin.models.layers import DynamicConv2d, ExpertRouter
 from lors_plugin.ops.dynamic_conv import chooses_reference
 from lors_plugin.ops.dynamic_conv.side_by_side import (
     Pair,
-    keep_memory,
     mean,
     to_images,
 )
+from lors_plugin.ops.memory import keep_memory
 
 from .ghost import ConvNorm, GhostBottleneck, GhostModule, SqueezeExcite
 from .inference_layers import (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lors_plugin.ops import checkpoint_with_sums, share_levels
 from lors_plugin.ops.backend import BACKENDS
+from lors_plugin.ops.memory import keep_memory
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible, per_layer
 
@@ -128,6 +129,7 @@ class AdaMixerDecoder(BaseModule):
         hidden = per_layer(
             'feedforward_channels', feedforward_channels, num_stages
         )
+        keep_memory()
         self.stages = ModuleList(
             [
                 AdaMixerStage(

@@ -292,10 +292,11 @@ class Sums:
         _, with_weight, with_attention, with_bias = needed
         self.of_kernels = with_weight or with_attention
         self.of_offsets = bias is not None and (with_attention or with_bias)
-        self.grads = [
-            torch.zeros_like(t) if need else None
-            for t, need in zip((weight, attention, bias), needed[1:])
-        ]
+        self.needed = needed[1:]
+        # Those of the experts are made by the first piece.
+        self.grads = [None, None, None]
+        if with_attention:
+            self.grads[1] = torch.zeros_like(attention)
 
     def add(self, i, grad_kernels, grad_out, places):
         """Add a piece.
@@ -307,19 +308,28 @@ class Sums:
             places (tuple[int]): Dimensions to sum for the offsets.
         """
         if self.of_kernels:
-            self._add(i, grad_kernels, self.weight, self.grads[0])
+            self._add(i, grad_kernels, self.weight, 0)
         if self.of_offsets:
             grad = grad_out[i].sum(places, dtype=self.bias.dtype)
-            self._add(i, grad, self.bias, self.grads[2])
+            self._add(i, grad, self.bias, 2)
 
-    def _add(self, i, grad, experts, total):
+    def _add(self, i, grad, experts, index):
         grad = grad.reshape(-1, experts[0].numel()).to(experts.dtype)
         attention = self.attention[i].to(experts.dtype)
-        if total is not None:
-            total.view(len(experts), -1).addmm_(attention.mT, grad)
+        if self.needed[index]:
+            total = self.grads[index]
+            if total is None:
+                total = attention.mT @ grad
+                self.grads[index] = total.view(experts.shape)
+            else:
+                total.view(len(experts), -1).addmm_(attention.mT, grad)
         if self.grads[1] is not None:
             self.grads[1][i] += grad @ experts.flatten(1).mT
 
     def results(self):
-        """Gradients of weight, attention and bias."""
-        return tuple(self.grads)
+        """Gradients of weight, attention and bias; without images zero."""
+        given = self.weight, self.attention, self.bias
+        return tuple(
+            torch.zeros_like(t) if need and grad is None else grad
+            for t, need, grad in zip(given, self.needed, self.grads)
+        )

@@ -7,8 +7,19 @@ from torch import Tensor
 
 from . import fused
 
+# Schemas are written out, since PyTorch 2.4 reads `list[int]` as none.
+GIVEN = 'Tensor x, Tensor weight, Tensor attention, Tensor? bias'
+GEOMETRY = (
+    'SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups'
+)
+GRADS = '(Tensor, Tensor, Tensor, Tensor)'
 
-@torch.library.custom_op('lors_plugin::dynamic_conv2d', mutates_args=())
+
+@torch.library.custom_op(
+    'lors_plugin::dynamic_conv2d',
+    mutates_args=(),
+    schema=f'({GIVEN}, {GEOMETRY}) -> Tensor',
+)
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -37,7 +48,9 @@ def _(x, weight, attention, bias, *geometry):
 
 
 @torch.library.custom_op(
-    'lors_plugin::dynamic_conv2d_backward', mutates_args=()
+    'lors_plugin::dynamic_conv2d_backward',
+    mutates_args=(),
+    schema=f'(Tensor grad_out, {GIVEN}, {GEOMETRY}, bool[] needed) -> {GRADS}',
 )
 def conv2d_backward(
     grad_out: Tensor,
@@ -65,7 +78,11 @@ def _(grad_out, x, weight, attention, bias, *rest):
     return _fake_grads(inputs, rest[-1])
 
 
-@torch.library.custom_op('lors_plugin::dynamic_linear', mutates_args=())
+@torch.library.custom_op(
+    'lors_plugin::dynamic_linear',
+    mutates_args=(),
+    schema=f'({GIVEN}) -> Tensor',
+)
 def linear(
     x: Tensor, weight: Tensor, attention: Tensor, bias: Optional[Tensor]
 ) -> Tensor:
@@ -80,7 +97,9 @@ def _(x, weight, attention, bias):
 
 
 @torch.library.custom_op(
-    'lors_plugin::dynamic_linear_backward', mutates_args=()
+    'lors_plugin::dynamic_linear_backward',
+    mutates_args=(),
+    schema=f'(Tensor grad_out, {GIVEN}, bool[] needed) -> {GRADS}',
 )
 def linear_backward(
     grad_out: Tensor,

@@ -16,22 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
-# The largest block that glibc keeps when it is given back: half a page less
-# than 32 MB, above which it asks the system each time.
-KEPT_BYTES = 2**25 - 2**11
 # Places from which on a product is faster than a sum.
 MANY = 2**12
-
-
-def keep_memory() -> None:
-    """Let the C library keep large blocks that were given back.
-
-    glibc returns memory above 128 kB to the system until it has seen a larger
-    block come back, and each page fetched anew costs more than the arithmetic
-    on it. One block of the largest size is enough, and costs nothing since
-    nobody writes to it. Other libraries take no notice.
-    """
-    torch.empty(KEPT_BYTES, dtype=torch.uint8)
 
 
 class KernelSpace:
