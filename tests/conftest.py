@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from copy import deepcopy
 from pathlib import Path
 
@@ -24,10 +25,15 @@ def merge(config, changes):
 
 @pytest.fixture(autouse=True, scope='module')
 def nothing_left_behind():
-    """Scopes and loggers of runners, and the silence that tools ask for."""
+    """Scopes and loggers of runners, the rank that tools put into the
+    environment, and the silence that they ask for."""
     known = [k._instance_dict for k in (DefaultScope, MMLogger, MessageHub)]
     before = [dict(instances) for instances in known]
+    environment = dict(os.environ)
     yield
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
     for instances, former in zip(known, before):
         instances.clear()
         instances.update(former)
