@@ -122,7 +122,7 @@ class Layer:
         """Shape (B or 1, C_out, numbers)."""
         if self.router is not None:
             return frame.kernels.mix(self.weight, self.router(pooled))
-        return self.weight.view(1, len(self.norm_values[0]), -1)
+        return self.weight.reshape(1, len(self.norm_values[0]), -1)
 
 
 class _Router:

@@ -45,7 +45,7 @@ class KernelSpace:
             Tensor: Shape (B, C_out, C_in / groups * kh * kw).
         """
         batch, (number, rows) = len(attention), experts.shape[:2]
-        experts = experts.view(number, -1)
+        experts = experts.reshape(number, -1)
         size = experts.shape[1]
         mixed = self._memory[: batch * size].view(batch, size)
         torch.mm(attention, experts, out=mixed)

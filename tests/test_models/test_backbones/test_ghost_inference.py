@@ -314,3 +314,9 @@ def test_traced_and_exported_graphs_have_the_modules(tiny):
             atol=1e-4,
         )
     assert 'batch_norm' in str(traced.inlined_graph)
+
+
+def test_weights_with_channels_last(tiny, runs):
+    model = tiny(num_experts=1).to(memory_format=torch.channels_last)
+    assert not model.stem.conv.weight.is_contiguous()
+    check(model, torch.randn(2, 3, 32, 32, dtype=torch.float64), runs)

@@ -181,3 +181,8 @@ def test_memory_of_a_step(tiny):
         return sum(n for at, n in sizes.items() if at not in weights)
 
     assert kept(model) < 0.75 * kept(model._compute)
+
+
+def test_weights_with_channels_last(tiny, runs):
+    model = tiny(num_experts=1).to(memory_format=torch.channels_last)
+    check(model.train(), images(), runs)
