@@ -44,6 +44,7 @@ class Frame:
         shift = bias.addcmul_(mean, scale, value=-1)
         sizes = [len(layer.norm_values[0]) for layer in layers]
         self.scales, self.shifts = scale.split(sizes), shift.split(sizes)
+        self.columns = scale.view(-1, 1, 1, 1).split(sizes)
         for layer, scale, shift in zip(layers, self.scales, self.shifts):
             if layer.bias is not None:
                 shift.addcmul_(layer.bias, scale)
@@ -75,6 +76,7 @@ class Layer:
             raise Unsupported(f'{norm} without statistics or weights')
         _check_geometry(self.conv, kind)
         self.built = self._options()
+        self.places = 1, *self.conv.kernel_size
 
     def _options(self) -> tuple:
         conv = self.conv
@@ -87,8 +89,8 @@ class Layer:
 
     def pointwise(self, parts: Parts, pooled: Tensor, frame: Frame) -> Tensor:
         """Parts of a map and their mean (B, C) to a map."""
-        kernels = self._kernels(pooled, frame)
         scale, shift = frame.scales[self.index], frame.shifts[self.index]
+        kernels = self._kernels(pooled, frame)
         return self.act(pointwise(parts, kernels, scale, shift))
 
     def depthwise(
@@ -97,32 +99,30 @@ class Layer:
         size: Pair,
         pooled: Optional[Tensor],
         frame: Frame,
-        channels: slice = slice(None),
+        channels: Optional[slice] = None,
     ) -> tuple[Tensor, Pair]:
         """Some channels of a map, of a size, to those and the new size."""
-        scale, shift = frame.scales[self.index], frame.shifts[self.index]
-        kernels = self._kernels(pooled, frame)[:, channels]
-        kernels = kernels * scale[channels, None]
-        kernels = kernels.unflatten(2, self.conv.kernel_size)
-        out, size = depthwise(
-            maps, size, kernels, shift[channels], *self.built[:3]
-        )
+        scale, shift = frame.columns[self.index], frame.shifts[self.index]
+        kernels = self._kernels(pooled, frame)
+        kernels = kernels.view(-1, scale.shape[0], *self.places) * scale
+        if channels is not None:
+            kernels, shift = kernels[:, channels], shift[channels]
+        out, size = depthwise(maps, size, kernels, shift, *self.built[:3])
         return self.act(out), size
 
     def images(self, images: Tensor, frame: Frame) -> tuple[Tensor, Pair]:
         """Images (B, C, H, W) to a map and its size."""
+        scale, shift = frame.columns[self.index], frame.shifts[self.index]
         kernels = self._kernels(images.mean((2, 3)), frame)
-        kernels = kernels * frame.scales[self.index][:, None]
-        kernels = kernels.unflatten(2, self.weight.shape[-3:])
-        shift = frame.shifts[self.index]
+        kernels = kernels.view(-1, *self.weight.shape[-4:]) * scale
         out, size = convolve_images(images, kernels, shift, *self.built[:3])
         return self.act(out), size
 
     def _kernels(self, pooled: Optional[Tensor], frame: Frame) -> Tensor:
-        """Shape (B or 1, C_out, numbers)."""
+        """Shape (B or 1, numbers of a kernel)."""
         if self.router is not None:
             return frame.kernels.mix(self.weight, self.router(pooled))
-        return self.weight.reshape(1, len(self.norm_values[0]), -1)
+        return self.weight.reshape(1, -1)
 
 
 class _Router:

@@ -46,9 +46,10 @@ class TrainingLayer(Layer):
         size: Pair,
         pooled: Optional[Tensor],
         frame: None = None,
-        channels: slice = slice(None),
+        channels: Optional[slice] = None,
     ) -> tuple[Tensor, Pair]:
         """Some channels of a map, of a size, to those and the new size."""
+        channels = channels or slice(None)
         experts = self._experts()[:, channels]
         attention = self._attention(pooled)
         geometry = self.built[:3]

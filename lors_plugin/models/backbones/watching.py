@@ -1,7 +1,7 @@
 """Whether somebody changed a model, or looks into it."""
 
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_, methodcaller
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,8 @@ class Snapshot:
         ]
 
     def _all_owned(self) -> list:
-        return list(chain.from_iterable(o.values() for o in self._owners))
+        owned = map(methodcaller('values'), self._owners)
+        return list(chain.from_iterable(owned))
 
     def is_current(self) -> bool:
         """Whether modules, parameters and buffers are the same objects."""
@@ -82,5 +83,5 @@ class Snapshot:
 
     def has_type(self, dtype: torch.dtype) -> bool:
         """Whether all weights and statistics are on the CPU in this type."""
-        types = {value.dtype for value in self._numbers}
+        types = set(map(attrgetter('dtype'), self._numbers))
         return types == {dtype} and self._numbers[0].is_cpu

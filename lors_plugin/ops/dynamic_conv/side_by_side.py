@@ -10,14 +10,13 @@ then saves joining them.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
-# Places from which on a product is faster than a sum.
-MANY = 2**12
 
 
 class KernelSpace:
@@ -42,24 +41,29 @@ class KernelSpace:
             attention (Tensor): Shape (B, M), of the same type.
 
         Returns:
-            Tensor: Shape (B, C_out, C_in / groups * kh * kw).
+            Tensor: Shape (B, C_out * C_in / groups * kh * kw).
         """
-        batch, (number, rows) = len(attention), experts.shape[:2]
-        experts = experts.reshape(number, -1)
+        batch, experts = attention.shape[0], experts.flatten(1)
         size = experts.shape[1]
-        mixed = self._memory[: batch * size].view(batch, size)
-        torch.mm(attention, experts, out=mixed)
-        return mixed.view(batch, rows, -1)
+        mixed = self._memory.as_strided((batch, size), (size, 1))
+        return torch.mm(attention, experts, out=mixed)
 
 
 def mean(maps: Tensor) -> Tensor:
     """The mean of each channel of each image, shape (L, B, C) to (B, C)."""
-    places = len(maps)
-    # A sum has a gradient that needs no memory.
-    if places < MANY or torch.is_grad_enabled():
+    places, batch, channels = maps.shape
+    # A sum has a gradient that needs no memory; a product is faster.
+    if torch.is_grad_enabled():
         return maps.sum(0).mul_(1 / places)
-    row = maps.new_full((1, places), 1 / places)
-    return row.mm(maps.flatten(1)).view(maps.shape[1:])
+    row = _average(places, maps.dtype)
+    return row.mm(maps.flatten(1)).view(batch, channels)
+
+
+@lru_cache(maxsize=32)
+def _average(places: int, dtype: torch.dtype) -> Tensor:
+    """The row that a matrix (L, N) is multiplied with for its mean."""
+    with torch.inference_mode(False):
+        return torch.full((1, places), 1 / places, dtype=dtype, device='cpu')
 
 
 def to_images(maps: Tensor, size: Pair) -> Tensor:
@@ -69,7 +73,10 @@ def to_images(maps: Tensor, size: Pair) -> Tensor:
 
 def as_one_image(maps: Tensor, size: Pair) -> Tensor:
     """Maps (L, B, C) of a height and width as one image of B C channels."""
-    return maps.flatten(1).view(1, *size, -1).permute(0, 3, 1, 2)
+    places, batch, channels = maps.shape
+    height, width = size
+    one = maps.view(1, height, width, batch * channels)
+    return one.permute(0, 3, 1, 2)
 
 
 def multiply(parts: Sequence[Tensor], kernels: Tensor, out: Tensor) -> Tensor:
@@ -108,7 +115,7 @@ def pointwise(
 
     Args:
         parts (Sequence[Tensor]): Shapes (L, B, C_i), together ``C_in``.
-        kernels (Tensor): Shape (B, C_out, C_in), or (1, C_out, C_in) for
+        kernels (Tensor): Shape (B, C_out * C_in), or (1, C_out * C_in) for
             one kernel for all.
         scale, shift (Tensor): Shape (C_out,).
 
@@ -116,9 +123,23 @@ def pointwise(
         Tensor: Shape (L, B, C_out).
     """
     places, batch, _ = parts[0].shape
-    out = parts[0].new_empty(places, batch, kernels.shape[1])
-    multiply(parts, kernels, out)
-    return torch.addcmul(shift, out, scale, out=out)
+    number, rows = kernels.shape[0], scale.shape[0]
+    if number > 1:
+        kernels = kernels.view(number, rows, -1)
+        out = parts[0].new_empty(places, batch, rows)
+        multiply(parts, kernels, out)
+        return torch.addcmul(shift, out, scale, out=out)
+    # Fewer views than for each image its own: what small maps cost.
+    kernel = kernels.view(rows, -1).t()
+    if len(parts) == 1:
+        out = parts[0].flatten(0, 1).mm(kernel)
+    else:
+        first, *others = kernel.split([part.shape[2] for part in parts])
+        out = parts[0].flatten(0, 1).mm(first)
+        for part, kernel in zip(parts[1:], others):
+            out.addmm_(part.flatten(0, 1), kernel)
+    torch.addcmul(shift, out, scale, out=out)
+    return out.view(places, batch, rows)
 
 
 def depthwise(
@@ -135,7 +156,8 @@ def depthwise(
     Args:
         maps (Tensor): Shape (L, B, C).
         size (tuple[int]): Height and width.
-        kernels (Tensor): Shape (B, C, kh, kw) or (1, C, kh, kw).
+        kernels (Tensor): Shape (B, C, 1, kh, kw), or (1, ...) for one kernel
+            for all.
         shift (Tensor): Shape (C,).
         stride, padding, dilation (tuple[int]): As (y, x).
 
@@ -143,13 +165,17 @@ def depthwise(
         tuple[Tensor, tuple[int]]: Shape (L', B, C), and its height and width.
     """
     batch, channels = maps.shape[1:]
-    kernels = kernels.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
-    shift = shift.expand(batch, -1).flatten()
-    geometry = stride, padding, dilation, batch * channels
-    out = F.conv2d(as_one_image(maps, size), kernels, shift, *geometry)
-    out = out.permute(0, 2, 3, 1)
-    size = tuple(out.shape[1:3])
-    return out.reshape(-1, batch, channels), size
+    if batch > 1:
+        kernels = kernels.expand(batch, -1, -1, -1, -1)
+        shift = shift.expand(batch, -1).flatten()
+    kernels = kernels.reshape(batch * channels, *kernels.shape[2:])
+    out = torch.conv2d(
+        as_one_image(maps, size), kernels, shift,
+        stride, padding, dilation, batch * channels,
+    )  # fmt: skip
+    _, _, height, width = out.shape
+    out = out.permute(2, 3, 0, 1).reshape(height * width, batch, channels)
+    return out, (height, width)
 
 
 def convolve_images(
