@@ -216,23 +216,55 @@ def read_image(path, cfg):
     return packed['inputs'].to(torch.uint8)
 
 
-def make_cases(make_case, cfg, model, shape, args):
-    """What to compare: other numbers, other sizes, real images."""
-    from lors_plugin.analysis.builders import padded_shape
+def run_case(make_case, images):
+    """A case, or what the model has against the images in PyTorch."""
+    try:
+        return make_case(images)
+    except (AssertionError, RuntimeError) as error:
+        height, width = images[0].shape[-2:]
+        text = str(error).strip().split('\n')[0] or type(error).__name__
+        raise ValueError(
+            f'PyTorch cannot run the model on images of {height} x {width}: '
+            f'{text}'
+        ) from error
+
+
+def random_case(make_case, number, shapes, channels):
+    """A case of the first size that the model takes in PyTorch."""
     from lors_plugin.deploy.cases import random_images
 
+    for shape in shapes:
+        images = random_images(number, shape, number, channels)
+        try:
+            return run_case(make_case, images)
+        except ValueError:
+            if shape == shapes[-1]:
+                raise
+
+
+def make_cases(make_case, cfg, model, shape, smallest, args):
+    """What to compare: other numbers, other sizes, real images."""
+    from lors_plugin.analysis.builders import padded_shape
+
     height, width = shape
-    wanted = [(1, shape)]
+    wanted = [(1, [shape])]
     if not args.static:
-        wanted.append((3, shape))
+        wanted.append((3, [shape]))
     if not (args.static or args.fixed_size):
-        wanted.append((2, (height + 32, width + 96)))
-        wanted.append((3, (width + 64, height)))
+        # Odd ones, unless the model itself takes only round ones.
+        wanted += [
+            (2, [(height + 33, width + 95), (height + 32, width + 96)]),
+            (3, [(width + 63, height + 1), (width + 64, height)]),
+        ]
+        if smallest is not None:
+            wanted.append((2, [smallest]))
     channels = channels_of(model)
-    cases = [
-        make_case(random_images(*case, seed, channels))
-        for seed, case in enumerate(wanted, 1)
-    ]
+    try:
+        cases = [random_case(make_case, *case, channels) for case in wanted]
+    except ValueError as error:
+        raise ValueError(
+            f'{error}; --fixed-size makes a file for {height} x {width} alone'
+        ) from error
     for path in args.images:
         image = read_image(path, cfg)
         size = padded_shape(model, tuple(image.shape[1:]))
@@ -241,11 +273,11 @@ def make_cases(make_case, cfg, model, shape, args):
                 f'{path} becomes {size} by the test pipeline, but the file '
                 f'is for {shape}; set --shape'
             )
-        cases.append(make_case([image]))
+        cases.append(run_case(make_case, [image]))
     return cases
 
 
-def describe(cfg, module, meta, shape, args):
+def describe(cfg, module, meta, shape, smallest, args):
     """What the file says about itself."""
     dataset_meta = meta.get('dataset_meta') or cfg.get('metainfo') or {}
     normalize = module.normalize
@@ -265,6 +297,7 @@ def describe(cfg, module, meta, shape, args):
         mean=flat.get('mean'),
         std=flat.get('std'),
         shape=list(shape),
+        smallest_shape=list(smallest or ()),
         size_divisor=getattr(preprocessor, 'pad_size_divisor', 1),
         sampling=args.sampling if 'boxes' in module.outputs else '',
     )
@@ -273,29 +306,44 @@ def describe(cfg, module, meta, shape, args):
 def export(args):
     """Do what the arguments say; return a sentence about it."""
     from lors_plugin.analysis.builders import padded_shape, test_shape
-    from lors_plugin.deploy import check_file, export_file, write_file
-    from lors_plugin.deploy.cases import random_images
+    from lors_plugin.deploy import (
+        check_file,
+        export_file,
+        smallest_shape,
+        write_file,
+    )
 
     cfg, model, meta = load_model(args)
     module, make_case = wrap(model, args)
     shape = tuple(args.shape or test_shape(cfg))
     shape = padded_shape(model, shape * 2 if len(shape) == 1 else shape)
+    smallest = smallest_shape(module)
+    if smallest and (shape[0] < smallest[0] or shape[1] < smallest[1]):
+        raise ValueError(
+            f'images of {shape[0]} x {shape[1]} are too small for the '
+            f'windows of the model, which take {smallest[0]} x {smallest[1]} '
+            'and larger; set --shape'
+        )
+    open_size = not (args.static or args.fixed_size)
+    smallest = smallest if open_size else None
     number = 1 if args.static else 2
-    inputs, _ = make_case(random_images(number, shape, 0, channels_of(model)))
+    inputs, _ = random_case(make_case, number, [shape], channels_of(model))
     content = export_file(
         module.eval(),
         inputs,
         args.opset,
         not args.static,
-        not (args.static or args.fixed_size),
-        describe(cfg, module, meta, shape, args),
+        open_size,
+        describe(cfg, module, meta, shape, smallest, args),
     )
     text = 'not compared with PyTorch'
     if args.check:
-        cases = make_cases(make_case, cfg, model, shape, args)
+        cases = make_cases(make_case, cfg, model, shape, smallest, args)
         error = check_file(content, cases, args.tolerance)
         text = f'largest error {error:.1e} in {len(cases)} comparisons'
     write_file(content, args.out)
+    if smallest and max(smallest) > 1:
+        text += f', for images of {smallest[0]} x {smallest[1]} and larger'
     return f'{args.out}: {len(content) / 1e6:.1f} MB, {text}'
 
 

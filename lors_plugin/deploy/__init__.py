@@ -12,6 +12,7 @@ from .onnx_file import (
     new_session,
     write_file,
 )
+from .windows import smallest_shape
 
 __all__ = [
     'ClassifierForExport',
@@ -22,5 +23,6 @@ __all__ = [
     'export_file',
     'for_export',
     'new_session',
+    'smallest_shape',
     'write_file',
 ]

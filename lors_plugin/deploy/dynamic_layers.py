@@ -115,10 +115,14 @@ class ExportDynamicLinear(nn.Module):
 
 
 class ExportImageLinear(ExportDynamicLinear):
-    """:class:`ImageLinear`, of which Swin says how many windows there are.
+    """:class:`ImageLinear`, which is told how many windows there are.
 
     Args:
         source (ImageLinear): With more than one expert.
+
+    Attributes:
+        num_windows (int | Tensor): Of each image; the attention around this
+            sets it, to a tensor where a tracer looks on.
     """
 
     num_windows = 1

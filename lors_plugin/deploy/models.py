@@ -16,6 +16,7 @@ from lors_plugin.reparam import reparameterize
 from .dynamic_layers import replace_dynamic
 from .mixing import ExportMixing
 from .sampling import ExportSampling
+from .windows import replace_windows
 
 INPUTS = ('float', 'uint8', 'normalized')
 
@@ -24,7 +25,8 @@ def for_export(model: nn.Module, sampling: str = 'gather') -> nn.Module:
     """A copy of a model that exporters can follow.
 
     Branches and adapters are merged, dynamic layers become batched products,
-    and operators of this package give way to plain ones.
+    windows of any map are laid out in tensors, and operators of this package
+    give way to plain ones.
 
     Args:
         model (nn.Module): Left as it is.
@@ -37,40 +39,16 @@ def for_export(model: nn.Module, sampling: str = 'gather') -> nn.Module:
     model = revert_sync_batchnorm(copy.deepcopy(model)).eval()
     reparameterize(model)
     replace_dynamic(model)
+    replace_windows(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, AdaptiveSampling3D):
                 setattr(parent, name, ExportSampling(child, sampling))
             elif isinstance(child, (AdaptiveMixing, LORSAdaptiveMixing)):
                 setattr(parent, name, ExportMixing(child))
-        if callable(getattr(parent, 'window_reverse', None)):
-            parent.window_reverse = merge_windows
         if isinstance(getattr(parent, 'backend', None), str):
             parent.backend = 'reference'
     return model.requires_grad_(False)
-
-
-def merge_windows(
-    windows: Tensor, height: int, width: int, size: int
-) -> Tensor:
-    """What ``ShiftWindowMSA.window_reverse`` of MMPretrain does.
-
-    That one writes the number of images into the file.
-
-    Args:
-        windows (Tensor): Shape (B windows, size, size, C).
-        height (int): Of the map, a multiple of ``size``.
-        width (int): The same.
-        size (int): Of a window.
-
-    Returns:
-        Tensor: Shape (B, height, width, C).
-    """
-    down, across = int(height) // size, int(width) // size
-    channels = windows.shape[-1]
-    maps = windows.reshape(-1, down, across, size, size, channels)
-    maps = maps.transpose(2, 3)
-    return maps.reshape(-1, down * size, across * size, channels)
 
 
 class Normalize(nn.Module):

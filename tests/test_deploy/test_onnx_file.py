@@ -23,6 +23,7 @@ from lors_plugin.deploy.cases import (
     detector_case,
     random_images,
 )
+from lors_plugin.testing import randomize
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -59,14 +60,14 @@ def parameternet(**options):
     )
 
 
-def swin(num_experts):
+def swin(num_experts, **options):
     return dict(
         type='lors_plugin.DynamicSwinTransformer',
         num_experts=num_experts,
         arch=dict(embed_dims=12, depths=[2, 2], num_heads=[2, 2]),
         window_size=4,
         out_indices=(1,),
-        pad_small_map=True,
+        **options,
     )
 
 
@@ -131,22 +132,84 @@ def test_parameternet_with_any_number_of_images(routing, tmp_path):
         check_file(content, [case(1, (32, 32))], 1e-3)
 
 
-@pytest.mark.parametrize('num_experts', [1, 3])
-def test_swin_with_any_number_of_images(num_experts):
-    model = classifier(swin(num_experts))
+def lively(model):
+    """Biases that windows differ by, and routing that images differ by."""
     for name, param in model.named_parameters():
-        # Biases that windows differ by, and routing that images differ by.
         if 'bias_table' in name or 'routing.fc.weight' in name:
             param.data.normal_(0, 5)
+        elif 'absolute_pos_embed' in name:
+            param.data.normal_()
+    return model
+
+
+@pytest.mark.parametrize(
+    'options, shapes',
+    [
+        (dict(num_experts=1), [(25, 40), (32, 25)]),
+        (dict(num_experts=3), [(25, 40), (32, 25)]),
+        (dict(num_experts=3, pad_small_map=True), [(9, 40), (1, 3)]),
+        (dict(num_experts=1, use_abs_pos_embed=True), [(26, 33)]),
+    ],
+)
+def test_swin_with_any_number_and_size_of_images(options, shapes, tmp_path):
+    model = lively(classifier(swin(img_size=32, **options)))
     module = ClassifierForExport(for_export(model)).eval()
 
-    def case(batch):
-        # 13 x 10 patches: windows are padded and shifted.
-        images = random_images(batch, (52, 40), batch)
+    def case(batch, shape):
+        images = random_images(batch, shape, batch)
         return classifier_case(model, images, 'float', False)
 
-    content = export_file(module, case(2)[0], dynamic_size=False)
-    assert check_file(content, [case(1), case(3)], 1e-4) < 1e-4
+    content = export_file(module, case(2, (32, 32))[0])
+    # Maps of one window, of whole windows, and padded ones.
+    shapes = [(32, 32), (64, 32), (52, 40), (31, 75), *shapes]
+    cases = [case(batch, shape) for shape in shapes for batch in (1, 3)]
+    assert check_file(content, cases, 1e-4) < 1e-4
+    in_another_process(content, module, cases, tmp_path)
+    if 'pad_small_map' not in options:
+        small = torch.zeros(1, 3, 24, 32)
+        with pytest.raises(ExportError, match='image_too_small'):
+            check_file(content, [((small,), ())], 1e-4)
+        with pytest.raises(AssertionError):
+            model(small)
+
+
+def test_swin_v2_with_any_number_and_size_of_images():
+    options = swin(1)
+    del options['num_experts']
+    options.update(type='SwinTransformerV2', pretrained_window_sizes=[0, 0])
+    options.update(window_size=[4, 4])
+    options['arch']['extra_norm_every_n_blocks'] = 2
+    model = lively(classifier(options))
+    module = ClassifierForExport(for_export(model)).eval()
+
+    def case(batch, shape):
+        images = random_images(batch, shape, batch)
+        return classifier_case(model, images, 'float', False)
+
+    content = export_file(module, case(2, (32, 32))[0])
+    cases = [case(1, (32, 32)), case(3, (52, 41)), case(2, (25, 64))]
+    assert check_file(content, cases, 1e-4) < 1e-4
+
+
+def test_a_detector_with_swin(build, tiny_config):
+    config = tiny_config('lors')
+    config['backbone'] = dict(
+        type='SwinTransformer',
+        embed_dims=8,
+        depths=(2, 2, 2, 2),
+        num_heads=(1, 2, 2, 2),
+        window_size=4,
+    )
+    model = lively(randomize(build(config))).eval()
+    module = DetectorForExport(for_export(model)).eval()
+
+    def case(*shapes):
+        images = [random_images(1, s, i)[0] for i, s in enumerate(shapes)]
+        return detector_case(model, images, 'float')
+
+    content = export_file(module, case((64, 96), (50, 90))[0])
+    cases = [case((64, 96)), case((33, 170), (64, 96), (50, 41))]
+    assert check_file(content, cases, 1e-3) < 1e-3
 
 
 def test_branches_are_merged():

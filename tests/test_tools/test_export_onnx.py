@@ -158,3 +158,61 @@ def test_a_classifier_of_gray_images(tool, tmp_path, capsys):
     assert '4 comparisons' in capsys.readouterr().out
     said = {p.key: p.value for p in onnx.load(out).metadata_props}
     assert json.loads(said['mean']) == pytest.approx([72.9])
+
+
+@pytest.fixture
+def swin(tmp_path):
+    """Options for a config of a tiny Swin, checkpoint and file."""
+    config = tmp_path / 'swin.py'
+    Config(
+        dict(
+            default_scope='mmpretrain',
+            data_preprocessor=dict(mean=[9.0] * 3, std=[99.0] * 3),
+            model=dict(
+                type='ImageClassifier',
+                backbone=dict(
+                    type='lors_plugin.DynamicSwinTransformer',
+                    arch=dict(embed_dims=8, depths=[1, 2], num_heads=[1, 2]),
+                    num_experts=2,
+                    window_size=4,
+                    out_indices=(1,),
+                ),
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(type='LinearClsHead', num_classes=3, in_channels=16),
+            ),
+        )
+    ).dump(config)
+    return [str(config), 'none', str(tmp_path / 'swin.onnx')]
+
+
+def test_swin_says_the_smallest_size(tool, swin, capsys):
+    import onnx
+
+    assert tool.main([*swin, '--shape', '32']) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert '5 comparisons, for images of 25 x 25 and larger' in text
+    said = {p.key: p.value for p in onnx.load(swin[2]).metadata_props}
+    assert json.loads(said['smallest_shape']) == [25, 25]
+    assert tool.main([*swin, '--shape', '24', '32']) == 2
+    assert 'take 25 x 25 and larger' in capsys.readouterr().err
+
+
+def test_a_model_of_one_size(tool, swin, capsys):
+    config = Config.fromfile(swin[0])
+    config.model.backbone = dict(
+        type='MlpMixer',
+        arch=dict(
+            embed_dims=16,
+            num_layers=1,
+            tokens_mlp_dims=8,
+            channels_mlp_dims=8,
+        ),
+        img_size=32,
+    )
+    config.model.neck.dim = 1
+    config.dump(swin[0])
+    assert tool.main([*swin, '--shape', '32']) == 2
+    text = capsys.readouterr().err
+    assert 'on images of 64 x 128' in text and '--fixed-size makes' in text
+    assert tool.main([*swin, '--shape', '32', '--fixed-size']) == 0
+    assert '2 comparisons' in capsys.readouterr().out
