@@ -115,6 +115,14 @@ def parse_args(argv=None):
     return args
 
 
+def unfit(args, why):
+    """An error that names what does not fit what."""
+    return ValueError(
+        f'{args.checkpoint} does not fit {args.config}: {why}; adapters: '
+        'merge first by tools/reparam.py'
+    )
+
+
 def load_model(args):
     """Build the model and load its weights, strictly.
 
@@ -145,15 +153,17 @@ def load_model(args):
         model.init_weights()
         return cfg, model.eval(), {}
     content = load_checkpoint_file(args.checkpoint, args.trust)
+    weights = weights_of(content)
     try:
-        model.load_state_dict(weights_of(content))
+        missing, unknown = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        lines = str(error).strip().split('\n')
-        raise ValueError(
-            f'{args.checkpoint} does not fit {args.config}: '
-            + ' '.join(line.strip() for line in lines[1:3])
-            + '; adapters: merge first by tools/reparam.py'
-        ) from error
+        lines = [line.strip() for line in str(error).strip().split('\n')]
+        raise unfit(args, ' '.join(lines[1:3])) from error
+    # Hosts take out of a checkpoint what they compute anew, as Swin V2 does.
+    missing = [name for name in missing if name not in weights]
+    if missing or unknown:
+        kind, name = ('has no', missing) if missing else ('has', unknown)
+        raise unfit(args, f'it {kind} {name[0]}')
     return cfg, model.eval(), content.get('meta') or {}
 
 

@@ -113,6 +113,19 @@ def test_weights_that_do_not_fit(tool, trained, capsys):
     assert 'does not fit' in capsys.readouterr().err
 
 
+def test_weights_that_are_missing(tool, trained, capsys):
+    content = torch.load(trained[1], weights_only=False)
+    weight = content['state_dict'].pop('backbone.conv1.weight')
+    torch.save(content, trained[1])
+    assert tool.main(trained) == 2
+    assert 'it has no backbone.conv1.weight' in capsys.readouterr().err
+    content['state_dict']['backbone.conv1.weight'] = weight
+    content['state_dict']['backbone.adapter.weight'] = weight
+    torch.save(content, trained[1])
+    assert tool.main(trained) == 2
+    assert 'it has backbone.adapter.weight' in capsys.readouterr().err
+
+
 def test_other_detectors_are_refused(tool, trained, capsys):
     config = Config.fromfile(trained[0])
     config.model = dict(
@@ -216,3 +229,27 @@ def test_a_model_of_one_size(tool, swin, capsys):
     assert 'on images of 64 x 128' in text and '--fixed-size makes' in text
     assert tool.main([*swin, '--shape', '32', '--fixed-size']) == 0
     assert '2 comparisons' in capsys.readouterr().out
+
+
+def test_weights_that_a_host_computes_anew(tool, swin, tmp_path, capsys):
+    """Swin V2 takes its tables out of a checkpoint while it is read."""
+    from mmengine.registry import DefaultScope
+
+    from lors_plugin.registry import MODELS
+
+    config = Config.fromfile(swin[0])
+    arch = dict(config.model.backbone.arch, extra_norm_every_n_blocks=0)
+    config.model.backbone = dict(
+        type='SwinTransformerV2',
+        arch=arch,
+        window_size=[4, 4],
+        pretrained_window_sizes=[0, 0],
+        out_indices=(1,),
+    )
+    config.dump(swin[0])
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(config.model)
+    checkpoint = tmp_path / 'v2.pth'
+    torch.save(dict(state_dict=model.state_dict()), checkpoint)
+    command = [swin[0], str(checkpoint), swin[2], '--shape', '32']
+    assert tool.main(command) == 0, capsys.readouterr().err
