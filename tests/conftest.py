@@ -23,6 +23,13 @@ def merge(config, changes):
     return config
 
 
+@pytest.fixture(autouse=True, scope='session')
+def compiled_here(tmp_path_factory):
+    """What was compiled before may call operators as they were then."""
+    cache = str(tmp_path_factory.mktemp('compiled'))
+    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', cache)
+
+
 @pytest.fixture(autouse=True, scope='module')
 def nothing_left_behind():
     """Scopes and loggers of runners, the rank that tools put into the

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from lors_plugin.ops import LowRank, adaptive_mixing
@@ -89,21 +90,29 @@ def test_chunks_do_not_matter(sides, monkeypatch):
     wanted = grads_of(call, tensors, upstream)
     _, spatial = fused.by_group(tensors[1], P, C)
     numbers = P * C + C * C + Q * P
+    monkeypatch.setattr(fused, 'MOST_THREADS', 1)
     for queries in (4, 1):
         monkeypatch.setattr(fused, 'CHUNK_BYTES', queries * numbers * 8)
         assert fused._chunk_size(tensors[0], spatial) == queries
         assert_close(grads_of(call, tensors, upstream), wanted)
 
 
-def test_statistics():
+@pytest.mark.parametrize('scale', [1.0, 1e-3, 0.0])
+def test_statistics(scale):
+    """Of both norms, also where eps is most of a variance."""
     x, weights, *none = make('none')
+    x = scale * x
     _, stats = mixing_forward(x, weights, *none, 1e-5, 'torch')
     y = x @ weights[..., : C * C].unflatten(-1, (C, C))
-    flat = y.flatten(-2)
+    z = weights[..., C * C :].unflatten(-1, (Q, P)) @ F.relu(
+        F.layer_norm(y, y.shape[-2:])
+    )
     assert stats.dtype == torch.float32
-    assert_close(stats[..., 0], flat.mean(-1))
-    variance = flat.var(-1, correction=0)
-    assert_close(stats[..., 1], (variance + 1e-5).rsqrt())
+    for product, found in zip((y, z), stats.split(2, -1)):
+        flat = product.flatten(-2)
+        variance = flat.var(-1, correction=0)
+        assert_close(found[..., 0], flat.mean(-1))
+        assert_close(found[..., 1], (variance + 1e-5).rsqrt())
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)

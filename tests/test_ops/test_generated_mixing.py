@@ -112,6 +112,7 @@ def test_chunks_do_not_matter(queries, monkeypatch):
     upstream = torch.randn(B, N, G, Q, C, dtype=torch.float64)
     wanted = grads_of(call, tensors, upstream)
     numbers = P * C + C * C + Q * P
+    monkeypatch.setattr(fused, 'MOST_THREADS', 1)
     monkeypatch.setattr(fused, 'CHUNK_BYTES', queries * numbers * 8)
     assert_close(grads_of(call, tensors, upstream), wanted)
 
@@ -155,7 +156,7 @@ def test_opcheck(sides):
     torch.library.opcheck(generated_forward, (*tensors, 1e-5))
     given = [None if t is None else t.detach() for t in tensors]
     out, *kept = generated_forward(*given, 1e-5)
-    x, query, weight, _, *factors = given
+    x, query, weight, bias, *factors = given
     torch.library.opcheck(
         generated_backward,
         (
@@ -163,7 +164,7 @@ def test_opcheck(sides):
             x,
             query,
             weight,
-            True,
+            bias,
             True,
             True,
             *factors,
@@ -233,7 +234,7 @@ def test_opcheck_of_inputs_with_gaps():
                 x,
                 query.transpose(0, 1).contiguous().transpose(0, 1),
                 weight,
-                False,
+                None,
                 *needs,
                 *factors,
                 *kept,

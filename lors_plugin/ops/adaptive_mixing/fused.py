@@ -10,7 +10,6 @@ parts are added to a chunk's matrices, where this costs no more than factored
 products. ``n`` stands for the ``B N`` queries, ``m`` for those of a chunk.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Optional
 
@@ -19,13 +18,17 @@ from torch import Tensor
 
 from .layout import empty_as, in_groups
 from .low_rank_side import LowRankSide, make_side
+from .norms import Norms, layer_norm, ones
 from .reference import split_weights
 
 aten = torch.ops.aten
-# Inputs of one chunk; about three times as much is alive at a time.
+# Inputs of one chunk for each thread, which has a cache of its own; about
+# three times as much is alive at a time.
 CHUNK_BYTES = 2**21
+MOST_THREADS = 8
 
 Factors = tuple[Optional[Tensor], ...]
+Shifts = tuple[Optional[Tensor], Optional[Tensor]]
 
 
 def forward(
@@ -122,7 +125,12 @@ def by_group(
 
 
 def mix(
-    x: Tensor, channel: Tensor, spatial: Tensor, factors: Factors, eps: float
+    x: Tensor,
+    channel: Tensor,
+    spatial: Tensor,
+    factors: Factors,
+    eps: float,
+    shifts: Shifts = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """Mix with matrices that lie group by group.
 
@@ -132,6 +140,8 @@ def mix(
         spatial (Tensor): Shape (G, n, Q, P).
         factors (tuple[Tensor | None]): As in :func:`forward`.
         eps (float): Added to the variances.
+        shifts (tuple[Tensor | None]): What matrices with a low-rank part
+            still lack, shapes (G, C C) and (G, Q P).
 
     Returns:
         tuple[Tensor]: As :func:`forward`.
@@ -142,19 +152,20 @@ def mix(
     stats = x.new_empty(*lead, 4, dtype=wide)
     size = _chunk_size(x, spatial)
     work = _Workspace(x, spatial, size)
-    channel_side = make_side(*factors[:3], size)
-    spatial_side = make_side(*factors[3:], size)
+    channel_side = make_side(*factors[:3], size, shifts[0])
+    spatial_side = make_side(*factors[3:], size, shifts[1])
+    norms = Norms(eps, x.device.type == 'cpu' and x.dtype == wide)
     x_g, out_n, stats_n = in_groups(x), out.flatten(0, 1), stats.flatten(0, 1)
     for group, part in _chunks(x, size):
-        x_m, z = x_g[group, part], out_n[part, group]
-        work.start(len(x_m))
+        x_m = x_g[group, part]
+        work.start(x_m.shape[0])
         full = _full(channel, channel_side, group, part, work.channel)
-        y = torch.bmm(x_m, full, out=work.y)
-        stats_n[part, group, :2] = _norm_relu(y, eps, y)
+        y = norms.first(torch.bmm(x_m, full, out=work.y))
         full = _full(spatial, spatial_side, group, part, work.spatial)
         # Products straight into a buffer with gaps run one at a time.
         product = torch.bmm(full, y, out=work.z)
-        stats_n[part, group, 2:] = _norm_relu(product, eps, z)
+        norms.second(product, out_n[part, group])
+    norms.write(stats_n)
     return out, stats
 
 
@@ -169,6 +180,7 @@ def mix_backward(
     grad_channel: Tensor,
     grad_spatial: Tensor,
     after_group: Optional[Callable[[int], None]] = None,
+    shifts: Shifts = (None, None),
 ) -> tuple[Tensor, Factors]:
     """Gradients of the inputs of :func:`mix`.
 
@@ -184,6 +196,7 @@ def mix_backward(
         grad_spatial (Tensor): Written: gradient of ``spatial``.
         after_group (Callable, optional): Called with the number of a group
             when its gradients are there; the next group may overwrite them.
+        shifts (tuple[Tensor | None]): As given to :func:`mix`.
 
     Returns:
         tuple: Gradient of ``x``, and those of the factors, None for absent
@@ -191,8 +204,8 @@ def mix_backward(
     """
     size = _chunk_size(x, spatial)
     work = _Workspace(x, spatial, size)
-    channel_side = make_side(*factors[:3], size)
-    spatial_side = make_side(*factors[3:], size)
+    channel_side = make_side(*factors[:3], size, shifts[0])
+    spatial_side = make_side(*factors[3:], size, shifts[1])
     grad_x = empty_as(x)
     x_g, grad_x_g = in_groups(x), in_groups(grad_x)
     grad_out = grad_out.contiguous().flatten(0, 1)
@@ -251,7 +264,8 @@ def _chunk_size(x: Tensor, spatial: Tensor) -> int:
         return max(queries, 1)
     width = x.shape[-1]
     numbers = x.shape[3:].numel() + width**2 + spatial.shape[2:].numel()
-    return max(CHUNK_BYTES // (numbers * x.element_size()), 1)
+    total = CHUNK_BYTES * min(torch.get_num_threads(), MOST_THREADS)
+    return max(total // (numbers * x.element_size()), 1)
 
 
 def _chunks(x: Tensor, size: int) -> Iterator[tuple[int, slice]]:
@@ -321,45 +335,6 @@ class _Workspace:
         return self._all[name][: self._now]
 
 
-def _layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm over the last two dimensions; mean and rstd in float32."""
-    return torch.native_layer_norm(x, x.shape[-2:], _ones(x), None, eps)
-
-
-def _ones(x: Tensor) -> Optional[Tensor]:
-    """Scale of the norm: on CPUs its type is that of the statistics."""
-    if x.device.type != 'cpu' or x.dtype in (torch.float32, torch.float64):
-        return None
-    return _ones_of(x.shape[-2:])
-
-
-@functools.lru_cache(maxsize=8)
-def _ones_of(shape: tuple) -> Tensor:
-    return torch.ones(shape)
-
-
-def _norm_relu(x: Tensor, eps: float, out: Tensor) -> Tensor:
-    """Norm and ReLU into ``out``; what was in ``x`` may be gone.
-
-    Returns:
-        Tensor: Mean and reciprocal standard deviation, shape (m, 2).
-    """
-    if x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64):
-        # In the cache, passes that write in place beat one that does not.
-        flat = x.flatten(1)
-        mean = flat.mean(1, keepdim=True)
-        flat.sub_(mean)
-        deviation = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-        rstd = (deviation.square_() / flat.shape[1] + eps).rsqrt_()
-        # max(x, 0) r = max(x r, 0), as r is positive.
-        flat.relu_()
-        torch.mul(x, rstd.unsqueeze(-1), out=out)
-        return torch.cat([mean, rstd], 1)
-    normed, mean, rstd = _layer_norm(x, eps)
-    torch.clamp_min(normed, 0, out=out)
-    return torch.cat([mean.flatten(1), rstd.flatten(1)], 1)
-
-
 def _normalize(
     x: Tensor, mean: Tensor, rstd: Tensor, eps: float, out: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -371,7 +346,7 @@ def _normalize(
     if x.dtype == mean.dtype:
         torch.mul(x.sub_(mean), rstd, out=out)
         return torch.zeros_like(mean), out
-    return mean, _layer_norm(x, eps)[0]
+    return mean, layer_norm(x, eps)[0]
 
 
 def _relu_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
@@ -382,5 +357,5 @@ def _norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
 ) -> Tensor:
     return aten.native_layer_norm_backward(
-        grad, x, x.shape[-2:], mean, rstd, _ones(x), None, [True, False, False]
+        grad, x, x.shape[-2:], mean, rstd, ones(x), None, [True, False, False]
     )[0]

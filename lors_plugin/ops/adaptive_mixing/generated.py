@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .fused import Factors, mix, mix_backward
+from .fused import Factors, Shifts, mix, mix_backward
 
 
 def forward(
@@ -34,21 +34,24 @@ def forward(
     Returns:
         tuple[Tensor]: The output (B, N, G, Q, C), and for backward the
         statistics (B, N, G, 4), the channel matrices (G, B N, C, C) and the
-        spatial matrices (G, B N, Q, P).
+        spatial matrices (G, B N, Q, P), without the bias where there is a
+        low-rank part to add as well.
     """
     groups, points, width = x.shape[2:]
     query = query.flatten(0, 1).expand(groups, -1, -1)
-    rows = kinds(weight, groups, width)
-    if bias is None:
-        channel, spatial = (query @ part.mT for part in rows)
-    else:
-        channel, spatial = (
-            torch.baddbmm(shift.unsqueeze(1), query, part.mT)
-            for shift, part in zip(kinds(bias, groups, width), rows)
+    shifts = _late(bias, factors, groups, width)
+    channel, spatial = (
+        query @ rows.mT
+        if shift is None or late is not None
+        else torch.baddbmm(shift.unsqueeze(1), query, rows.mT)
+        for rows, shift, late in zip(
+            kinds(weight, groups, width), kinds(bias, groups, width), shifts
         )
+    )
     channel = channel.unflatten(-1, (width, width))
     spatial = spatial.unflatten(-1, (-1, points))
-    return *mix(x, channel, spatial, factors, eps), channel, spatial
+    out = mix(x, channel, spatial, factors, eps, shifts)
+    return *out, channel, spatial
 
 
 def backward(
@@ -56,7 +59,7 @@ def backward(
     x: Tensor,
     query: Tensor,
     weight: Tensor,
-    with_bias: bool,
+    bias: Optional[Tensor],
     needs_query: bool,
     needs_generator: bool,
     factors: Factors,
@@ -86,7 +89,7 @@ def backward(
         # Without queries, no group ever comes to its end.
         make = weight.new_empty if len(query_n) else weight.new_zeros
         grad_weight = make(weight.shape) if total is None else total
-        grad_bias = make(len(weight)) if with_bias else None
+        grad_bias = make(len(weight)) if bias is not None else None
     rows = kinds(weight, groups, width)
     grad_rows = kinds(grad_weight, groups, width)
     grad_shifts = kinds(grad_bias, groups, width)
@@ -115,10 +118,21 @@ def backward(
         eps,
         *(buffer.expand(groups, -1, -1, -1) for buffer in buffers),
         after_group,
+        _late(bias, factors, groups, width),
     )
     if grad_query is not None:
         grad_query = grad_query.view(query.shape)
     return grad_x, grad_query, grad_weight, grad_bias, grad_factors
+
+
+def _late(
+    bias: Optional[Tensor], factors: Factors, groups: int, width: int
+) -> Shifts:
+    """Shifts of matrices that are put together later anyway, else None."""
+    return tuple(
+        None if left is None else shift
+        for left, shift in zip(factors[::3], kinds(bias, groups, width))
+    )
 
 
 def kinds(

@@ -1,5 +1,6 @@
 """Low-rank part of generated matrices, formed chunk by chunk."""
 
+from collections.abc import Iterator
 from typing import Optional
 
 import torch
@@ -16,37 +17,54 @@ class LowRankSide:
         core (Tensor): Shape (B, N, G, K, r, r).
         right (Tensor): Shape (G, K, r, cols).
         size (int): Queries in a chunk.
+        shift (Tensor, optional): What all generated matrices still lack,
+            shape (G, rows cols). Defaults to None.
     """
 
     def __init__(
-        self, left: Tensor, core: Tensor, right: Tensor, size: int
+        self,
+        left: Tensor,
+        core: Tensor,
+        right: Tensor,
+        size: int,
+        shift: Optional[Tensor] = None,
     ) -> None:
         self.groups, self.num, _, self.rank = left.shape
         self.core_shape, self.core = core.shape, core.flatten(0, 1)
         self.right = right
-        # A left factor for each query of a chunk: (G, size, rows, K r).
-        left = left.transpose(1, 2).flatten(2).unsqueeze(1)
+        self.shift = None
+        if shift is not None:
+            self.shift = shift.unflatten(1, (left.shape[2], right.shape[-1]))
+        # A left factor for each query of a chunk: (G, size, rows, r K).
+        left = left.permute(0, 2, 3, 1).flatten(2).unsqueeze(1)
         self.left = left.repeat(1, min(size, len(self.core)), 1, 1)
-        # core_k right_k, one below the other.
-        queries, cols = len(self.core), right.shape[-1]
+        # core_k right_k, row by row in turns: of each k, all queries are one
+        # matrix with a stride, which products write without a copy.
         self.inner = core.new_empty(
-            self.groups, queries, self.num * self.rank, cols
+            self.groups, len(self.core), self.rank * self.num, right.shape[-1]
         )
-        inner = self.inner.unflatten(2, (self.num, self.rank))
+        for group, k, inner in self._each(self.inner):
+            cores = self.core[:, group, k].flatten(0, 1)
+            torch.mm(cores, right[group, k], out=inner)
+        self.grad_left = self.grad_inner = None
+
+    def _each(self, inner: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Give group, parameter group and its matrix (n r, cols), a view."""
+        inner = inner.unflatten(2, (self.rank, self.num))
         for group in range(self.groups):
             for k in range(self.num):
-                # All queries in one product, not one small product each.
-                cores = self.core[:, group, k].flatten(0, 1)
-                product = cores @ right[group, k]
-                inner[group, :, k] = product.unflatten(0, (-1, self.rank))
-        self.grad_left = self.grad_inner = None
+                yield group, k, inner[group, :, :, k].flatten(0, 1)
 
     def add_to(
         self, base: Tensor, group: int, part: slice, out: Tensor
     ) -> Tensor:
         """Full matrices (m, rows, cols) of a chunk from generated ones."""
-        left = self.left[group, : len(base)]
-        return torch.baddbmm(base, left, self.inner[group, part], out=out)
+        factors = self.left[group, : base.shape[0]], self.inner[group, part]
+        if self.shift is None:
+            return torch.baddbmm(base, *factors, out=out)
+        # Costs no more than the copy that a product adds to.
+        torch.add(base, self.shift[group], out=out)
+        return out.baddbmm_(*factors)
 
     def collect(self, grad: Tensor, group: int, part: slice) -> None:
         """Take the gradient (m, rows, cols) of a chunk's full matrices."""
@@ -76,16 +94,13 @@ class LowRankSide:
                 grad_core.view(self.core_shape),
                 grad_right,
             )
-        inner = self.grad_inner.unflatten(2, (self.num, self.rank))
-        for group in range(self.groups):
-            for k in range(self.num):
-                grad = inner[group, :, k].flatten(0, 1)
-                product = grad @ right[group, k].T
-                grad_core[:, group, k] = product.unflatten(0, (-1, self.rank))
-                cores = core[:, group, k].flatten(0, 1)
-                grad_right[group, k] = cores.T @ grad
-        left = self.grad_left.sum(1).unflatten(2, (self.num, self.rank))
-        left = left.transpose(1, 2).to(core.dtype).contiguous()
+        for group, k, grad in self._each(self.grad_inner):
+            product = grad @ right[group, k].T
+            grad_core[:, group, k] = product.unflatten(0, (-1, self.rank))
+            cores = core[:, group, k].flatten(0, 1)
+            grad_right[group, k] = cores.T @ grad
+        left = self.grad_left.sum(1).unflatten(2, (self.rank, self.num))
+        left = left.permute(0, 3, 1, 2).to(core.dtype).contiguous()
         return left, grad_core.view(self.core_shape), grad_right
 
 
@@ -94,6 +109,9 @@ def make_side(
     core: Optional[Tensor],
     right: Optional[Tensor],
     size: int,
+    shift: Optional[Tensor] = None,
 ) -> Optional[LowRankSide]:
     """A side, or None where there are no factors."""
-    return None if left is None else LowRankSide(left, core, right, size)
+    if left is None:
+        return None
+    return LowRankSide(left, core, right, size, shift)

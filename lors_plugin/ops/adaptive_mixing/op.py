@@ -163,7 +163,7 @@ def generated_backward(
     x: Tensor,
     query: Tensor,
     weight: Tensor,
-    with_bias: bool,
+    bias: Optional[Tensor],
     needs_query: bool,
     needs_generator: bool,
     c_left: Optional[Tensor],
@@ -195,7 +195,7 @@ def generated_backward(
         x,
         query,
         weight,
-        with_bias,
+        bias,
         needs_query,
         needs_generator,
         factors,
@@ -208,15 +208,13 @@ def generated_backward(
 
 
 @generated_backward.register_fake
-def _(
-    grad_out, x, query, weight, with_bias, needs_query, needs_generator, *rest
-):
+def _(grad_out, x, query, weight, bias, needs_query, needs_generator, *rest):
     rows = weight.shape[0]
     return (
         empty_as(x),
         x.new_empty(query.shape if needs_query else 0),
         x.new_empty(weight.shape if needs_generator else 0),
-        x.new_empty(rows if with_bias and needs_generator else 0),
+        x.new_empty(rows if bias is not None and needs_generator else 0),
         *(x.new_empty(0 if t is None else t.shape) for t in rest[:6]),
     )
 
@@ -235,7 +233,7 @@ def _generated_backward(ctx, grad_out, *_):
         x,
         query,
         weight,
-        bias is not None,
+        bias,
         ctx.needs_input_grad[1],
         any(ctx.needs_input_grad[2:4]),
         *factors,
@@ -279,7 +277,7 @@ class SummedGeneratedMixing(torch.autograd.Function):
             x,
             query,
             weight,
-            bias is not None,
+            bias,
             ctx.needs_input_grad[3],
             True,
             tuple(factors),
