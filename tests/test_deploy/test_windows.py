@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from mmcv.cnn.bricks.transformer import AdaptivePadding
-from mmcv.cnn.bricks.transformer import PatchEmbed as MMCVPatchEmbed
-from mmcv.cnn.bricks.transformer import PatchMerging as MMCVPatchMerging
 from torch import nn
 
 from lors_plugin.deploy.patches import (
@@ -21,6 +18,9 @@ from lors_plugin.deploy.windows import (
 
 # isort: split
 # After this package, which makes mmcv.ops importable.
+from mmcv.cnn.bricks.transformer import AdaptivePadding
+from mmcv.cnn.bricks.transformer import PatchEmbed as MMCVPatchEmbed
+from mmcv.cnn.bricks.transformer import PatchMerging as MMCVPatchMerging
 from mmdet.models.backbones.swin import ShiftWindowMSA as MMDetShiftWindowMSA
 from mmdet.models.layers import AdaptivePadding as MMDetAdaptivePadding
 from mmdet.models.layers import PatchMerging as MMDetPatchMerging
