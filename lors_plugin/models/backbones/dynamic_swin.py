@@ -30,8 +30,7 @@ def _count_windows(module: nn.Module, args: tuple) -> None:
     """Before attention: windows of one image are routed together.
 
     A function of the module, no closure, so that a copy of the model looks
-    at itself. Windows are counted rather than images, of which an exported
-    model takes any number.
+    at itself.
     """
     number = math.prod(
         math.ceil(int(side) / module.window_size) for side in args[1]
