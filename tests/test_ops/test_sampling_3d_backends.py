@@ -367,3 +367,16 @@ def test_registered():
     opcheck(
         op.sample, (table.detach(), points, tokens, sizes, strides, 'torch')
     )
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize('shape', [(2, 6, 5, 7), (1, 3, 1, 1), (0, 3, 2, 2)])
+def test_planes(threads, shape, monkeypatch):
+    """Of a level in rows, block by block, the last with fewer cells."""
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    monkeypatch.setattr(fused, 'BLOCK_BYTES', 100)
+    wanted = torch.randn(shape)
+    level = wanted.contiguous(memory_format=torch.channels_last)
+    found = fused.planes(level)
+    assert found.is_contiguous()
+    assert torch.equal(found, wanted)

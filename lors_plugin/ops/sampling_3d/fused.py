@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .reads import by_point, find_reads
 
+# Of a level, for each thread.
+BLOCK_BYTES = 2**18
+
 
 def pack(feats: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Lay all levels into one table.
@@ -64,13 +67,21 @@ def planes(level: Tensor) -> Tensor:
     Returns:
         Tensor: The same, contiguous.
     """
-    if level.device.type != 'cpu' or torch.get_num_threads() > 2:
-        return level.clone(memory_format=torch.contiguous_format)
-    # PyTorch goes block by block for matrices alone, and in one thread:
-    # worth two and a half of them.
     out = level.new_empty(level.shape)
-    for target, source in zip(out.flatten(2), level.flatten(2)):
-        target.copy_(source)
+    if level.device.type != 'cpu':
+        return out.copy_(level)
+    # Of one thread, PyTorch turns a whole matrix block by block. Of several
+    # it does not: blocks are what their caches hold.
+    threads = torch.get_num_threads()
+    size = level.shape[2] * level.shape[3]
+    if threads > 1:
+        cell = level.shape[1] * level.element_size()
+        size = max(BLOCK_BYTES * threads // cell, 1)
+    for image, channels in zip(level.flatten(2), out.flatten(2)):
+        for target, source in zip(
+            channels.split(size, 1), image.split(size, 1)
+        ):
+            target.copy_(source)
     return out
 
 
