@@ -9,7 +9,13 @@ from torch.library import opcheck
 from torch.testing import assert_close
 
 from lors_plugin.ops import sampling_3d, share_levels
-from lors_plugin.ops.sampling_3d import MAX_WIDTH, PackedLevels, fused, op
+from lors_plugin.ops.sampling_3d import (
+    MAX_WIDTH,
+    PackedLevels,
+    fused,
+    level_gradients,
+    op,
+)
 
 SIZES = {
     'square_strides': dict(),
@@ -140,7 +146,7 @@ def test_no_gradient_of_levels_that_need_none(shared, monkeypatch):
     def no_gradient(*args):
         raise AssertionError('computed')
 
-    monkeypatch.setattr(fused, 'table_gradient', no_gradient)
+    monkeypatch.setattr(level_gradients, 'levels_gradient', no_gradient)
     if shared:
         feats = share_levels(feats, strides, [points.shape[1:4]], 'torch')[0]
     sampling_3d(feats, points, strides, 'torch').sum().backward()
@@ -193,10 +199,10 @@ def test_shared_levels():
 def test_shared_levels_are_one_gradient(monkeypatch):
     feats, points, strides = make()
     calls = []
-    function = fused.table_gradient
+    function = level_gradients.levels_gradient
     monkeypatch.setattr(
-        fused,
-        'table_gradient',
+        level_gradients,
+        'levels_gradient',
         lambda grads, *args: (
             calls.append(len(grads)) or function(grads, *args)
         ),
@@ -271,14 +277,13 @@ def test_a_call_that_no_loss_depends_on():
     grads = [torch.randn(*points.shape[:4], 3), torch.zeros(2, 3, 2, 4, 3)]
     where = [points.detach(), torch.zeros_like(points)]
     counts = [torch.ones(1), torch.zeros(1)]
-    total = op.table_gradient(grads, where, counts, sizes, list(strides))
-    alone = op.table_gradient(
-        grads[:1], where[:1], counts[:1], sizes, list(strides)
-    )
+    layout = sizes, list(strides), [True] * len(feats)
+    total = op.levels_gradient(grads, where, counts, *layout)
+    alone = op.levels_gradient(grads[:1], where[:1], counts[:1], *layout)
     assert_close(total, alone)
     counts = [torch.ones(1), torch.full((1,), 2.0)]
     with pytest.raises(RuntimeError, match='sampled twice'):
-        op.table_gradient(grads, where, counts, sizes, list(strides))
+        op.levels_gradient(grads, where, counts, *layout)
 
 
 @pytest.mark.parametrize(
@@ -286,16 +291,14 @@ def test_a_call_that_no_loss_depends_on():
 )
 def test_rows_are_found_alike_by_counting_and_searching(reads, rows):
     rng = torch.Generator().manual_seed(0)
-    levels = 2
-    where = torch.randint(rows, (levels, reads), generator=rng)
-    where += torch.arange(levels)[:, None] * rows
+    where = torch.randint(rows, (reads,), generator=rng)
     counted, searched = (
-        fused._by_row(where, levels * rows, s) for s in (False, True)
+        level_gradients.by_row(where, rows, s) for s in (False, True)
     )
     assert all(torch.equal(a, b) for a, b in zip(counted, searched))
-    begins = [int((where < row).sum()) for row in range(levels * rows)]
+    begins = [int((where < row).sum()) for row in range(rows)]
     assert counted[1].tolist() == begins
-    ordered = where.view(-1)[counted[0]]
+    ordered = where[counted[0]]
     assert torch.equal(ordered, ordered.sort()[0])
 
 
@@ -352,31 +355,43 @@ def test_registered():
     sizes = [size for feat in feats for size in feat.shape[2:]]
     shape = list(points.shape[:4])
     out = torch.randn(*shape, 3)
+    calls = [torch.float32, shape, strides]
     table = op.pack([feat.detach() for feat in feats], torch.float32)
-    tokens = [t.clone() for t in op.make_tokens(table, shape, sizes, strides)]
+    tokens = [t.clone() for t in op.make_tokens(feats, *calls)]
     where = points.detach()
-    opcheck(op.pack, (feats, torch.float32))
-    opcheck(op.planes, (fused.unpack(table, 1, sizes)[0],))
+    opcheck(op.pack, ([feat.detach() for feat in feats], torch.float32))
     opcheck(op.points_gradient, (out, table, where, sizes, strides, 'torch'))
-    opcheck(op.table_gradient, ([out], [where], [], sizes, strides))
-    table.requires_grad_()
-    opcheck(op.make_tokens, (table, shape, sizes, strides))
+    counts, planar = [torch.ones(1)], [True, False]
+    opcheck(
+        op.levels_gradient, ([out], [where], counts, sizes, strides, planar)
+    )
+    opcheck(op.make_tokens, (feats, *calls))
     opcheck(op.sample, (table, points, [], sizes, strides, 'torch'))
     for token in tokens:
         token.requires_grad_()
-    opcheck(
-        op.sample, (table.detach(), points, tokens, sizes, strides, 'torch')
-    )
+    opcheck(op.sample, (table, points, tokens, sizes, strides, 'torch'))
 
 
-@pytest.mark.parametrize('threads', [1, 2])
-@pytest.mark.parametrize('shape', [(2, 6, 5, 7), (1, 3, 1, 1), (0, 3, 2, 2)])
-def test_planes(threads, shape, monkeypatch):
-    """Of a level in rows, block by block, the last with fewer cells."""
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
-    monkeypatch.setattr(fused, 'BLOCK_BYTES', 100)
-    wanted = torch.randn(shape)
-    level = wanted.contiguous(memory_format=torch.channels_last)
-    found = fused.planes(level)
-    assert found.is_contiguous()
-    assert torch.equal(found, wanted)
+@pytest.mark.parametrize('planar', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_of_levels_block_by_block(planar, dtype, monkeypatch):
+    """Of three cells, the last of fewer, as at once."""
+    feats, points, strides = make(queries=5)
+    feats = [feat.detach().to(dtype) for feat in feats]
+    if not planar:
+        feats = [
+            feat.contiguous(memory_format=torch.channels_last)
+            for feat in feats
+        ]
+    for feat in feats:
+        feat.requires_grad_()
+    grads = []
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    for size in (level_gradients.BLOCK_BYTES, 3 * feats[0].shape[1] * 4):
+        monkeypatch.setattr(level_gradients, 'BLOCK_BYTES', size)
+        outs = three_calls(feats, points, strides, 'torch')
+        grads.append(gradients(outs, feats))
+    for whole, parts, feat in zip(*grads, feats):
+        assert torch.equal(whole, parts)
+        assert parts.dtype == dtype
+        assert parts.stride() == feat.stride()

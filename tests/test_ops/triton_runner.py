@@ -134,7 +134,11 @@ def sampling_inputs(case, dtype):
 
 def sampling_kernels(feats, points, strides, grad_out=None):
     """The result, the gradient of the points and those of the levels."""
-    from lors_plugin.ops.sampling_3d import fused, triton_kernels
+    from lors_plugin.ops.sampling_3d import (
+        fused,
+        level_gradients,
+        triton_kernels,
+    )
 
     table = fused.pack(feats, feats[0].dtype)
     sizes = [size for feat in feats for size in feat.shape[2:]]
@@ -144,8 +148,10 @@ def sampling_kernels(feats, points, strides, grad_out=None):
         grad_out, table, points, sizes, strides
     )
     # Sums of many rows: in float32, whatever the levels are in.
-    grad = fused.table_gradient([grad_out.float()], [points], sizes, strides)
-    grads = fused.unpack(grad, feats[0].shape[0], sizes)
+    planar = [True] * len(feats)
+    grads = level_gradients.levels_gradient(
+        [grad_out.float()], [points], sizes, strides, planar
+    )
     return out, grad_points, [g.to(f.dtype) for g, f in zip(grads, feats)]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backend import select_backend
-from . import fused, op
+from . import op
 from .reference import sampling_3d_reference
 
 __all__ = ['PackedLevels', 'sampling_3d', 'share_levels']
@@ -19,16 +19,18 @@ class PackedLevels(NamedTuple):
     """Levels in the layout of the kernels.
 
     Attributes:
-        table (Tensor): Cells of all levels, shape (sum_l B H_l W_l, D).
-        batch (int): Images ``B``.
+        table (Tensor): Cells of all levels, shape (sum_l B H_l W_l, D),
+            without gradient.
+        feats (tuple[Tensor]): The levels.
         sizes (tuple[int]): Height and width of each level in turn.
         strides (tuple[int]): Pixels a cell of each level.
         tokens (tuple[Tensor]): Where the gradient of the one call goes that
-            these levels are for; empty for any number of calls.
+            these levels are for; empty where the levels need none, for any
+            number of calls.
     """
 
     table: Tensor
-    batch: int
+    feats: tuple
     sizes: tuple
     strides: tuple
     tokens: tuple = ()
@@ -85,13 +87,16 @@ def sampling_3d(
     refusal = _refusal(channels // points.shape[2])
     backend = select_backend(backend, points, refusal)
     if backend == 'reference' or (backend == 'torch' and _once(feats, points)):
-        return sampling_3d_reference(_unpack(feats), points, strides)
-    packed = _pack(feats, strides, points.dtype)
+        levels = feats.feats if isinstance(feats, PackedLevels) else feats
+        return sampling_3d_reference(levels, points, strides)
+    if not isinstance(feats, PackedLevels):
+        calls = [points.shape[1:4]]
+        (feats,) = _pack(feats, strides, calls, points.dtype)
     return op.sample(
-        packed.table.detach() if packed.tokens else packed.table,
+        feats.table,
         points,
-        list(packed.tokens),
-        list(packed.sizes),
+        list(feats.tokens),
+        list(feats.sizes),
         list(strides),
         backend,
     )
@@ -123,17 +128,7 @@ def share_levels(
     probe = feats[0].new_empty(0, dtype=dtype)
     if select_backend(backend, probe) == 'reference':
         return [feats] * len(calls)
-    packed = _pack(feats, strides, _dtype(probe, *feats))
-    if not (torch.is_grad_enabled() and packed.table.requires_grad):
-        return [packed] * len(calls)
-    shapes = [size for call in calls for size in (packed.batch, *call)]
-    tokens = op.make_tokens(
-        packed.table, shapes, list(packed.sizes), list(strides)
-    )
-    return [
-        PackedLevels(*packed[:-1], tuple(tokens[i : i + op.TOKENS]))
-        for i in range(0, len(tokens), op.TOKENS)
-    ]
+    return _pack(feats, strides, calls, _dtype(probe, *feats))
 
 
 def _once(feats: Levels, points: Tensor) -> bool:
@@ -158,19 +153,24 @@ def _refusal(width: int) -> str:
 
 
 def _pack(
-    feats: Levels, strides: Sequence[int], dtype: torch.dtype
-) -> PackedLevels:
-    if isinstance(feats, PackedLevels):
-        return feats
+    feats: Sequence[Tensor],
+    strides: Sequence[int],
+    calls: Sequence[tuple],
+    dtype: torch.dtype,
+) -> list[PackedLevels]:
+    """Levels for each call, with tokens where a level needs a gradient."""
+    table = op.pack([feat.detach() for feat in feats], dtype)
     sizes = tuple(size for feat in feats for size in feat.shape[2:])
-    table = op.pack(list(feats), dtype)
-    return PackedLevels(table, feats[0].shape[0], sizes, tuple(strides))
-
-
-def _unpack(feats: Levels) -> Sequence[Tensor]:
-    if isinstance(feats, PackedLevels):
-        return fused.unpack(feats.table, feats.batch, feats.sizes)
-    return feats
+    packed = PackedLevels(table, tuple(feats), sizes, tuple(strides))
+    needs_grad = any(feat.requires_grad for feat in feats)
+    if not (torch.is_grad_enabled() and needs_grad):
+        return [packed] * len(calls)
+    shapes = [size for call in calls for size in (len(feats[0]), *call)]
+    tokens = op.make_tokens(list(feats), dtype, shapes, list(strides))
+    return [
+        packed._replace(tokens=tuple(tokens[i : i + op.TOKENS]))
+        for i in range(0, len(tokens), op.TOKENS)
+    ]
 
 
 def _dtype(*tensors: Tensor) -> torch.dtype:
@@ -207,7 +207,7 @@ def _check_packed(packed, points, strides):
             f'these levels were shared for strides {packed.strides}, '
             f'got {tuple(strides)}'
         )
-    _check_points(points, packed.batch, packed.table.shape[1])
+    _check_points(points, len(packed.feats[0]), packed.table.shape[1])
     if points.dtype == torch.float64 != packed.table.dtype:
         raise ValueError(
             f'these levels were shared for points of {packed.table.dtype}, '

@@ -13,7 +13,7 @@ were recomputed.
 import torch
 from torch.library import custom_op
 
-from . import fused
+from . import fused, level_gradients
 
 TOKENS = 3  # a call: what flows back, where it read, how often it was used
 
@@ -32,7 +32,7 @@ def _kernels(backend):
     schema='(Tensor[] feats, ScalarType dtype) -> Tensor',
 )
 def pack(feats, dtype):
-    """See :func:`fused.pack`."""
+    """See :func:`fused.pack`. Gradients go through tokens."""
     return fused.pack(feats, dtype)
 
 
@@ -42,42 +42,6 @@ def _(feats, dtype):
         feat.shape[0] * feat.shape[2] * feat.shape[3] for feat in feats
     )
     return feats[0].new_empty(cells, feats[0].shape[1], dtype=dtype)
-
-
-@custom_op(
-    'lors_plugin::sampling_3d_planes',
-    mutates_args=(),
-    schema='(Tensor level) -> Tensor',
-)
-def planes(level):
-    """See :func:`fused.planes`."""
-    return fused.planes(level)
-
-
-@planes.register_fake
-def _(level):
-    return level.new_empty(level.shape)
-
-
-def _pack_setup(ctx, inputs, output):
-    feats = inputs[0]
-    ctx.batch = feats[0].shape[0]
-    ctx.sizes = [size for feat in feats for size in feat.shape[2:]]
-    ctx.dtypes = [feat.dtype for feat in feats]
-    ctx.planar = [feat.is_contiguous() for feat in feats]
-
-
-def _pack_backward(ctx, grad):
-    grads = [
-        (planes(level) if planar else level).to(kind)
-        for level, planar, kind in zip(
-            fused.unpack(grad, ctx.batch, ctx.sizes), ctx.planar, ctx.dtypes
-        )
-    ]
-    return grads, None
-
-
-pack.register_autograd(_pack_backward, setup_context=_pack_setup)
 
 
 @custom_op(
@@ -98,74 +62,88 @@ def _(grad_out, table, points, sizes, strides, backend):
 
 
 @custom_op(
-    'lors_plugin::sampling_3d_table_gradient',
+    'lors_plugin::sampling_3d_levels_gradient',
     mutates_args=(),
     schema='(Tensor[] grad_outs, Tensor[] points, Tensor[] counts, '
-    'SymInt[] sizes, int[] strides) -> Tensor',
+    'SymInt[] sizes, int[] strides, bool[] planar) -> Tensor[]',
 )
-def table_gradient(grad_outs, points, counts, sizes, strides):
-    """See :func:`fused.table_gradient`.
+def levels_gradient(grad_outs, points, counts, sizes, strides, planar):
+    """See :func:`.level_gradients.levels_gradient`.
 
     ``counts`` says how often each call was made, which must be once: autograd
     adds gradients of several uses, and the sum of two places is no place. A
     compiled program may have zeros for a call that no loss depends on.
     """
-    if counts and counts[0].device.type in ('cpu', 'cuda'):
+    if counts[0].device.type in ('cpu', 'cuda'):
         # Asking a GPU would make the program wait for it; this asserts there.
         torch._assert_async(
             (torch.cat(counts) <= 1).all(),
             'levels from share_levels were sampled twice; each of the list '
             'it returns is for one call of sampling_3d',
         )
-    return fused.table_gradient(grad_outs, points, sizes, strides)
+    return level_gradients.levels_gradient(
+        grad_outs, points, sizes, strides, planar
+    )
 
 
-@table_gradient.register_fake
-def _(grad_outs, points, counts, sizes, strides):
+@levels_gradient.register_fake
+def _(grad_outs, points, counts, sizes, strides, planar):
     batch, _, groups, _, width = grad_outs[0].shape
-    cells = sum(h * w for h, w in zip(sizes[::2], sizes[1::2]))
-    return grad_outs[0].new_empty(batch * cells, groups * width)
+    grads = []
+    for height, columns, in_planes in zip(sizes[::2], sizes[1::2], planar):
+        if in_planes:
+            shape = batch, groups * width, height, columns
+            grads.append(grad_outs[0].new_empty(shape))
+        else:
+            shape = batch, height, columns, groups * width
+            grad = grad_outs[0].new_empty(shape)
+            grads.append(grad.permute(0, 3, 1, 2))
+    return grads
 
 
 @custom_op(
     'lors_plugin::sampling_3d_tokens',
     mutates_args=(),
-    schema='(Tensor table, SymInt[] shapes, SymInt[] sizes, int[] strides) '
-    '-> Tensor[]',
+    schema='(Tensor[] feats, ScalarType dtype, SymInt[] shapes, '
+    'int[] strides) -> Tensor[]',
 )
-def make_tokens(table, shapes, sizes, strides):
+def make_tokens(feats, dtype, shapes, strides):
     """Three tokens for each call to come.
 
     Args:
-        table (Tensor): As :func:`pack` gives it.
+        feats (Sequence[Tensor]): Levels of shape (B, D, H_l, W_l).
+        dtype (torch.dtype): Of the table.
         shapes (Sequence[int]): B, N, G and P of each call in turn.
-        sizes, strides: As in :func:`fused.sample`.
+        strides (Sequence[int]): As in :func:`fused.sample`.
 
     Returns:
         list[Tensor]: Of each call in turn tokens of shape (B, N, G, P, C),
         (B, N, G, P, 3) and (1, ), which take no memory.
     """
-    return _zero_tokens(table, shapes)
+    return _zero_tokens(feats[0], dtype, shapes)
 
 
 @make_tokens.register_fake
-def _(table, shapes, sizes, strides):
-    return _zero_tokens(table, shapes)
+def _(feats, dtype, shapes, strides):
+    return _zero_tokens(feats[0], dtype, shapes)
 
 
-def _zero_tokens(table, shapes):
+def _zero_tokens(feat, dtype, shapes):
     tokens = []
     for i in range(0, len(shapes), 4):
         shape = tuple(shapes[i : i + 4])
-        width = table.shape[1] // shape[2]
+        width = feat.shape[1] // shape[2]
         for size in ((*shape, width), (*shape, 3), (1,)):
-            tokens.append(table.new_zeros(1).expand(size))
+            tokens.append(feat.new_zeros(1, dtype=dtype).expand(size))
     return tokens
 
 
 def _tokens_setup(ctx, inputs, output):
+    feats, _, _, ctx.strides = inputs
     ctx.set_materialize_grads(False)
-    ctx.sizes, ctx.strides = inputs[2:]
+    ctx.sizes = [size for feat in feats for size in feat.shape[2:]]
+    ctx.dtypes = [feat.dtype for feat in feats]
+    ctx.planar = [feat.is_contiguous() for feat in feats]
 
 
 def _tokens_backward(ctx, grads):
@@ -174,11 +152,14 @@ def _tokens_backward(ctx, grads):
         for i in range(0, len(grads), TOKENS)
         if grads[i] is not None
     ]
-    grad = None
-    if used:
-        values, points, counts = map(list, zip(*used))
-        grad = table_gradient(values, points, counts, ctx.sizes, ctx.strides)
-    return grad, None, None, None
+    if not used:
+        return [None] * len(ctx.dtypes), None, None, None
+    values, points, counts = map(list, zip(*used))
+    levels = levels_gradient(
+        values, points, counts, ctx.sizes, ctx.strides, ctx.planar
+    )
+    levels = [level.to(kind) for level, kind in zip(levels, ctx.dtypes)]
+    return levels, None, None, None
 
 
 make_tokens.register_autograd(_tokens_backward, setup_context=_tokens_setup)
@@ -196,8 +177,8 @@ def sample(table, points, tokens, sizes, strides, backend):
     Args:
         table (Tensor): As :func:`pack` gives it.
         points (Tensor): Shape (B, N, G, P, 3).
-        tokens (Sequence[Tensor]): Of this call; the gradient of the table
-            goes there. Empty for a gradient at once.
+        tokens (Sequence[Tensor]): Of this call; the gradient of the levels
+            goes there. Empty where none needs one.
         sizes, strides: As in :func:`fused.sample`.
         backend (str): 'torch' or 'triton'.
     """
@@ -222,18 +203,15 @@ def _sample_setup(ctx, inputs, output):
 
 def _sample_backward(ctx, grad_out):
     table, points = ctx.saved_tensors
-    layout = ctx.sizes, ctx.strides
-    grad_table = grad_points = None
+    grad_points = None
     grad_tokens = [None] * ctx.num_tokens
     if ctx.num_tokens:
         grad_tokens = [grad_out, points, points.new_ones(1)]
-    elif ctx.needs_input_grad[0]:
-        grad_table = table_gradient([grad_out], [points], [], *layout)
     if ctx.needs_input_grad[1]:
         grad_points = points_gradient(
-            grad_out, table, points, *layout, ctx.backend
+            grad_out, table, points, ctx.sizes, ctx.strides, ctx.backend
         )
-    return grad_table, grad_points, grad_tokens, None, None, None
+    return None, grad_points, grad_tokens, None, None, None
 
 
 sample.register_autograd(_sample_backward, setup_context=_sample_setup)

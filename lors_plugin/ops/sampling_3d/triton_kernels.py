@@ -5,7 +5,7 @@ channels last, so that a read of one corner is one contiguous row. A program
 takes a block of points of one group of one query and all levels in one pass.
 Weights of levels and corners are folded in, sums are float32, nothing but the
 result is written. The gradient of the points is each program's own. The
-gradient of the table is left to :func:`fused.table_gradient`, which sorts the
+gradient of the table is left to :mod:`.level_gradients`, which sorts the
 reads by row: no atomics, so the same result each time.
 """
 

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from lors_plugin.ops import GradientSum
-from lors_plugin.ops.sampling_3d import fused
+from lors_plugin.ops.sampling_3d import fused, level_gradients
 
 
 def results(function, inputs):
@@ -34,10 +34,10 @@ def test_one_gradient_of_the_levels_for_all_stages(
     with_cp, tiny_decoder, decoder_inputs, monkeypatch
 ):
     calls = []
-    function = fused.table_gradient
+    function = level_gradients.levels_gradient
     monkeypatch.setattr(
-        fused,
-        'table_gradient',
+        level_gradients,
+        'levels_gradient',
         lambda grads, *args: (
             calls.append(len(grads)) or function(grads, *args)
         ),
