@@ -64,8 +64,6 @@ MODELS = {
     'ResNet-50': stock(2048, type='ResNet', depth=50),
     'Swin-T': stock(768, type='SwinTransformer', arch='tiny'),
 }
-# Swin writes the size of images into the program.
-STATIC = ('Swin-T',)
 
 
 def parse_args(argv=None):
@@ -135,8 +133,6 @@ def exported(name, args):
         data_preprocessor=PREPROCESSOR,
         **MODELS[name],
     )
-    if name in STATIC:
-        config['backbone']['img_size'] = args.shape
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         model = REGISTRY.build(config)
     model.init_weights()
@@ -148,16 +144,12 @@ def exported(name, args):
         images = random_images(number, shape, number)
         return classifier_case(model, images, 'float', False)
 
-    fixed = name in STATIC
     content = export_file(
         module,
-        case(1 if fixed else 2)[0],
-        dynamic_batch=not fixed,
-        dynamic_size=not fixed,
+        case(2)[0],
         metadata=dict(parameters=sum(p.numel() for p in model.parameters())),
     )
-    cases = [case(1)] if fixed else [case(1), case(3)]
-    return content, check_file(content, cases, 1e-3)
+    return content, check_file(content, [case(1), case(3)], 1e-3)
 
 
 def prepare(name, args):
