@@ -5,7 +5,7 @@ from operator import attrgetter, is_, methodcaller
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_all
 
 
 def is_bare(x: Tensor) -> bool:
@@ -77,7 +77,14 @@ class Snapshot:
         """Whether a part has hooks or a forward of its own."""
         return (
             any(self._hooks)
-            or _has_any_global_hook()
+            or any(
+                (
+                    of_all._global_forward_hooks,
+                    of_all._global_forward_pre_hooks,
+                    of_all._global_backward_hooks,
+                    of_all._global_backward_pre_hooks,
+                )
+            )
             or any(['forward' in part.__dict__ for part in self._modules])
         )
 

@@ -168,7 +168,7 @@ def _pack(
     shapes = [size for call in calls for size in (len(feats[0]), *call)]
     tokens = op.make_tokens(list(feats), dtype, shapes, list(strides))
     return [
-        packed._replace(tokens=tuple(tokens[i : i + op.TOKENS]))
+        PackedLevels(*packed[:-1], tuple(tokens[i : i + op.TOKENS]))
         for i in range(0, len(tokens), op.TOKENS)
     ]
 
