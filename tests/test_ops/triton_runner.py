@@ -111,15 +111,23 @@ def mixing_errors(case, dtype, steps=False):
     }
 
 
-def below_80(case, dtype):
-    """Errors of what runs where Triton has no tensor cores."""
-    from lors_plugin.ops.adaptive_mixing import triton_kernels
+def below_80(case):
+    """Errors of what runs where Triton has no tensor cores.
 
-    kept = triton_kernels.capability
-    triton_kernels.capability = lambda _: 70
-    errors = mixing_errors(case, dtype, steps=True)
-    triton_kernels.capability = kept
-    return errors
+    With slices of 8 numbers, which Triton has from 3.8 on, and without.
+    """
+    from lors_plugin.ops.adaptive_mixing import triton_kernels as kernels
+
+    kept = kernels.capability, kernels.SHORT_SLICES
+    found = {}
+    for short in sorted({False, kernels.SHORT_SLICES}):
+        kernels.capability, kernels.SHORT_SLICES = lambda _: 70, short
+        for dtype in (torch.float16, torch.float32):
+            errors = mixing_errors(case, dtype, steps=True)
+            name = f'{str(dtype)[6:]}, short slices: {short}'
+            found[name] = errors
+    kernels.capability, kernels.SHORT_SLICES = kept
+    return found
 
 
 def sampling_inputs(case, dtype):
@@ -307,8 +315,7 @@ def main(what):
             found[f'{name}: on chip'] = mixing_errors(case, single)
             if name in ('odd', 'adamixer', 'spatial side only'):
                 found[f'{name}: half'] = mixing_errors(case, half)
-        found['odd: half, sm 70'] = below_80(MIXING['odd'], half)
-        found['odd: single, sm 70'] = below_80(MIXING['odd'], single)
+        found['below 8.0'] = below_80(MIXING['odd'])
     elif what == 'registered':
         found['opcheck'] = registered()
         found['compiled'] = compiled()

@@ -26,7 +26,7 @@ from .triton_kernels_forward import adaptive_mixing_fwd_kernel
 from .triton_kernels_steps import adaptive_mixing_fwd_kernel_steps
 
 PROGRAMS_PER_PROCESSOR = 2
-# Whether float32 products take slices of 8 numbers; 3.6 does not.
+# Whether float32 products take slices of 8 numbers; 3.7 does not.
 SHORT_SLICES = triton_version() >= (3, 8)
 
 
@@ -84,9 +84,14 @@ def config(size: dict, dtype: torch.dtype, cap: int, kernel: str) -> dict:
     half = on_chip(size, dtype, cap)
     rows_at_once = 64 if half else 32
     depth = min(32, width) if half else 16
-    if kernel == 'backward' and cap < 80 and SHORT_SLICES:
+    crowded = kernel == 'backward' and cap < 80
+    if crowded and SHORT_SLICES:
         # With slices of 16 numbers it spills registers there.
         depth = 8
+    elif crowded:
+        # So it does not, if offsets are not kept and small ranks are padded:
+        # the layouts of wider tiles need fewer offsets.
+        side_c, side_s = max(64, side_c), max(64, side_s)
     tiles = dict(
         size,
         BP=block(size['P']),
@@ -107,6 +112,8 @@ def config(size: dict, dtype: torch.dtype, cap: int, kernel: str) -> dict:
         # All that eight warps may have: by itself, the assembler aims at
         # half of it for some kernels, and spills.
         tiles['maxnreg'] = 255
+    if kernel == 'backward':
+        tiles['FRESH'] = crowded and not SHORT_SLICES
     return tiles
 
 

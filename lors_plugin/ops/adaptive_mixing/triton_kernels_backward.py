@@ -159,6 +159,7 @@ def adaptive_mixing_bwd_kernel(
     BK: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    FRESH: tl.constexpr,
 ):
     """All gradients of groups of queries, one after the other."""
     o_p = tl.arange(0, BP)
@@ -270,6 +271,7 @@ def adaptive_mixing_bwd_kernel(
                 DOT,
                 PRECISION,
                 p_0,
+                p_0 if FRESH else None,
             )
 
         b = tl.zeros((BP, BC), tl.float32)
@@ -327,6 +329,7 @@ def adaptive_mixing_bwd_kernel(
                 DOT,
                 PRECISION,
                 p_0,
+                p_0 if FRESH else None,
             )
             b = matmul(
                 b,

@@ -43,6 +43,7 @@ def spatial_low_rank_bwd(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     p_0,
+    p_fresh,  # p_0 or None, see store
 ):
     """Gradients of ``L E R`` from the one of the formed matrix."""
     KR: tl.constexpr = K * R
@@ -70,13 +71,13 @@ def spatial_low_rank_bwd(
             p_0,
         )
         m = (o_q < Q)[:, None] & (o_j < KR)[None, :]
-        store(p_dl, b_dl, KR, 1, o_q, o_j, m)
+        store(p_dl, b_dl, KR, 1, o_q, o_j, m, p_fresh)
     b = tl.zeros((BKR, BP), tl.float32)
     b = matmul(
         b, p_l, 1, KR, p_ds, P, 1, o_j, o_p, KR, P, Q, BK, DOT, PRECISION, p_0
     )
     m = (o_j < KR)[:, None] & (o_p < P)[None, :]
-    store(p_a, b, P, 1, o_j, o_p, m)
+    store(p_a, b, P, 1, o_j, o_p, m, p_fresh)
     tl.debug_barrier()
     b = tl.zeros((BKR, BKR), tl.float32)
     b = matmul(
@@ -103,7 +104,7 @@ def spatial_low_rank_bwd(
         CORE=R,
     )
     m = (o_p < P)[:, None] & (o_j < KR)[None, :]
-    store(p_dr, b, 1, P, o_p, o_j, m)
+    store(p_dr, b, 1, P, o_p, o_j, m, p_fresh)
 
 
 @triton.jit
@@ -130,6 +131,7 @@ def channel_low_rank_bwd(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     p_0,
+    p_fresh,  # p_0 or None, see store
 ):
     """Gradients of ``L E R`` from the one of the product."""
     KR: tl.constexpr = K * R
@@ -142,12 +144,12 @@ def channel_low_rank_bwd(
         b, p_u, 1, KR, p_dy, C, 1, o_j, o_c, KR, C, P, BK, DOT, PRECISION, p_0
     )
     m = (o_j < KR)[:, None] & (o_c < C)[None, :]
-    store(p_dr, b, C, 1, o_j, o_c, m)
+    store(p_dr, b, C, 1, o_j, o_c, m, p_fresh)
     b_0 = tl.zeros((BP, BKR), tl.float32)
     b = matmul(
         b_0, p_dy, C, 1, p_r, 1, C, o_p, o_j, P, KR, C, BK, DOT, PRECISION, p_0
     )
-    store(p_v, b, KR, 1, o_p, o_j, m_t)
+    store(p_v, b, KR, 1, o_p, o_j, m_t, p_fresh)
     tl.debug_barrier()
     b = tl.zeros((BKR, BKR), tl.float32)
     b = matmul(
@@ -173,11 +175,11 @@ def channel_low_rank_bwd(
         p_0,
         CORE=R,
     )
-    store(p_w, b, KR, 1, o_p, o_j, m_t)
+    store(p_w, b, KR, 1, o_p, o_j, m_t, p_fresh)
     tl.debug_barrier()
     b = tl.zeros((BC, BKR), tl.float32)
     b = matmul(
         b, p_x, 1, C, p_w, KR, 1, o_c, o_j, C, KR, P, BK, DOT, PRECISION, p_0
     )
     m = (o_c < C)[:, None] & (o_j < KR)[None, :]
-    store(p_dl, b, KR, 1, o_c, o_j, m)
+    store(p_dl, b, KR, 1, o_c, o_j, m, p_fresh)

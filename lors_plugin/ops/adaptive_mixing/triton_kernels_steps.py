@@ -68,8 +68,15 @@ def matmul(
 
 
 @triton.jit
-def store(p, b, ROW: tl.constexpr, COL: tl.constexpr, o_i, o_j, m):
-    """Store a tile in the type of the memory."""
+def store(p, b, ROW: tl.constexpr, COL: tl.constexpr, o_i, o_j, m, p_0=None):
+    """Store a tile in the type of the memory.
+
+    With ``p_0``, offsets are computed again, as in :func:`matmul`.
+    """
+    if p_0 is not None:
+        i_0 = tl.multiple_of(tl.load(p_0, volatile=True), 16)
+        o_i += i_0
+        o_j += i_0
     o = o_i[:, None] * ROW + o_j[None, :] * COL
     tl.store(p + o, b.to(p.dtype.element_ty), mask=m)
 
