@@ -34,6 +34,7 @@ GATED = [
     ('mix-bwd', 'lors-r32', 'float32', 70),
     ('sample-fwd', 'lors-k3', 'float16', 80),
     ('sample-bwd', 'lors-k3', 'float32', 70),
+    ('sample-bwd', 'adamixer', 'bfloat16', 90),
 ]
 
 
@@ -61,6 +62,21 @@ def test_gate_sees_spills_and_missing_tensor_cores(gate, monkeypatch):
     problems = gate.measure('mix-fwd', 'adamixer', 'float16', 80)['problems']
     assert problems[0] == 'spills 40 bytes'
     assert 'shared memory' in problems[1]
+
+
+@pytest.mark.parametrize(
+    ('version', 'dtype', 'wanted'),
+    [
+        ((3, 7, 1), 'float16', dict(maxnreg=255)),
+        ((3, 7, 1), 'float32', {}),
+        ((3, 8, 0), 'float16', {}),
+    ],
+)
+def test_registers_of_sampling(gate, monkeypatch, version, dtype, wanted):
+    """Where the assembler would choose too few, before Triton 3.8."""
+    monkeypatch.setattr(gate.sampling, 'triton_version', lambda: version)
+    launch = gate.prepare('sample-bwd', 'lors-k3', dtype, 80)[3]
+    assert launch == dict(num_warps=4, num_stages=1, **wanted)
 
 
 def test_table_is_written_between_the_marks(gate, tmp_path):

@@ -98,11 +98,15 @@ def prepare(kernel, shape, dtype, cap):
     types = dict(p_stats='*fp32', p_points='*fp32', p_0='*i32', num='i32')
     types.update(p_sizes='*i32', num_batch='i32', num_queries='i32')
     if kernel.startswith('sample'):
-        options = sampling.config(size['P'], 2, size['C'], (4, 8, 16, 32))
+        backward = kernel == 'sample-bwd'
+        half = backward and kind != torch.float32
+        options = sampling.config(
+            size['P'], 2, size['C'], (4, 8, 16, 32), half
+        )
         types['p_grad'] = '*fp32'
-        backward = sampling.sampling_3d_bwd_kernel
-        forward = sampling.sampling_3d_fwd_kernel
-        function = backward if kernel == 'sample-bwd' else forward
+        function = sampling.sampling_3d_fwd_kernel
+        if backward:
+            function = sampling.sampling_3d_bwd_kernel
     else:
         keys = ('P', 'C', 'Q')
         full = dict({k: size[k] for k in keys}, G=2)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import triton_version
 from ..triton_kernels_launch import block, dot_type, on
 
 MAX_TILE = 4096
@@ -215,8 +216,13 @@ def sampling_3d_bwd_kernel(
     tl.store(p + 2, b_value * b_mean - b_moment, mask=m_p)
 
 
-def config(num_points: int, groups: int, width: int, strides) -> dict:
-    """Return tiles, warps and constants of both kernels."""
+def config(
+    num_points: int, groups: int, width: int, strides, half_backward: bool
+) -> dict:
+    """Return tiles, warps and constants of a kernel.
+
+    ``half_backward`` says whether it is backward in a half type.
+    """
     columns = block(width)
     rows = min(triton.next_power_of_2(num_points), max(1, 2048 // columns))
     if columns > MAX_TILE:
@@ -224,7 +230,7 @@ def config(num_points: int, groups: int, width: int, strides) -> dict:
             f'the Triton kernels take up to {MAX_TILE} channels a group, '
             f"got {width}; use backend='torch'"
         )
-    return dict(
+    options = dict(
         STRIDES=tuple(float(stride) for stride in strides),
         G=groups,
         P=num_points,
@@ -234,6 +240,11 @@ def config(num_points: int, groups: int, width: int, strides) -> dict:
         num_warps=4,
         num_stages=1,
     )
+    if half_backward and triton_version() < (3, 8):
+        # By itself, the assembler aims at 96 in one case, and spills. In
+        # float32, though, it spills if it is told that it has all.
+        options['maxnreg'] = 255
+    return options
 
 
 @functools.lru_cache(maxsize=256)
@@ -245,7 +256,8 @@ def _on_device(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 def _launch(kernel, grad_out, table, points, sizes, strides, out):
     batch, queries, groups, num_points, _ = points.shape
     width = table.shape[1] // groups
-    options = config(num_points, groups, width, strides)
+    half_backward = grad_out is not None and table.dtype != torch.float32
+    options = config(num_points, groups, width, strides, half_backward)
     dot_type(table.dtype, 80)  # whether there is a kernel
     if not out.numel():
         return out
