@@ -290,6 +290,8 @@ def check_triton(
                 'set TRITON_INTERPRET=1 before Triton is imported to try them'
             )
         )
+        if release(version)[:2] < OLDEST_TRITON:
+            return [*checks, Check('note', f'{text}: {_too_old()}')]
         what = f'{text}, no GPU: kernels run in the interpreter only'
         what += f' ({mode}; float32 and float16, bfloat16 is wrong there)'
         return [*checks, Check('note', what)]
@@ -308,12 +310,23 @@ def check_triton(
     return checks
 
 
+def _too_old() -> str:
+    oldest = '.'.join(map(str, OLDEST_TRITON))
+    return f'not used, the PyTorch operators run, since kernels need {oldest}'
+
+
 def _check_triton_on(text, version, capability):
     """Say what a Triton version does on a GPU, see docs on kernels."""
     where = f'{text} on sm_{capability[0]}{capability[1]}'
     # As in ops/backend.py, which this file must not import.
-    if version[:2] < OLDEST_TRITON or capability < (7, 0):
-        return Check('note', f'{where}: not used, the PyTorch operators run')
+    if version[:2] < OLDEST_TRITON:
+        return Check('note', f'{where}: {_too_old()}')
+    if capability < (7, 0):
+        return Check(
+            'note',
+            f'{where}: not used, the PyTorch operators run, since kernels '
+            'need sm_70',
+        )
     if capability >= (8, 0):
         return Check('ok', f'{where}: kernels compile')
     reason = 'float16 products spill registers and use no tensor cores'

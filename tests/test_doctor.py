@@ -163,11 +163,14 @@ def test_triton_elsewhere():
     assert statuses(check_triton('3.8.0', '2.14.1', [A100], True)) == ['trap']
     (check,) = check_triton('3.8.0', '2.14.1', [], False)
     assert 'TRITON_INTERPRET=1' in check.what
+    check = check_triton('3.5.1', '2.14.1', [], False)[-1]
+    assert check.what.endswith('since kernels need 3.6')
     found = check_triton('3.2.0', '2.14.1', [T4, A100], False)
     assert statuses(found) == ['note', 'note', 'note']
     assert 'not the one' in found[0].what
     for check in found[1:]:
         assert 'not used, the PyTorch operators run' in check.what
+        assert 'since kernels need 3.6' in check.what
     found = check_triton('3.7.1', '2.13.0', [P100, A100], False)
     assert statuses(found) == ['note', 'ok']
     assert 'sm_60: not used' in found[0].what

@@ -16,8 +16,8 @@ from torch import Tensor
 
 BACKENDS = ('auto', 'torch', 'triton', 'reference')
 ENV_NAME = 'LORS_PLUGIN_BACKEND'
-# The kernels of sampling do not compile with 3.2 and 3.3; 3.4 and 3.5 were
-# not tried.
+# The kernels of sampling do not compile with 3.2 and 3.3, and those of mixing
+# spill registers with 3.4 and 3.5.
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (7, 0)
 # Below it there are no tensor-core paths in Triton any more and no
