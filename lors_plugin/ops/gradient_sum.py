@@ -5,15 +5,83 @@ large weight, fresh memory and the sum cost as much as the products. Here each
 call also takes a *token* and returns the next one: tensors of the weight's
 shape without its memory. Backward goes through the chain of tokens from the
 last call to the first, and what flows along it is the sum so far, to which
-each call adds its product in place.
+each call adds its product in place; or calls leave the factors of their
+products to :class:`Products`, and the start of the chain multiplies all of
+them at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+# Columns whose product stays in the cache until it is where it belongs.
+TILE = 4096
+
+
+class Products:
+    """Products that make up the gradient of one weight, multiplied at once.
+
+    Each backward pass has its own, so that passes may follow each other,
+    stop half-way or run in several threads.
+    """
+
+    def __init__(self) -> None:
+        self._passes = {}
+
+    def add(
+        self, small: Tensor, big: Sequence[Tensor], transposed: bool = False
+    ) -> None:
+        """Leave the factors of one call, in its backward pass.
+
+        Args:
+            small (Tensor): Shape (n, s), ``s`` the same for all calls.
+            big (Sequence[Tensor]): Shapes (n, b), one next to another; their
+                number and widths are the same for all calls.
+            transposed (bool): Whether the product is ``big.T @ small``
+                rather than ``small.T @ big``. Defaults to False.
+        """
+        number = torch._C._current_graph_task_id()
+        calls = self._passes.setdefault(number, [])
+        calls.append((small, big, transposed))
+
+    def take(self) -> list:
+        """What the calls of this backward pass have left."""
+        return self._passes.pop(torch._C._current_graph_task_id(), [])
+
+
+def multiply(
+    calls: list, out: Tensor, fresh: bool, bias: Optional[Tensor]
+) -> None:
+    """Sum of the products of :class:`Products`, tile by tile.
+
+    Args:
+        calls (list): At least one, see :meth:`Products.take`.
+        out (Tensor): Where the sum goes.
+        fresh (bool): Whether it is written there, rather than added.
+        bias (Tensor, optional): Written: column sums of all that is big.
+    """
+    out = out.T if calls[0][2] else out
+    width = len(out)
+    small = torch.cat([call[0] for call in calls])
+    # Ones make the column sums.
+    left = small.new_ones(width + (bias is not None), len(small))
+    left[:width] = small.T
+    start = 0
+    for parts in zip(*(call[1] for call in calls)):
+        for tiles in zip(*(part.split(TILE, 1) for part in parts)):
+            product = left @ torch.cat(tiles)
+            where = slice(start, start + product.shape[1])
+            start = where.stop
+            if fresh:
+                out[:, where] = product[:width]
+            else:
+                out[:, where] += product[:width]
+            if bias is not None:
+                bias[where] = product[width]
 
 
 class GradientSum:
@@ -26,15 +94,24 @@ class GradientSum:
     Args:
         token (Tensor, optional): Where the chain goes on. Defaults to None,
             the start.
-        casts (dict, optional): The weight in other types, by type. Defaults
-            to None, none yet.
+        made (dict, optional): What calls have made of the weight. Defaults
+            to None, nothing yet.
+        save_memory (bool): Whether memory is worth more than time. If not,
+            calls may make another copy of the weight, and leave their
+            products to the start of the chain, which keeps the factors of
+            all calls until then. Defaults to False.
     """
 
     def __init__(
-        self, token: Optional[Tensor] = None, casts: Optional[dict] = None
+        self,
+        token: Optional[Tensor] = None,
+        made: Optional[dict] = None,
+        save_memory: bool = False,
     ) -> None:
         self.token = token
-        self.casts = {} if casts is None else casts
+        self.made = {} if made is None else made
+        self.save_memory = save_memory
+        self.products = None if save_memory else Products()
 
     @staticmethod
     def fits(weight: Tensor, *others: Optional[Tensor]) -> bool:
@@ -46,21 +123,27 @@ class GradientSum:
             and all(t is None or t.dtype == weight.dtype for t in others)
         )
 
-    def take(self, weight: Tensor) -> Tensor:
-        """The token that the next call takes."""
+    def take(self, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        """The token that the next call takes.
+
+        Args:
+            weight (Tensor): The weight that calls share, a matrix.
+            bias (Tensor, optional): One value a row, for calls that leave
+                its gradient to :attr:`products` as well.
+        """
         if self.token is None:
-            self.token = _First.apply(weight)
+            self.token = _First.apply(self.products, weight, bias)
         return self.token
 
     def give(self, token: Optional[Tensor]) -> None:
         """Keep the token that a call returned."""
         self.token = token
 
-    def cast(self, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
-        """The weight in another type, made by the first call that asks."""
-        if dtype not in self.casts:
-            self.casts[dtype] = make()
-        return self.casts[dtype]
+    def make(self, key: Hashable, function: Callable[[], Any]) -> Any:
+        """What the first call that asks makes of the weight, for all."""
+        if key not in self.made:
+            self.made[key] = function()
+        return self.made[key]
 
 
 def checkpoint_with_sums(
@@ -87,10 +170,13 @@ def checkpoint_with_sums(
     options = dict(use_reentrant=False, preserve_rng_state=preserve_rng_state)
     if torch.compiler.is_compiling():  # which sums nothing up this way
         return checkpoint(function, *args, tuple(sums), **options)
-    casts = [each.casts for each in sums]
+    made = [each.made for each in sums]
 
     def run(tokens, *args):
-        own = tuple(map(GradientSum, tokens, casts))
+        own = tuple(
+            GradientSum(token, known, save_memory=True)
+            for token, known in zip(tokens, made)
+        )
         return function(*args, own), [each.token for each in own]
 
     tokens = [each.token for each in sums]
@@ -105,12 +191,38 @@ def new_token(like: Tensor) -> Tensor:
     return like.new_zeros(()).expand(like.shape)
 
 
+def sum_so_far(total: Optional[Tensor]) -> Optional[Tensor]:
+    """What flows along the chain, None where that is only a token."""
+    if total is None or total.untyped_storage().nbytes() < total.nbytes:
+        return None
+    return total
+
+
 class _First(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight):
+    def forward(ctx, products, weight, bias):
+        ctx.products = products
+        ctx.needs_bias = bias is not None and bias.requires_grad
+        ctx.set_materialize_grads(False)
         return new_token(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
+        if grad is None:
+            return None, None, None
+        calls = ctx.products.take() if ctx.products is not None else []
+        total, bias = sum_so_far(grad), None
+        if calls:
+            fresh = total is None
+            total = grad.new_empty(grad.shape) if fresh else total
+            bias = grad.new_empty(len(grad)) if ctx.needs_bias else None
+            multiply(calls, total, fresh, bias)
+        elif total is None:
+            raise RuntimeError(
+                'the calls that share a weight ran backward in another pass '
+                'than the weight: what runs again in backward must go '
+                'through checkpoint_with_sums()'
+            )
         # Calls may find it handier to add to its transpose.
-        return grad.contiguous()
+        return None, total.contiguous(), bias

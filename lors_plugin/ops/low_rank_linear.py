@@ -46,7 +46,7 @@ def low_rank_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         make = partial(weight.detach().to, dtype)
         low = (
-            make() if gradient_sum is None else gradient_sum.cast(dtype, make)
+            make() if gradient_sum is None else gradient_sum.make(dtype, make)
         )
         x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
         bias = None if bias is None else bias.to(dtype)

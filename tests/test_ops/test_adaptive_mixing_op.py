@@ -88,12 +88,11 @@ def test_chunks_do_not_matter(sides, monkeypatch):
     tensors = make(sides, torch.float64)
     upstream = torch.randn(B, N, G, Q, C, dtype=torch.float64)
     wanted = grads_of(call, tensors, upstream)
-    _, spatial = fused.by_group(tensors[1], P, C)
     numbers = P * C + C * C + Q * P
     monkeypatch.setattr(fused, 'MOST_THREADS', 1)
     for queries in (4, 1):
         monkeypatch.setattr(fused, 'CHUNK_BYTES', queries * numbers * 8)
-        assert fused._chunk_size(tensors[0], spatial) == queries
+        assert fused._chunk_size(tensors[0], Q) == queries
         assert_close(grads_of(call, tensors, upstream), wanted)
 
 

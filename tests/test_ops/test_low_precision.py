@@ -183,11 +183,14 @@ def test_no_queries(kind):
 
 @pytest.mark.parametrize('with_sum', [True, False])
 def test_each_input_may_be_frozen(kind, with_sum):
-    wanted = results(kind, torch.bfloat16, True)
+    def new_sums():
+        return GradientSum() if with_sum else None
+
+    wanted = results(kind, torch.bfloat16, True, new_sums())
     for frozen in kind[0]():
         inputs = kind[0]()
         inputs[frozen].requires_grad_(False)
-        sums = GradientSum() if with_sum else None
+        sums = new_sums()
         with torch.autocast('cpu', torch.bfloat16):
             outs = kind[1](inputs, True, sums)
         torch.manual_seed(1)
@@ -195,17 +198,19 @@ def test_each_input_may_be_frozen(kind, with_sum):
         leaves = {k: t for k, t in inputs.items() if k != frozen}
         grads = torch.autograd.grad(outs, list(leaves.values()), upstream)
         for name, grad in zip(leaves, grads):
-            assert_close(grad, wanted[name], rtol=1e-2, atol=1e-2)
+            # A bias whose weight is frozen is summed up in another order.
+            error = (grad.double() - wanted[name].double()).norm()
+            assert error <= 3e-3 * wanted[name].double().norm(), name
 
 
 def test_the_weight_is_cast_once_a_pass(kind):
     inputs, sums = kind[0](), GradientSum()
-    made, cast = [], sums.cast
+    made, make = [], sums.make
 
-    def counted(dtype, make):
-        return cast(dtype, lambda: made.append(dtype) or make())
+    def counted(key, function):
+        return make(key, lambda: made.append(key) or function())
 
-    sums.cast = counted
+    sums.make = counted
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         kind[1](inputs, True, sums)
     assert made == [torch.bfloat16]

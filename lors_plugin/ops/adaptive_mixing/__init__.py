@@ -10,10 +10,11 @@ from torch import Tensor
 from ..backend import select_backend
 from ..gradient_sum import GradientSum
 from ..low_precision import in_low_precision
-from . import low_precision
+from ..packed_linear import can_pack
+from . import generated, low_precision
 from .op import (
     LowPrecisionMixing,
-    SummedGeneratedMixing,
+    SharedGeneratedMixing,
     generated_forward,
     mixing_forward,
 )
@@ -163,11 +164,36 @@ def generated_mixing(
         None if bias is None else bias.to(dtype),
         *factors,
     )
-    if gradient_sum is None or not gradient_sum.fits(weight, tensors[2]):
+    if gradient_sum is None or weight.dtype != dtype:
         return generated_forward(*tensors, eps)[0]
-    token = gradient_sum.take(weight)
-    out, token = SummedGeneratedMixing.apply(token, eps, *tensors)
-    gradient_sum.give(token)
+    return _shared(*tensors, eps=eps, gradient_sum=gradient_sum)
+
+
+def _shared(x, query, weight, bias, *factors, eps, gradient_sum):
+    packed = token = None
+    queries = x.shape[0] * x.shape[1]
+    if not gradient_sum.save_memory and can_pack(weight, queries):
+        sizes = x.shape[2], x.shape[4], queries
+
+        def pack():
+            with torch.no_grad(), torch.autocast('cpu', enabled=False):
+                return generated.pack(weight, bias, *sizes)
+
+        packed = gradient_sum.make(('packed', *sizes), pack)
+    tensors = x, query, weight, bias, *factors
+    if gradient_sum.fits(weight):
+        token = gradient_sum.take(weight)
+        weight = weight.detach()
+    elif packed is None:
+        return generated_forward(*tensors, eps)[0]
+    if not torch.is_grad_enabled():
+        args = x, query, bias, packed, factors, eps
+        return generated.forward_packed(*args, keep=False)[0]
+    out, token = SharedGeneratedMixing.apply(
+        token, eps, packed, x, query, weight, bias, *factors
+    )
+    if token is not None:
+        gradient_sum.give(token)
     return out
 
 
@@ -176,13 +202,16 @@ def _low(x, query, weight, bias, factors, eps, gradient_sum):
         with torch.no_grad():
             return low_precision.cast(weight, bias, x.dtype)
 
-    low = cast() if gradient_sum is None else gradient_sum.cast(x.dtype, cast)
-    token = None
+    low = cast() if gradient_sum is None else gradient_sum.make(x.dtype, cast)
+    token = products = None
     if gradient_sum is not None and gradient_sum.fits(weight):
-        token = gradient_sum.take(weight)
+        token = gradient_sum.take(weight, bias)
+        products = gradient_sum.products
         weight = weight.detach()
+        if products is not None and bias is not None:
+            bias = bias.detach()
     out, token = LowPrecisionMixing.apply(
-        token, eps, low, x, query, weight, bias, *factors
+        token, eps, low, products, x, query, weight, bias, *factors
     )
     if token is not None:
         gradient_sum.give(token)

@@ -10,7 +10,7 @@ parts are added to a chunk's matrices, where this costs no more than factored
 products. ``n`` stands for the ``B N`` queries, ``m`` for those of a chunk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Optional
 
 import torch
@@ -28,7 +28,6 @@ CHUNK_BYTES = 2**21
 MOST_THREADS = 8
 
 Factors = tuple[Optional[Tensor], ...]
-Shifts = tuple[Optional[Tensor], Optional[Tensor]]
 
 
 def forward(
@@ -62,7 +61,8 @@ def forward(
         deviation of both products.
     """
     factors = c_left, c_core, c_right, s_left, s_core, s_right
-    return mix(x, *by_group(weights, *x.shape[-2:]), factors, eps)
+    matrices = by_group(weights, *x.shape[-2:])
+    return mix(x, matrices[1].shape[2], of_group(*matrices), factors, eps)
 
 
 def backward(
@@ -126,128 +126,153 @@ def by_group(
 
 def mix(
     x: Tensor,
-    channel: Tensor,
-    spatial: Tensor,
+    out_points: int,
+    matrices: Callable[[int], tuple[Tensor, Tensor]],
     factors: Factors,
     eps: float,
-    shifts: Shifts = (None, None),
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mix with matrices that lie group by group.
 
     Args:
         x (Tensor): Shape (B, N, G, P, C).
-        channel (Tensor): Shape (G, n, C, C).
-        spatial (Tensor): Shape (G, n, Q, P).
+        out_points (int): ``Q``.
+        matrices (Callable): Gives those of a group, which is called once
+            for each in turn: channel matrices (n, C, C) and spatial ones
+            (n, Q, P).
         factors (tuple[Tensor | None]): As in :func:`forward`.
         eps (float): Added to the variances.
-        shifts (tuple[Tensor | None]): What matrices with a low-rank part
-            still lack, shapes (G, C C) and (G, Q P).
+        in_place (bool): Whether low-rank parts are added to the matrices
+            where they lie. Defaults to False.
 
     Returns:
         tuple[Tensor]: As :func:`forward`.
     """
     lead = x.shape[:3]
     wide = torch.promote_types(x.dtype, torch.float32)
-    out = x.new_empty(*lead, spatial.shape[-2], x.shape[-1])
+    out = x.new_empty(*lead, out_points, x.shape[-1])
     stats = x.new_empty(*lead, 4, dtype=wide)
-    size = _chunk_size(x, spatial)
-    work = _Workspace(x, spatial, size)
-    channel_side = make_side(*factors[:3], size, shifts[0])
-    spatial_side = make_side(*factors[3:], size, shifts[1])
+    size = _chunk_size(x, out_points)
+    work = _Workspace(x, out_points, size)
+    channel_side = make_side(*factors[:3], size)
+    spatial_side = make_side(*factors[3:], size)
     norms = Norms(eps, x.device.type == 'cpu' and x.dtype == wide)
     x_g, out_n, stats_n = in_groups(x), out.flatten(0, 1), stats.flatten(0, 1)
-    for group, part in _chunks(x, size):
-        x_m = x_g[group, part]
-        work.start(x_m.shape[0])
-        full = _full(channel, channel_side, group, part, work.channel)
-        y = norms.first(torch.bmm(x_m, full, out=work.y))
-        full = _full(spatial, spatial_side, group, part, work.spatial)
-        # Products straight into a buffer with gaps run one at a time.
-        product = torch.bmm(full, y, out=work.z)
-        norms.second(product, out_n[part, group])
+
+    def mix_group(group: int, channel: Tensor, spatial: Tensor) -> None:
+        for part in _chunks(x, size):
+            x_m = x_g[group, part]
+            work.start(x_m.shape[0])
+            into = None if in_place else work.channel
+            full = _full(channel, channel_side, group, part, into)
+            y = norms.first(torch.bmm(x_m, full, out=work.y))
+            into = None if in_place else work.spatial
+            full = _full(spatial, spatial_side, group, part, into)
+            # Products straight into a buffer with gaps run one at a time.
+            product = torch.bmm(full, y, out=work.z)
+            norms.second(y, product, out_n[part, group])
+
+    for group in range(x.shape[2]):
+        # Nobody here holds on to the matrices of a group.
+        mix_group(group, *matrices(group))
     norms.write(stats_n)
     return out, stats
+
+
+def of_group(
+    channel: Sequence[Tensor], spatial: Sequence[Tensor]
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Matrices that exist, as :func:`mix` asks for them."""
+    return lambda group: (channel[group], spatial[group])
 
 
 def mix_backward(
     grad_out: Tensor,
     x: Tensor,
-    channel: Tensor,
-    spatial: Tensor,
+    channel: Sequence[Tensor],
+    spatial: Sequence[Tensor],
     factors: Factors,
     stats: Tensor,
     eps: float,
-    grad_channel: Tensor,
-    grad_spatial: Tensor,
+    grad_channel: Sequence[Tensor],
+    grad_spatial: Sequence[Tensor],
     after_group: Optional[Callable[[int], None]] = None,
-    shifts: Shifts = (None, None),
+    complete: bool = False,
 ) -> tuple[Tensor, Factors]:
     """Gradients of the inputs of :func:`mix`.
 
     Args:
         grad_out (Tensor): Shape (B, N, G, Q, C).
         x (Tensor): As given to :func:`mix`, and what follows too.
-        channel (Tensor): See ``x``.
-        spatial (Tensor): See ``x``.
+        channel (Sequence[Tensor]): See ``x``.
+        spatial (Sequence[Tensor]): See ``x``.
         factors (tuple[Tensor | None]): See ``x``.
         stats (Tensor): What :func:`mix` returned.
         eps (float): Added to the variances.
-        grad_channel (Tensor): Written: gradient of ``channel``.
-        grad_spatial (Tensor): Written: gradient of ``spatial``.
+        grad_channel (Sequence[Tensor]): Written: gradient of ``channel``.
+        grad_spatial (Sequence[Tensor]): Written: gradient of ``spatial``.
         after_group (Callable, optional): Called with the number of a group
             when its gradients are there; the next group may overwrite them.
-        shifts (tuple[Tensor | None]): As given to :func:`mix`.
+        complete (bool): Whether the matrices have their low-rank parts, as
+            :func:`mix` leaves them in place. Defaults to False.
 
     Returns:
         tuple: Gradient of ``x``, and those of the factors, None for absent
         ones.
     """
-    size = _chunk_size(x, spatial)
-    work = _Workspace(x, spatial, size)
-    channel_side = make_side(*factors[:3], size, shifts[0])
-    spatial_side = make_side(*factors[3:], size, shifts[1])
+    size = _chunk_size(x, grad_out.shape[3])
+    work = _Workspace(x, grad_out.shape[3], size)
+    channel_side = make_side(*factors[:3], size)
+    spatial_side = make_side(*factors[3:], size)
     grad_x = empty_as(x)
     x_g, grad_x_g = in_groups(x), in_groups(grad_x)
     grad_out = grad_out.contiguous().flatten(0, 1)
     stats = stats.flatten(0, 1)
-    for group, part in _chunks(x, size):
-        x_m = x_g[group, part]
-        work.start(len(x_m))
-        mean_y, rstd_y, mean_z, rstd_z = (
-            t.view(-1, 1, 1) for t in stats[part, group].T.contiguous()
-        )
-        full_c = _full(channel, channel_side, group, part, work.channel)
-        full_s = _full(spatial, spatial_side, group, part, work.spatial)
-        y_pre = torch.bmm(x_m, full_c, out=work.y_pre)
-        mean_y, y = _normalize(y_pre, mean_y, rstd_y, eps, work.y)
-        torch.clamp_min(y, 0, out=y)
-        z_pre = torch.bmm(full_s, y, out=work.z_pre)
-        mean_z, z = _normalize(z_pre, mean_z, rstd_z, eps, work.z)
+    for group in range(x.shape[2]):
+        for part in _chunks(x, size):
+            x_m = x_g[group, part]
+            work.start(len(x_m))
+            mean_y, rstd_y, mean_z, rstd_z = (
+                t.view(-1, 1, 1) for t in stats[part, group].T.contiguous()
+            )
+            full_c, full_s = channel[group][part], spatial[group][part]
+            if not complete:
+                full_c = _full(
+                    channel[group], channel_side, group, part, work.channel
+                )
+                full_s = _full(
+                    spatial[group], spatial_side, group, part, work.spatial
+                )
+            y_pre = torch.bmm(x_m, full_c, out=work.y_pre)
+            mean_y, y = _normalize(y_pre, mean_y, rstd_y, eps, work.y)
+            torch.clamp_min(y, 0, out=y)
+            z_pre = torch.bmm(full_s, y, out=work.z_pre)
+            mean_z, z = _normalize(z_pre, mean_z, rstd_z, eps, work.z)
 
-        grad_z = _relu_backward(grad_out[part, group], z, z)
-        grad_z = _norm_backward(grad_z, z_pre, mean_z, rstd_z)
-        grad_y = torch.bmm(full_s.mT, grad_z, out=work.grad_y)
-        grad_y = _relu_backward(grad_y, y, grad_y)
-        grad_y = _norm_backward(grad_y, y_pre, mean_y, rstd_y)
-        target = grad_x_g[group, part]
-        if target.is_contiguous():
-            torch.bmm(grad_y, full_c.mT, out=target)
-        else:  # normalised, y_pre has been used up
-            target.copy_(torch.bmm(grad_y, full_c.mT, out=work.y_pre))
-        for a, b, side, grad, buffer in (
-            (x_m.mT, grad_y, channel_side, grad_channel, full_c),
-            (grad_z, y.mT, spatial_side, grad_spatial, full_s),
-        ):
-            target = grad[group, part]
+            grad_z = _relu_backward(grad_out[part, group], z, z)
+            grad_z = _norm_backward(grad_z, z_pre, mean_z, rstd_z)
+            grad_y = torch.bmm(full_s.mT, grad_z, out=work.grad_y)
+            grad_y = _relu_backward(grad_y, y, grad_y)
+            grad_y = _norm_backward(grad_y, y_pre, mean_y, rstd_y)
+            target = grad_x_g[group, part]
             if target.is_contiguous():
-                product = torch.bmm(a, b, out=target)
-            else:
-                spare = work.spare(buffer)
-                product = torch.bmm(a, b, out=spare)
-                target.copy_(product)
-            if side is not None:
-                side.collect(product, group, part)
-        if after_group is not None and part.stop == x_g.shape[1]:
+                torch.bmm(grad_y, full_c.mT, out=target)
+            else:  # normalised, y_pre has been used up
+                target.copy_(torch.bmm(grad_y, full_c.mT, out=work.y_pre))
+            for a, b, side, grad, buffer in (
+                (x_m.mT, grad_y, channel_side, grad_channel, full_c),
+                (grad_z, y.mT, spatial_side, grad_spatial, full_s),
+            ):
+                target = grad[group][part]
+                if target.is_contiguous():
+                    product = torch.bmm(a, b, out=target)
+                else:
+                    spare = work.spare(buffer)
+                    product = torch.bmm(a, b, out=spare)
+                    target.copy_(product)
+                if side is not None:
+                    side.collect(product, group, part)
+        if after_group is not None:
             after_group(group)
     grads = [
         t
@@ -257,35 +282,36 @@ def mix_backward(
     return grad_x, tuple(grads)
 
 
-def _chunk_size(x: Tensor, spatial: Tensor) -> int:
+def _chunk_size(x: Tensor, out_points: int) -> int:
     """Queries of one group that go through at once."""
     queries = x.shape[0] * x.shape[1]
     if x.device.type != 'cpu':
         return max(queries, 1)
-    width = x.shape[-1]
-    numbers = x.shape[3:].numel() + width**2 + spatial.shape[2:].numel()
+    points, width = x.shape[-2:]
+    numbers = points * width + width**2 + out_points * points
     total = CHUNK_BYTES * min(torch.get_num_threads(), MOST_THREADS)
     return max(total // (numbers * x.element_size()), 1)
 
 
-def _chunks(x: Tensor, size: int) -> Iterator[tuple[int, slice]]:
-    """Give group and queries of each chunk."""
+def _chunks(x: Tensor, size: int) -> Iterator[slice]:
+    """Give the queries of each chunk."""
     queries = x.shape[0] * x.shape[1]
-    for group in range(x.shape[2]):
-        for start in range(0, queries, size):
-            yield group, slice(start, min(start + size, queries))
+    for start in range(0, queries, size):
+        yield slice(start, min(start + size, queries))
 
 
 def _full(
-    base: Tensor,
+    matrices: Tensor,
     side: Optional[LowRankSide],
     group: int,
     part: slice,
-    out: Tensor,
+    out: Optional[Tensor],
 ) -> Tensor:
-    """Matrices of a chunk with their low-rank part."""
-    base = base[group, part]
-    return base if side is None else side.add_to(base, group, part, out)
+    """Matrices of a chunk with their low-rank part, in place without out."""
+    base = matrices[part]
+    if side is None:
+        return base
+    return side.add_to(base, group, part, base if out is None else out)
 
 
 class _Workspace:
@@ -293,15 +319,14 @@ class _Workspace:
 
     Args:
         x (Tensor): Shape (B, N, G, P, C).
-        spatial (Tensor): Shape (G, n, Q, P).
+        out_points (int): ``Q``.
         size (int): Queries in a chunk.
     """
 
-    def __init__(self, x: Tensor, spatial: Tensor, size: int) -> None:
+    def __init__(self, x: Tensor, out_points: int, size: int) -> None:
         self._x = x
         self._size = min(size, x.shape[0] * x.shape[1])
         points, width = x.shape[-2:]
-        out_points = spatial.shape[-2]
         self._shapes = dict(
             channel=(width, width),
             spatial=(out_points, points),

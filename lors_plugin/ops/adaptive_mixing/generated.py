@@ -5,12 +5,14 @@ of mixing read and write without gaps: nothing is copied, and the gradient of
 the generator is made from them in place.
 """
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from .fused import Factors, Shifts, mix, mix_backward
+from ..packed_linear import PackedLinear, widen
+from .fused import Factors, mix, mix_backward, of_group
 
 
 def forward(
@@ -34,23 +36,88 @@ def forward(
     Returns:
         tuple[Tensor]: The output (B, N, G, Q, C), and for backward the
         statistics (B, N, G, 4), the channel matrices (G, B N, C, C) and the
-        spatial matrices (G, B N, Q, P), without the bias where there is a
-        low-rank part to add as well.
+        spatial matrices (G, B N, Q, P), with their low-rank parts.
     """
     groups, points, width = x.shape[2:]
     query = query.flatten(0, 1).expand(groups, -1, -1)
-    shifts = _late(bias, factors, groups, width)
     channel, spatial = (
         query @ rows.mT
-        if shift is None or late is not None
+        if shift is None
         else torch.baddbmm(shift.unsqueeze(1), query, rows.mT)
-        for rows, shift, late in zip(
-            kinds(weight, groups, width), kinds(bias, groups, width), shifts
+        for rows, shift in zip(
+            kinds(weight, groups, width), kinds(bias, groups, width)
         )
     )
     channel = channel.unflatten(-1, (width, width))
     spatial = spatial.unflatten(-1, (-1, points))
-    out = mix(x, channel, spatial, factors, eps, shifts)
+    matrices = of_group(channel, spatial)
+    out = mix(x, spatial.shape[2], matrices, factors, eps, in_place=True)
+    return *out, channel, spatial
+
+
+def pack(
+    weight: Tensor,
+    bias: Optional[Tensor],
+    groups: int,
+    width: int,
+    queries: int,
+) -> list[tuple[PackedLinear, PackedLinear]]:
+    """The generator as packed layers, for each group one of each kind.
+
+    Args:
+        weight (Tensor): See :func:`forward`, and what follows too.
+        bias (Tensor, optional): See ``weight``.
+        groups (int): ``G``.
+        width (int): ``C``.
+        queries (int): ``B N`` of all calls to come.
+    """
+    weights = kinds(weight, groups, width)
+    biases = [
+        [None] * groups if bias is None else bias
+        for bias in kinds(bias, groups, width)
+    ]
+    return [
+        tuple(
+            PackedLinear(rows[group], shift[group], queries)
+            for rows, shift in zip(weights, biases)
+        )
+        for group in range(groups)
+    ]
+
+
+def forward_packed(
+    x: Tensor,
+    query: Tensor,
+    bias: Optional[Tensor],
+    packed: list[tuple[PackedLinear, PackedLinear]],
+    factors: Factors,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """As :func:`forward`, with what :func:`pack` made of the generator.
+
+    Matrices of each group are tensors of their own. Unless they are to be
+    kept, there are those of one group at a time, and none in the end.
+    """
+    points, width = x.shape[-2:]
+    query = query.flatten(0, 1)
+    if bias is not None:
+        query = widen(query)
+    channel, spatial = [], []
+
+    def generate(group):
+        to_channel, to_spatial = packed[group]
+        pair = (
+            to_channel(query).unflatten(-1, (width, width)),
+            to_spatial(query).unflatten(-1, (-1, points)),
+        )
+        if keep:
+            channel.append(pair[0])
+            spatial.append(pair[1])
+        return pair
+
+    out_points = packed[0][1].out_features // points
+    out = mix(x, out_points, generate, factors, eps, in_place=True)
     return *out, channel, spatial
 
 
@@ -64,8 +131,8 @@ def backward(
     needs_generator: bool,
     factors: Factors,
     stats: Tensor,
-    channel: Tensor,
-    spatial: Tensor,
+    channel: Sequence[Tensor],
+    spatial: Sequence[Tensor],
     eps: float,
     total: Optional[Tensor] = None,
 ) -> tuple[
@@ -86,8 +153,8 @@ def backward(
     grad_query = query_n.new_zeros(query_n.shape) if needs_query else None
     grad_weight = grad_bias = None
     if needs_generator:
-        # Without queries, no group ever comes to its end.
-        make = weight.new_empty if len(query_n) else weight.new_zeros
+        # Dense, whatever gaps the inputs have: the compiler relies on it.
+        make = weight.new_empty
         grad_weight = make(weight.shape) if total is None else total
         grad_bias = make(len(weight)) if bias is not None else None
     rows = kinds(weight, groups, width)
@@ -116,23 +183,13 @@ def backward(
         factors,
         stats,
         eps,
-        *(buffer.expand(groups, -1, -1, -1) for buffer in buffers),
+        *([buffer] * groups for buffer in buffers),
         after_group,
-        _late(bias, factors, groups, width),
+        complete=True,
     )
     if grad_query is not None:
         grad_query = grad_query.view(query.shape)
     return grad_x, grad_query, grad_weight, grad_bias, grad_factors
-
-
-def _late(
-    bias: Optional[Tensor], factors: Factors, groups: int, width: int
-) -> Shifts:
-    """Shifts of matrices that are put together later anyway, else None."""
-    return tuple(
-        None if left is None else shift
-        for left, shift in zip(factors[::3], kinds(bias, groups, width))
-    )
 
 
 def kinds(

@@ -11,8 +11,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ..gradient_sum import Products
 from ..low_precision import CHUNK
-from .fused import Factors, mix, mix_backward
+from .fused import Factors, mix, mix_backward, of_group
 from .generated import kinds
 
 # Columns behind the weight: the bias, then zeros, so that a row is a whole
@@ -56,7 +57,9 @@ def forward(
         matrices.append(out)
     channel = matrices[0].unflatten(-1, (width, width))
     spatial = matrices[1].unflatten(-1, (-1, points))
-    return *mix(x, channel, spatial, factors, eps), channel, spatial
+    matrices = of_group(channel, spatial)
+    out = mix(x, spatial.shape[2], matrices, factors, eps, in_place=True)
+    return *out, channel, spatial
 
 
 def backward(
@@ -72,13 +75,15 @@ def backward(
     spatial: Tensor,
     eps: float,
     total: Optional[Tensor] = None,
+    products: Optional[Products] = None,
 ) -> tuple[
     Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Factors
 ]:
     """Gradients of the inputs of :func:`forward`.
 
     That of the weight is float32, and lies in memory column by column. With
-    ``total``, it is added to it.
+    ``total``, it is added to it. With ``products``, those of weight and bias
+    are left to them, and None here.
 
     Returns:
         tuple: Of ``x``, ``query``, weight and bias of the generator, and the
@@ -91,22 +96,28 @@ def backward(
     wide = dict(dtype=torch.float32)
     grad_query = query_n.new_zeros(query_n.shape, **wide)
     grad_weight = grad_bias = None
-    if needs_generator:
+    left_to_products = needs_generator and products is not None
+    if needs_generator and not left_to_products:
         shape = query.shape[-1], len(generator)
-        # Without queries, no group ever comes to its end.
-        make = x.new_empty if len(query_n) else x.new_zeros
-        grad_weight = make(shape, **wide) if total is None else total.T
-        grad_bias = make(shape[1:], **wide)
+        grad_weight = x.new_empty(shape, **wide) if total is None else total.T
+        grad_bias = x.new_empty(shape[1:], **wide)
     rows = kinds(generator, groups, width)
-    buffers = [torch.empty_like(t[0]) for t in (channel, spatial)]
+    # One group's gradients are used up before the next one's are made, but
+    # products want all.
+    grads = [
+        [torch.empty_like(group) for group in matrices]
+        if left_to_products
+        else [torch.empty_like(matrices[0])] * groups
+        for matrices in (channel, spatial)
+    ]
 
     def after_group(group: int) -> None:
         start = group * each
-        for kind, buffer in enumerate(buffers):
-            grad = buffer.flatten(1)
+        for kind, buffers in enumerate(grads):
+            grad = buffers[group].flatten(1)
             if needs_query:
                 grad_query.add_(grad @ rows[kind][group])
-            if needs_generator:
+            if grad_weight is not None:
                 for part in grad.split(CHUNK, dim=1):
                     where = slice(start, start + part.shape[1])
                     product = columns @ part
@@ -126,11 +137,15 @@ def backward(
         factors,
         stats,
         eps,
-        *(buffer.expand(groups, -1, -1, -1) for buffer in buffers),
+        *grads,
         after_group,
+        complete=True,
     )
+    if left_to_products:
+        big = [grad.flatten(1) for pair in zip(*grads) for grad in pair]
+        products.add(query.flatten(0, 1), big, transposed=True)
     grad_query = grad_query[:, : query.shape[-1]].to(query.dtype)
-    if needs_generator:
+    if grad_weight is not None:
         grad_weight = grad_weight.T if total is None else total
     return (
         grad_x,

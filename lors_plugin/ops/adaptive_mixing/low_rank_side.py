@@ -17,24 +17,14 @@ class LowRankSide:
         core (Tensor): Shape (B, N, G, K, r, r).
         right (Tensor): Shape (G, K, r, cols).
         size (int): Queries in a chunk.
-        shift (Tensor, optional): What all generated matrices still lack,
-            shape (G, rows cols). Defaults to None.
     """
 
     def __init__(
-        self,
-        left: Tensor,
-        core: Tensor,
-        right: Tensor,
-        size: int,
-        shift: Optional[Tensor] = None,
+        self, left: Tensor, core: Tensor, right: Tensor, size: int
     ) -> None:
         self.groups, self.num, _, self.rank = left.shape
         self.core_shape, self.core = core.shape, core.flatten(0, 1)
         self.right = right
-        self.shift = None
-        if shift is not None:
-            self.shift = shift.unflatten(1, (left.shape[2], right.shape[-1]))
         # A left factor for each query of a chunk: (G, size, rows, r K).
         left = left.permute(0, 2, 3, 1).flatten(2).unsqueeze(1)
         self.left = left.repeat(1, min(size, len(self.core)), 1, 1)
@@ -58,13 +48,14 @@ class LowRankSide:
     def add_to(
         self, base: Tensor, group: int, part: slice, out: Tensor
     ) -> Tensor:
-        """Full matrices (m, rows, cols) of a chunk from generated ones."""
+        """Full matrices (m, rows, cols) of a chunk from generated ones.
+
+        ``out`` may be ``base``.
+        """
         factors = self.left[group, : base.shape[0]], self.inner[group, part]
-        if self.shift is None:
-            return torch.baddbmm(base, *factors, out=out)
-        # Costs no more than the copy that a product adds to.
-        torch.add(base, self.shift[group], out=out)
-        return out.baddbmm_(*factors)
+        if out is base:
+            return base.baddbmm_(*factors)
+        return torch.baddbmm(base, *factors, out=out)
 
     def collect(self, grad: Tensor, group: int, part: slice) -> None:
         """Take the gradient (m, rows, cols) of a chunk's full matrices."""
@@ -109,9 +100,8 @@ def make_side(
     core: Optional[Tensor],
     right: Optional[Tensor],
     size: int,
-    shift: Optional[Tensor] = None,
 ) -> Optional[LowRankSide]:
     """A side, or None where there are no factors."""
     if left is None:
         return None
-    return LowRankSide(left, core, right, size, shift)
+    return LowRankSide(left, core, right, size)

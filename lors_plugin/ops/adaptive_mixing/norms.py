@@ -20,7 +20,10 @@ class Norms:
 
     def __init__(self, eps: float, in_place: bool) -> None:
         self.eps, self.in_place = eps, in_place
+        # Of each chunk and norm in turn, shape (m, 1): in place, sum and
+        # length of the centred vector, else mean and reciprocal deviation.
         self._moments = []
+        self._sizes = None
 
     def first(self, y: Tensor) -> Tensor:
         """Norm and ReLU of products (m, P, C), in place.
@@ -34,17 +37,25 @@ class Norms:
             self._moments.append(_norm_relu(y, self.eps, y))
         return y
 
-    def second(self, z: Tensor, out: Tensor) -> None:
-        """Norm and ReLU of (m, Q, C) into ``out``; ``z`` is used up."""
+    def second(self, y: Tensor, z: Tensor, out: Tensor) -> None:
+        """Norm and ReLU of ``z`` (m, Q, C) into ``out``; it is used up.
+
+        ``y`` is what :meth:`first` returned.
+        """
         if not self.in_place:
             self._moments.append(_norm_relu(z, self.eps, out))
             return
-        before = self._moments[-1][1]
-        mean, var = _centre_relu(z)
-        self._moments.append((mean, var))
-        # z is r times what it should be, r**2 = before + eps, and
-        # z / r / sqrt(var / r**2 + eps) = z / sqrt(var + eps r**2).
-        rstd = before.add(self.eps).mul_(self.eps).add_(var).rsqrt_()
+        length_y = self._moments[-1][1]
+        self._moments.append(_centre_relu(z))
+        length_z = self._moments[-1][1]
+        # z is r times what it should be, r**2 = var_y + eps, and
+        # z / r / sqrt(var_z / r**2 + eps) = z / sqrt(var_z + eps r**2).
+        self._sizes = size_y, size_z = y[0].numel(), z[0].numel()
+        square = z.new_full((1, 1), self.eps**2)
+        square = torch.addcmul(
+            square, length_y, length_y, value=self.eps / size_y
+        )
+        rstd = square.addcmul_(length_z, length_z, value=1 / size_z).rsqrt_()
         torch.mul(z, rstd.unsqueeze(-1), out=out)
 
     def write(self, stats: Tensor) -> None:
@@ -57,17 +68,28 @@ class Norms:
         if not self._moments:  # no query
             return
         shape = stats.shape[1], stats.shape[0]
-        mean_y, var_y, mean_z, var_z = (
+        numbers = [
             torch.cat(numbers).view(shape).T
             for moments in (self._moments[::2], self._moments[1::2])
             for numbers in zip(*moments)
-        )
+        ]
         if self.in_place:
-            square = var_y + self.eps
-            var_y = square.rsqrt()
-            mean_z = mean_z * var_y
-            var_z = (var_z / square + self.eps).rsqrt_()
-        torch.stack([mean_y, var_y, mean_z, var_z], 2, out=stats)
+            numbers = self._finished(*numbers)
+        torch.stack(numbers, 2, out=stats)
+
+    def _finished(
+        self, sum_y: Tensor, length_y: Tensor, sum_z: Tensor, length_z: Tensor
+    ) -> list[Tensor]:
+        size_y, size_z = self._sizes
+        square = length_y.square().div_(size_y).add_(self.eps)
+        rstd_y = square.rsqrt()
+        var_z = length_z.square().div_(size_z).div_(square)
+        return [
+            sum_y / size_y,
+            rstd_y,
+            (sum_z / size_z).mul_(rstd_y),
+            var_z.add_(self.eps).rsqrt_(),
+        ]
 
 
 def layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,13 +110,17 @@ def _ones_of(shape: tuple) -> Tensor:
 
 
 def _centre_relu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Less the mean, then ReLU, in place; mean and variance (m, 1)."""
+    """Less the mean, then ReLU, in place.
+
+    Returns:
+        tuple[Tensor]: The sum, and the length of what is centred, (m, 1).
+    """
     flat = x.flatten(1)
-    mean = flat.mean(1, keepdim=True)
-    flat.sub_(mean)
-    norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+    total = flat.sum(1, keepdim=True)
+    flat.sub_(total, alpha=1 / flat.shape[1])
+    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
     flat.relu_()
-    return mean, norm.square_().mul_(1 / flat.shape[1])
+    return total, length
 
 
 def _norm_relu(x: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:

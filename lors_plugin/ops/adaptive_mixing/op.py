@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..gradient_sum import new_token
+from ..gradient_sum import new_token, sum_so_far
 from . import generated, low_precision
 from .layout import empty_as
 
@@ -254,55 +254,90 @@ generated_forward.register_autograd(
 )
 
 
-class SummedGeneratedMixing(torch.autograd.Function):
-    """The same, with the weight's gradient added up along tokens."""
+class SharedGeneratedMixing(torch.autograd.Function):
+    """The same for calls that share a generator, see :class:`GradientSum`.
+
+    ``packed`` is what :func:`generated.pack` made of it, or None. With a
+    token, the gradient of the weight is added up along tokens.
+    """
 
     @staticmethod
-    def forward(ctx, token, eps, *tensors):
-        out, *kept = generated_forward(*tensors, eps)
+    def forward(ctx, token, eps, packed, x, query, weight, bias, *factors):
+        if packed is None:
+            out, stats, channel, spatial = generated_forward(
+                x, query, weight, bias, *factors, eps
+            )
+        else:
+            with _no_autocast(x):
+                out, stats, channel, spatial = generated.forward_packed(
+                    x, query, bias, packed, factors, eps, keep=True
+                )
         ctx.eps = eps
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(
+            x, query, weight, bias, *factors, stats, *channel, *spatial
+        )
         ctx.set_materialize_grads(False)
-        return out, new_token(token)
+        return out, None if token is None else new_token(token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, total):
         if grad_out is None:
-            return total, *[None] * 11
-        *tensors, stats, channel, spatial = ctx.saved_tensors
-        x, query, weight, bias, *factors = tensors
-        grad_x, grad_query, total, grad_bias, grads = generated.backward(
-            grad_out,
-            x,
-            query,
-            weight,
-            bias,
-            ctx.needs_input_grad[3],
-            True,
-            tuple(factors),
-            stats,
-            channel,
-            spatial,
-            ctx.eps,
-            total,
+            return total, *[None] * 12
+        x, query, weight, bias, *rest = ctx.saved_tensors
+        factors, (stats, *matrices) = rest[:6], rest[6:]
+        token, _, _, _, needs_query, needs_weight, needs_bias = (
+            ctx.needs_input_grad[:7]
         )
-        return total, None, grad_x, grad_query, None, grad_bias, *grads
+        with _no_autocast(x):
+            grad_x, grad_query, grad_weight, grad_bias, grads = (
+                generated.backward(
+                    grad_out,
+                    x,
+                    query,
+                    weight,
+                    bias,
+                    needs_query,
+                    token or needs_weight or needs_bias,
+                    tuple(factors),
+                    stats,
+                    *_halves(matrices),
+                    ctx.eps,
+                    sum_so_far(total),
+                )
+            )
+        return (
+            grad_weight if token else None,
+            None,
+            None,
+            grad_x,
+            grad_query,
+            grad_weight if needs_weight and not token else None,
+            grad_bias if needs_bias else None,
+            *grads,
+        )
+
+
+def _halves(matrices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    groups = len(matrices) // 2
+    return matrices[:groups], matrices[groups:]
 
 
 class LowPrecisionMixing(torch.autograd.Function):
     """Generate and mix in half precision, see :mod:`low_precision`.
 
     ``low`` is what :func:`low_precision.cast` made of ``weight`` and
-    ``bias``, which are here for their gradients alone. With a token, that of
-    the weight is added up along tokens.
+    ``bias``, which are here for their gradients alone. With a token, those
+    are made along tokens: with ``products``, at their start.
     """
 
     @staticmethod
-    def forward(ctx, token, eps, low, x, query, weight, bias, *factors):
+    def forward(
+        ctx, token, eps, low, products, x, query, weight, bias, *factors
+    ):
         with _no_autocast(x):
             out, *kept = low_precision.forward(x, query, low, factors, eps)
-        ctx.eps = eps
+        ctx.eps, ctx.products = eps, products
         ctx.save_for_backward(low, x, query, *factors, *kept)
         ctx.set_materialize_grads(False)
         return out, None if token is None else new_token(token)
@@ -310,13 +345,13 @@ class LowPrecisionMixing(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, total):
-        nothing = [None] * 13
         if grad_out is None:
-            return total, *nothing[1:]
+            return total, *[None] * 13
         low, x, query, *factors, stats, channel, spatial = ctx.saved_tensors
-        token, _, _, _, needs_query, needs_weight, needs_bias = (
-            ctx.needs_input_grad[:7]
+        token, _, _, _, _, needs_query, needs_weight, needs_bias = (
+            ctx.needs_input_grad[:8]
         )
+        products = ctx.products if token else None
         with _no_autocast(x):
             grad_x, grad_query, grad_weight, grad_bias, grads = (
                 low_precision.backward(
@@ -331,11 +366,18 @@ class LowPrecisionMixing(torch.autograd.Function):
                     channel,
                     spatial,
                     ctx.eps,
-                    total,
+                    sum_so_far(total),
+                    products,
                 )
             )
+        if products is not None and total is not None:
+            grad_weight = total
+        elif products is not None:
+            shape = len(low), query.shape[-1]
+            grad_weight = new_token(grad_query.new_empty(()).expand(shape))
         return (
             grad_weight if token else None,
+            None,
             None,
             None,
             grad_x,

@@ -14,6 +14,11 @@ WAYS = {
     'mixing': dict(recompute_mixing=True),
     'both': dict(with_cp=True, recompute_mixing=True),
 }
+SHARED = {
+    'mixing.generator.weight',
+    'mixing.generator.bias',
+    'mixing.out_proj.weight',
+}
 
 
 def gradients(decoder, inputs, dtype):
@@ -33,7 +38,13 @@ def test_gradients_stay(kind, way, dtype, tiny_decoder, decoder_inputs):
     inputs = decoder_inputs()
     wanted = gradients(tiny_decoder(kind, backend='torch'), inputs, dtype)
     decoder = tiny_decoder(kind, backend='torch', **WAYS[way])
-    assert_close(gradients(decoder, inputs, dtype), wanted)
+    found = gradients(decoder, inputs, dtype)
+    if dtype is not None:
+        # Gradients of shared weights are rounded once, or once a stage.
+        for name in SHARED & wanted.keys():
+            error = (found.pop(name) - (want := wanted.pop(name))).norm()
+            assert error <= 3e-3 * want.norm(), name
+    assert_close(found, wanted)
 
 
 @pytest.mark.parametrize('way', WAYS)
@@ -44,9 +55,9 @@ def test_shared_weights_get_one_gradient(
     decoder = tiny_decoder('lors', backend='torch', **WAYS[way])
     firsts, fits = [], GradientSum.take
 
-    def take(self, weight):
+    def take(self, *tensors):
         firsts.append(self.token is None)
-        return fits(self, weight)
+        return fits(self, *tensors)
 
     monkeypatch.setattr(GradientSum, 'take', take)
     outs = decoder(*decoder_inputs())
