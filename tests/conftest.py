@@ -26,8 +26,9 @@ def merge(config, changes):
 @pytest.fixture(autouse=True, scope='session')
 def compiled_here(tmp_path_factory):
     """What was compiled before may call operators as they were then."""
+    # Importing PyTorch's compiler sets the variable too.
     cache = str(tmp_path_factory.mktemp('compiled'))
-    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', cache)
+    os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache
 
 
 @pytest.fixture(autouse=True, scope='module')

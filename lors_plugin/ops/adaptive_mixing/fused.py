@@ -198,6 +198,7 @@ def mix_backward(
     grad_spatial: Sequence[Tensor],
     after_group: Optional[Callable[[int], None]] = None,
     complete: bool = False,
+    out: Optional[Tensor] = None,
 ) -> tuple[Tensor, Factors]:
     """Gradients of the inputs of :func:`mix`.
 
@@ -215,6 +216,8 @@ def mix_backward(
             when its gradients are there; the next group may overwrite them.
         complete (bool): Whether the matrices have their low-rank parts, as
             :func:`mix` leaves them in place. Defaults to False.
+        out (Tensor, optional): What :func:`mix` returned, which saves its
+            norm here. Defaults to None.
 
     Returns:
         tuple: Gradient of ``x``, and those of the factors, None for absent
@@ -227,6 +230,7 @@ def mix_backward(
     grad_x = empty_as(x)
     x_g, grad_x_g = in_groups(x), in_groups(grad_x)
     grad_out = grad_out.contiguous().flatten(0, 1)
+    out_n = None if out is None else out.flatten(0, 1)
     stats = stats.flatten(0, 1)
     for group in range(x.shape[2]):
         for part in _chunks(x, size):
@@ -247,9 +251,11 @@ def mix_backward(
             mean_y, y = _normalize(y_pre, mean_y, rstd_y, eps, work.y)
             torch.clamp_min(y, 0, out=y)
             z_pre = torch.bmm(full_s, y, out=work.z_pre)
-            mean_z, z = _normalize(z_pre, mean_z, rstd_z, eps, work.z)
-
-            grad_z = _relu_backward(grad_out[part, group], z, z)
+            if out_n is None:
+                mean_z, z = _normalize(z_pre, mean_z, rstd_z, eps, work.z)
+            else:
+                z = out_n[part, group]
+            grad_z = _relu_backward(grad_out[part, group], z, work.z)
             grad_z = _norm_backward(grad_z, z_pre, mean_z, rstd_z)
             grad_y = torch.bmm(full_s.mT, grad_z, out=work.grad_y)
             grad_y = _relu_backward(grad_y, y, grad_y)

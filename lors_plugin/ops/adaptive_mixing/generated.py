@@ -130,6 +130,7 @@ def backward(
     needs_query: bool,
     needs_generator: bool,
     factors: Factors,
+    out: Tensor,
     stats: Tensor,
     channel: Sequence[Tensor],
     spatial: Sequence[Tensor],
@@ -186,6 +187,7 @@ def backward(
         *([buffer] * groups for buffer in buffers),
         after_group,
         complete=True,
+        out=out,
     )
     if grad_query is not None:
         grad_query = grad_query.view(query.shape)

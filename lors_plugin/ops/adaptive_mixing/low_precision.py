@@ -70,6 +70,7 @@ def backward(
     needs_query: bool,
     needs_generator: bool,
     factors: Factors,
+    out: Tensor,
     stats: Tensor,
     channel: Tensor,
     spatial: Tensor,
@@ -140,6 +141,7 @@ def backward(
         *grads,
         after_group,
         complete=True,
+        out=out,
     )
     if left_to_products:
         big = [grad.flatten(1) for pair in zip(*grads) for grad in pair]

@@ -172,6 +172,7 @@ def generated_backward(
     s_left: Optional[Tensor],
     s_core: Optional[Tensor],
     s_right: Optional[Tensor],
+    out: Tensor,
     stats: Tensor,
     channel: Tensor,
     spatial: Tensor,
@@ -199,6 +200,7 @@ def generated_backward(
         needs_query,
         needs_generator,
         factors,
+        out,
         stats,
         channel,
         spatial,
@@ -221,12 +223,12 @@ def _(grad_out, x, query, weight, bias, needs_query, needs_generator, *rest):
 
 def _generated_setup(ctx, inputs, output):
     *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _generated_backward(ctx, grad_out, *_):
-    *tensors, stats, channel, spatial = ctx.saved_tensors
+    *tensors, out, stats, channel, spatial = ctx.saved_tensors
     x, query, weight, bias, *factors = tensors
     grads = generated_backward(
         grad_out,
@@ -237,6 +239,7 @@ def _generated_backward(ctx, grad_out, *_):
         ctx.needs_input_grad[1],
         any(ctx.needs_input_grad[2:4]),
         *factors,
+        out,
         stats,
         channel,
         spatial,
@@ -274,7 +277,8 @@ class SharedGeneratedMixing(torch.autograd.Function):
                 )
         ctx.eps = eps
         ctx.save_for_backward(
-            x, query, weight, bias, *factors, stats, *channel, *spatial
+            *(x, query, weight, bias, *factors),
+            *(out, stats, *channel, *spatial),
         )
         ctx.set_materialize_grads(False)
         return out, None if token is None else new_token(token)
@@ -285,7 +289,7 @@ class SharedGeneratedMixing(torch.autograd.Function):
         if grad_out is None:
             return total, *[None] * 12
         x, query, weight, bias, *rest = ctx.saved_tensors
-        factors, (stats, *matrices) = rest[:6], rest[6:]
+        factors, (out, stats, *matrices) = rest[:6], rest[6:]
         token, _, _, _, needs_query, needs_weight, needs_bias = (
             ctx.needs_input_grad[:7]
         )
@@ -300,6 +304,7 @@ class SharedGeneratedMixing(torch.autograd.Function):
                     needs_query,
                     token or needs_weight or needs_bias,
                     tuple(factors),
+                    out,
                     stats,
                     *_halves(matrices),
                     ctx.eps,
@@ -338,7 +343,7 @@ class LowPrecisionMixing(torch.autograd.Function):
         with _no_autocast(x):
             out, *kept = low_precision.forward(x, query, low, factors, eps)
         ctx.eps, ctx.products = eps, products
-        ctx.save_for_backward(low, x, query, *factors, *kept)
+        ctx.save_for_backward(low, x, query, *factors, out, *kept)
         ctx.set_materialize_grads(False)
         return out, None if token is None else new_token(token)
 
@@ -347,7 +352,8 @@ class LowPrecisionMixing(torch.autograd.Function):
     def backward(ctx, grad_out, total):
         if grad_out is None:
             return total, *[None] * 13
-        low, x, query, *factors, stats, channel, spatial = ctx.saved_tensors
+        low, x, query, *rest = ctx.saved_tensors
+        factors, (out, stats, channel, spatial) = rest[:6], rest[6:]
         token, _, _, _, _, needs_query, needs_weight, needs_bias = (
             ctx.needs_input_grad[:8]
         )
@@ -362,6 +368,7 @@ class LowPrecisionMixing(torch.autograd.Function):
                     needs_query,
                     token or needs_weight or needs_bias,
                     tuple(factors),
+                    out,
                     stats,
                     channel,
                     spatial,
