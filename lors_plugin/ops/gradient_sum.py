@@ -186,9 +186,14 @@ def checkpoint_with_sums(
     return out
 
 
-def new_token(like: Tensor) -> Tensor:
-    """A tensor of that shape, with the memory of one number."""
-    return like.new_zeros(()).expand(like.shape)
+def new_token(
+    like: Tensor,
+    shape: Optional[Sequence[int]] = None,
+    dtype: Optional[torch.dtype] = None,
+) -> Tensor:
+    """A tensor of that shape and type, with the memory of one number."""
+    token = like.new_zeros((), dtype=like.dtype if dtype is None else dtype)
+    return token.expand(like.shape if shape is None else shape)
 
 
 def sum_so_far(total: Optional[Tensor]) -> Optional[Tensor]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gradient_sum import GradientSum, new_token
+from .gradient_sum import GradientSum, new_token, sum_so_far
 from .low_precision import CHUNK, in_low_precision
 
 
@@ -54,9 +54,12 @@ def low_rank_linear(
         return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
     kept = (weight,) if low is not None else (weight, bias)
     if gradient_sum is None or not gradient_sum.fits(*kept):
-        return _LowRankLinear.apply(None, x, weight, down, up, bias, low)
+        return _LowRankLinear.apply(None, x, weight, down, up, bias, low, None)
     token = gradient_sum.take(weight)
-    out, token = _LowRankLinear.apply(token, x, weight, down, up, bias, low)
+    products = None if low is None else gradient_sum.products
+    out, token = _LowRankLinear.apply(
+        token, x, weight, down, up, bias, low, products
+    )
     gradient_sum.give(token)
     return out
 
@@ -64,12 +67,13 @@ def low_rank_linear(
 class _LowRankLinear(torch.autograd.Function):
     """With ``low``, the weight in half precision, products are in its type.
 
-    The gradient of the weight is added up in the weight's own type.
+    The gradient of the weight is added up in the weight's own type; with
+    ``products``, it is left to them.
     """
 
     @staticmethod
-    def forward(ctx, token, x, weight, down, up, bias, low):
-        ctx.wide = weight.dtype
+    def forward(ctx, token, x, weight, down, up, bias, low, products):
+        ctx.wide, ctx.products = weight.dtype, products
         weight = weight if low is None else low
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
@@ -88,10 +92,10 @@ class _LowRankLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, total=None):
         if grad_out is None:
-            return total, *[None] * 6
+            return total, *[None] * 7
         x, weight, down, up, hidden = ctx.saved_tensors
         token, needs_x, needs_weight, *needs = ctx.needs_input_grad[:6]
-        grads = [None] * 7
+        grads = [None] * 8
         with torch.autocast(x.device.type, enabled=False):
             grad = grad_out.reshape(-1, len(weight))
             grad_hidden = grad @ up
@@ -99,11 +103,18 @@ class _LowRankLinear(torch.autograd.Function):
                 product = (grad @ weight).addmm_(grad_hidden, down)
                 grads[1] = product.view_as(x)
             x = x.reshape(-1, x.shape[-1])
-            if token or needs_weight:
-                product = _add_product(total, grad, x, ctx.wide)
+            if ctx.products is not None:
+                ctx.products.add(grad, [x])
+                if total is None:
+                    total = new_token(grad, weight.shape, ctx.wide)
+                grads[0] = total
+            elif token or needs_weight:
+                so_far = sum_so_far(total)
+                product = _add_product(so_far, grad, x, ctx.wide)
                 grads[0 if token else 2] = product
             if needs[0]:
-                grads[3] = grad_hidden.T @ x
+                # In half precision, products want rows without gaps.
+                grads[3] = grad_hidden.T.contiguous() @ x
             if needs[1]:
                 grads[4] = grad.T @ hidden
             if needs[2]:

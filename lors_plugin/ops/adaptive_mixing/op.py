@@ -377,11 +377,11 @@ class LowPrecisionMixing(torch.autograd.Function):
                     products,
                 )
             )
-        if products is not None and total is not None:
+        if products is not None:
+            if total is None:
+                shape = len(low), query.shape[-1]
+                total = new_token(low, shape, torch.float32)
             grad_weight = total
-        elif products is not None:
-            shape = len(low), query.shape[-1]
-            grad_weight = new_token(grad_query.new_empty(()).expand(shape))
         return (
             grad_weight if token else None,
             None,
