@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .memory import new_large
+
 # Columns whose product stays in the cache until it is where it belongs.
 TILE = 4096
 
@@ -220,7 +222,7 @@ class _First(torch.autograd.Function):
         total, bias = sum_so_far(grad), None
         if calls:
             fresh = total is None
-            total = grad.new_empty(grad.shape) if fresh else total
+            total = new_large(grad, grad.shape) if fresh else total
             bias = grad.new_empty(len(grad)) if ctx.needs_bias else None
             multiply(calls, total, fresh, bias)
         elif total is None:

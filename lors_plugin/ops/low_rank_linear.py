@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .gradient_sum import GradientSum, new_token, sum_so_far
 from .low_precision import CHUNK, in_low_precision
+from .memory import new_large
 
 
 def low_rank_linear(
@@ -127,11 +128,14 @@ def _add_product(
 ) -> Tensor:
     """``total + grad.T x`` in a type, in place where there is a total."""
     if x.dtype == wide:
-        return grad.T @ x if total is None else total.addmm_(grad.T, x)
+        if total is not None:
+            return total.addmm_(grad.T, x)
+        out = new_large(x, (grad.shape[1], x.shape[1]))
+        return torch.mm(grad.T, x, out=out)
     # Products of matrices in half precision are twice as fast row by row.
     grad = grad.T.contiguous()
     if total is None:
-        out = x.new_empty(len(grad), x.shape[1], dtype=wide)
+        out = new_large(x, (len(grad), x.shape[1]), wide)
     for start in range(0, x.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
         product = grad @ x[:, part]

@@ -9,6 +9,7 @@ from lors_plugin.ops import (
     GradientSum,
     LowRank,
     generated_mixing,
+    gradient_sum,
     low_rank_linear,
 )
 
@@ -16,18 +17,18 @@ aten = torch.ops.aten
 B, N, G, P, C, Q, D = 2, 3, 2, 4, 6, 5, 8
 
 
-def mixing(sums):
+def mixing(sums, dtype=torch.float64):
     """Three calls, each on the result of the one before."""
     torch.manual_seed(0)
-    x = torch.randn(B, N, G, P, C, dtype=torch.float64, requires_grad=True)
-    query = torch.randn(B, N, D, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(G * (C * C + Q * P), D, dtype=torch.float64)
-    weight.requires_grad_()
-    bias = torch.randn(len(weight), dtype=torch.float64, requires_grad=True)
+    shapes = (B, N, G, P, C), (B, N, D), (G * (C * C + Q * P), D)
+    x, query, weight = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    bias = torch.randn(len(weight), dtype=dtype)
+    for leaf in (x, query, weight, bias):
+        leaf.requires_grad_()
     low = LowRank(
-        torch.randn(G, 1, C, 2).double(),
-        torch.randn(B, N, G, 1, 2, 2).double(),
-        torch.randn(G, 1, 2, C).double(),
+        torch.randn(G, 1, C, 2).to(dtype),
+        torch.randn(B, N, G, 1, 2, 2).to(dtype),
+        torch.randn(G, 1, 2, C).to(dtype),
     )
     outs, state = [], query
     for _ in range(3):
@@ -37,10 +38,10 @@ def mixing(sums):
     return outs, [weight, x, query, bias]
 
 
-def linear(sums):
+def linear(sums, dtype=torch.float64):
     torch.manual_seed(0)
     shapes = (2, 4, 6), (6, 6), (2, 6), (6, 2), (6,)
-    tensors = [torch.randn(s, dtype=torch.float64) for s in shapes]
+    tensors = [torch.randn(s, dtype=dtype) for s in shapes]
     x, weight, down, up, bias = [t.requires_grad_() for t in tensors]
     outs, state = [], x
     for _ in range(3):
@@ -76,13 +77,19 @@ class Made(TorchDispatchMode):
 
     def __init__(self, shape):
         super().__init__()
-        self.shape, self.count = shape, 0
+        self.shape, self.storages = shape, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         fresh = func.overloadpacket in (aten.mm, aten.new_empty, aten.add)
-        self.count += fresh and out.shape == self.shape
+        if fresh and out.shape == self.shape:
+            storage = out.untyped_storage()
+            self.storages[storage.data_ptr()] = storage
         return out
+
+    @property
+    def count(self):
+        return len(self.storages)
 
 
 def test_one_gradient_is_made(calls):
@@ -99,14 +106,82 @@ def test_autograd_makes_one_for_each_call():
     assert made.count >= 3
 
 
-def test_backward_twice_and_again(calls):
-    outs, leaves = calls(GradientSum())
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16], ids=str)
+def test_backward_twice_and_again(calls, dtype):
+    outs, leaves = autocast(calls, dtype, sums := GradientSum())
     loss = total(outs, (0, 1, 2))
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     kept = [grad.clone() for grad in first]
     second = torch.autograd.grad(loss, leaves)
     assert_close(second, tuple(kept))
     assert_close(first, tuple(kept))
+    assert not sums.products._passes
+
+
+def autocast(calls, dtype, sums):
+    """Calls of float32 weights, in another type if there is one."""
+    with torch.autocast('cpu', dtype, enabled=dtype is not None):
+        return calls(sums, torch.float64 if dtype is None else torch.float32)
+
+
+def test_factors_of_a_pass_that_stops_are_not_taken_for_another(calls):
+    """Half-precision calls leave factors behind, each pass its own."""
+    sums = GradientSum()
+    outs, leaves = autocast(calls, torch.bfloat16, sums)
+    loss = total(outs, (0, 1, 2))
+    wanted = torch.autograd.grad(loss, leaves, retain_graph=True)
+    # Backward that never comes to the weight.
+    torch.autograd.grad(loss, leaves[1:2], retain_graph=True)
+    assert_close(torch.autograd.grad(loss, leaves, retain_graph=True), wanted)
+
+    def stop(grad):
+        raise ValueError('stopped')
+
+    handle = leaves[1].register_hook(stop)
+    with pytest.raises(ValueError, match='stopped'):
+        torch.autograd.grad(loss, leaves, retain_graph=True)
+    handle.remove()
+    assert_close(torch.autograd.grad(loss, leaves), wanted)
+
+
+def test_calls_of_another_pass_are_missed(calls):
+    """Rather than a gradient without them."""
+    outs, leaves = autocast(calls, torch.bfloat16, sums := GradientSum())
+    sums.products.take = list
+    with pytest.raises(RuntimeError, match='checkpoint_with_sums'):
+        total(outs, (0, 1, 2)).backward()
+
+
+def test_calls_that_save_memory_and_others_in_one_chain(calls):
+    """Half precision: some add in place, some leave factors."""
+    outs, leaves = autocast(calls, torch.bfloat16, GradientSum())
+    wanted = torch.autograd.grad(total(outs, (0, 1, 2)), leaves)
+
+    class Mixed(GradientSum):
+        @property
+        def products(self):
+            self.asked = getattr(self, 'asked', -1) + 1
+            return None if self.asked == 2 else self.kept
+
+        @products.setter
+        def products(self, value):
+            self.kept = value
+
+    outs, leaves = autocast(calls, torch.bfloat16, mixed := Mixed())
+    found = torch.autograd.grad(total(outs, (0, 1, 2)), leaves)
+    assert mixed.asked == 3
+    for grad, want in zip(found, wanted):
+        assert (grad - want).norm() <= 5e-3 * want.norm()
+
+
+def test_tiles_do_not_matter(calls, monkeypatch):
+    def gradients():
+        outs, leaves = autocast(calls, torch.bfloat16, GradientSum())
+        return torch.autograd.grad(total(outs, (0, 1, 2)), leaves)
+
+    wanted = gradients()
+    monkeypatch.setattr(gradient_sum, 'TILE', 7)
+    assert_close(gradients(), wanted, rtol=1e-2, atol=1e-2)
 
 
 def test_weight_that_is_used_elsewhere_too(calls):

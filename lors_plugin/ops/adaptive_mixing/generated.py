@@ -11,6 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ..memory import new_large
 from ..packed_linear import PackedLinear, widen
 from .fused import Factors, mix, mix_backward, of_group
 
@@ -155,9 +156,10 @@ def backward(
     grad_weight = grad_bias = None
     if needs_generator:
         # Dense, whatever gaps the inputs have: the compiler relies on it.
-        make = weight.new_empty
-        grad_weight = make(weight.shape) if total is None else total
-        grad_bias = make(len(weight)) if bias is not None else None
+        grad_weight = total
+        if total is None:
+            grad_weight = new_large(weight, weight.shape)
+        grad_bias = weight.new_empty(len(weight)) if bias is not None else None
     rows = kinds(weight, groups, width)
     grad_rows = kinds(grad_weight, groups, width)
     grad_shifts = kinds(grad_bias, groups, width)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory import new_large
 from .reads import by_point, find_reads
 
 
@@ -28,7 +29,7 @@ def pack(feats: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         first level, then of the second.
     """
     cells = [feat.shape[0] * feat.shape[2] * feat.shape[3] for feat in feats]
-    table = feats[0].new_empty(sum(cells), feats[0].shape[1], dtype=dtype)
+    table = new_large(feats[0], (sum(cells), feats[0].shape[1]), dtype)
     for part, feat in zip(table.split(cells), feats):
         levels = feat.permute(0, 2, 3, 1)
         part.view(levels.shape).copy_(levels)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory import new_large
 from .fused import by_group
 from .reads import find_reads
 
@@ -174,7 +175,7 @@ def _planes(
     if level.like.device.type != 'cpu':
         rows = level.rows(0, batch * cells).view(batch, cells, channels)
         return rows.mT.contiguous().view(batch, channels, height, columns)
-    grad = level.like.new_empty(batch, channels, cells)
+    grad = new_large(level.like, (batch, channels, cells))
     # In one thread, PyTorch turns a whole image block by block itself.
     size = max(cells, 1)
     if torch.get_num_threads() > 1:
