@@ -190,6 +190,7 @@ def look_at_operators() -> list[Check]:
     import torch
 
     from .ops import backend
+    from .ops.packed_linear import packing_refusal
 
     variable = os.environ.get(backend.ENV_NAME, '')
     version = backend.triton_version()
@@ -198,7 +199,10 @@ def look_at_operators() -> list[Check]:
         # What 'auto' takes; Triton in the interpreter is for tests.
         reason = 'Triton kernels run on NVIDIA GPUs'
         verdict = {'all types': (interpret and variable == 'triton', reason)}
-        return [checks.check_operators('the CPU', verdict, variable)]
+        return [
+            checks.check_operators('the CPU', verdict, variable),
+            checks.check_packing(packing_refusal()),
+        ]
     found = []
     for gpu in dict.fromkeys(find_gpus()):
         verdicts = {

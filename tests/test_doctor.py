@@ -10,6 +10,7 @@ from lors_plugin.doctor_checks import (
     check_host,
     check_mmcv_ops,
     check_operators,
+    check_packing,
     check_python,
     check_torch,
     check_triton,
@@ -233,12 +234,22 @@ def test_operators_of_a_v100(monkeypatch):
 def test_operators_of_this_machine(monkeypatch):
     import torch
 
+    from lors_plugin.ops.packed_linear import packing_refusal
+
     monkeypatch.delenv('LORS_PLUGIN_BACKEND', raising=False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    (check,) = doctor.look_at_operators()
+    check, packing = doctor.look_at_operators()
     assert check.what.startswith('operators on the CPU: torch for all types')
+    assert (packing.status == 'ok') == (not packing_refusal())
     monkeypatch.setenv('LORS_PLUGIN_BACKEND', 'triton')
-    assert statuses(doctor.look_at_operators()) == ['trap']
+    assert statuses(doctor.look_at_operators())[0] == 'trap'
+
+
+def test_packing():
+    assert check_packing('').status == 'ok'
+    refused = check_packing('PyTorch was built without MKL')
+    assert refused.status == 'note'
+    assert refused.what.endswith('more slowly: PyTorch was built without MKL')
 
 
 def test_release():

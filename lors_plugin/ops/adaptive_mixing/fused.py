@@ -7,7 +7,9 @@ memory.
 On a CPU, work goes through group by group in chunks of queries that stay in
 the cache: nothing between the products has to travel to memory. Low-rank
 parts are added to a chunk's matrices, where this costs no more than factored
-products. ``n`` stands for the ``B N`` queries, ``m`` for those of a chunk.
+products; to those that were generated for this, in place, so that backward
+finds them complete. ``n`` stands for the ``B N`` queries, ``m`` for those of a
+chunk.
 """
 
 from collections.abc import Callable, Iterator, Sequence
