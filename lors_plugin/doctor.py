@@ -201,7 +201,7 @@ def look_at_operators() -> list[Check]:
         verdict = {'all types': (interpret and variable == 'triton', reason)}
         return [
             checks.check_operators('the CPU', verdict, variable),
-            checks.check_packing(packing_refusal()),
+            check_packing(packing_refusal()),
         ]
     found = []
     for gpu in dict.fromkeys(find_gpus()):
@@ -218,6 +218,21 @@ def look_at_operators() -> list[Check]:
         }
         found.append(checks.check_operators(gpu.name, verdicts, variable))
     return found
+
+
+def check_packing(refusal: str) -> Check:
+    """Say whether the CPU packs layers that stages share.
+
+    Args:
+        refusal (str): Why it does not, or ''.
+    """
+    if refusal:
+        return Check(
+            'note',
+            'generators that stages share are not packed on the CPU, where '
+            f'LORS then mixes more slowly: {refusal}',
+        )
+    return Check('ok', 'generators that stages share are packed on the CPU')
 
 
 def look_at_packages() -> list[Check]:

@@ -337,21 +337,6 @@ def _check_triton_on(text, version, capability):
     )
 
 
-def check_packing(refusal: str) -> Check:
-    """Say whether the CPU packs layers that stages share.
-
-    Args:
-        refusal (str): Why it does not, or ''.
-    """
-    if refusal:
-        return Check(
-            'note',
-            'generators that stages share are not packed on the CPU, where '
-            f'LORS then mixes more slowly: {refusal}',
-        )
-    return Check('ok', 'generators that stages share are packed on the CPU')
-
-
 def check_operators(
     where: str, verdicts: dict[str, tuple[bool, str]], variable: str
 ) -> Check:

@@ -10,7 +10,6 @@ from lors_plugin.doctor_checks import (
     check_host,
     check_mmcv_ops,
     check_operators,
-    check_packing,
     check_python,
     check_torch,
     check_triton,
@@ -246,8 +245,8 @@ def test_operators_of_this_machine(monkeypatch):
 
 
 def test_packing():
-    assert check_packing('').status == 'ok'
-    refused = check_packing('PyTorch was built without MKL')
+    assert doctor.check_packing('').status == 'ok'
+    refused = doctor.check_packing('PyTorch was built without MKL')
     assert refused.status == 'note'
     assert refused.what.endswith('more slowly: PyTorch was built without MKL')
 
