@@ -102,6 +102,8 @@ class GradientSum:
             calls may make another copy of the weight, and leave their
             products to the start of the chain, which keeps the factors of
             all calls until then. Defaults to False.
+        of_chain (Products, optional): What the start of the chain will
+            multiply. Defaults to None, nothing yet.
     """
 
     def __init__(
@@ -109,11 +111,17 @@ class GradientSum:
         token: Optional[Tensor] = None,
         made: Optional[dict] = None,
         save_memory: bool = False,
+        of_chain: Optional[Products] = None,
     ) -> None:
         self.token = token
         self.made = {} if made is None else made
         self.save_memory = save_memory
-        self.products = None if save_memory else Products()
+        self.of_chain = Products() if of_chain is None else of_chain
+
+    @property
+    def products(self) -> Optional[Products]:
+        """Products, optional: Where calls may leave their factors."""
+        return None if self.save_memory else self.of_chain
 
     @staticmethod
     def fits(weight: Tensor, *others: Optional[Tensor]) -> bool:
@@ -130,11 +138,11 @@ class GradientSum:
 
         Args:
             weight (Tensor): The weight that calls share, a matrix.
-            bias (Tensor, optional): One value a row, for calls that leave
-                its gradient to :attr:`products` as well.
+            bias (Tensor, optional): One value a row, whose gradient calls
+                may leave to :attr:`products` as well.
         """
         if self.token is None:
-            self.token = _First.apply(self.products, weight, bias)
+            self.token = _First.apply(self.of_chain, weight, bias)
         return self.token
 
     def give(self, token: Optional[Tensor]) -> None:
@@ -172,13 +180,10 @@ def checkpoint_with_sums(
     options = dict(use_reentrant=False, preserve_rng_state=preserve_rng_state)
     if torch.compiler.is_compiling():  # which sums nothing up this way
         return checkpoint(function, *args, tuple(sums), **options)
-    made = [each.made for each in sums]
+    known = [(each.made, True, each.of_chain) for each in sums]
 
     def run(tokens, *args):
-        own = tuple(
-            GradientSum(token, known, save_memory=True)
-            for token, known in zip(tokens, made)
-        )
+        own = tuple(map(GradientSum, tokens, *zip(*known)))
         return function(*args, own), [each.token for each in own]
 
     tokens = [each.token for each in sums]
@@ -218,7 +223,7 @@ class _First(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is None:
             return None, None, None
-        calls = ctx.products.take() if ctx.products is not None else []
+        calls = ctx.products.take()
         total, bias = sum_so_far(grad), None
         if calls:
             fresh = total is None

@@ -33,8 +33,8 @@ def new_large(
     """``like.new_empty(shape)``, in large pages where that pays.
 
     Blocks that glibc does not keep are fetched anew each time. In pages of
-    2 MB rather than 4 kB, that takes a third of the time. Linux is asked for
-    them, and gives them where its administrator lets it.
+    2 MB rather than 4 kB, that takes a third to three quarters of the time.
+    Linux is asked for them, and gives them where its administrator lets it.
     """
     out = like.new_empty(shape, dtype=dtype)
     # A fake tensor has no memory.

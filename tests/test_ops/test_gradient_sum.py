@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lors_plugin.ops import (
     GradientSum,
     LowRank,
+    checkpoint_with_sums,
     generated_mixing,
     gradient_sum,
     low_rank_linear,
@@ -158,20 +159,64 @@ def test_calls_that_save_memory_and_others_in_one_chain(calls):
     wanted = torch.autograd.grad(total(outs, (0, 1, 2)), leaves)
 
     class Mixed(GradientSum):
+        asked = 0
+
         @property
         def products(self):
-            self.asked = getattr(self, 'asked', -1) + 1
-            return None if self.asked == 2 else self.kept
-
-        @products.setter
-        def products(self, value):
-            self.kept = value
+            self.asked += 1
+            return None if self.asked == 2 else self.of_chain
 
     outs, leaves = autocast(calls, torch.bfloat16, mixed := Mixed())
     found = torch.autograd.grad(total(outs, (0, 1, 2)), leaves)
     assert mixed.asked == 3
     for grad, want in zip(found, wanted):
         assert (grad - want).norm() <= 5e-3 * want.norm()
+
+
+def mixed_inputs():
+    torch.manual_seed(0)
+    rows = G * (C * C + Q * P)
+    shapes = (B, N, G, P, C), (B, N, D), (rows, D), (rows,)
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def gradients_of(ways, sums):
+    """Of a call for each way to call."""
+    leaves = mixed_inputs()
+    outs = [way(sums, *leaves) for way in ways]
+    torch.manual_seed(1)
+    upstream = [torch.randn(out.shape).to(out.dtype) for out in outs]
+    return torch.autograd.grad(outs, leaves, upstream)
+
+
+def half(sums, *leaves):
+    with torch.autocast('cpu', torch.bfloat16):
+        return generated_mixing(*leaves, gradient_sum=sums)
+
+
+def full(sums, *leaves):
+    return generated_mixing(*leaves, gradient_sum=sums)
+
+
+def again(sums, *leaves):
+    if sums is None:
+        return half(None, *leaves)
+    return checkpoint_with_sums(
+        lambda *args: half(args[-1][0], *args[:-1]), *leaves, sums=[sums]
+    )
+
+
+@pytest.mark.parametrize(
+    'ways',
+    [(again, half), (half, again), (again, again), (full, half), (half, full)],
+    ids=lambda ways: ' '.join(way.__name__ for way in ways),
+)
+def test_calls_of_different_kinds_in_one_chain(ways):
+    """Recomputed, in half precision, in float32: whoever starts the chain."""
+    found = gradients_of(ways, GradientSum())
+    wanted = gradients_of(ways, None)
+    for grad, want in zip(found, wanted):
+        assert (grad - want).norm() <= 1e-2 * want.norm()
 
 
 def test_tiles_do_not_matter(calls, monkeypatch):

@@ -182,7 +182,7 @@ def _shared(x, query, weight, bias, *factors, eps, gradient_sum):
         packed = gradient_sum.make(('packed', *sizes), pack)
     tensors = x, query, weight, bias, *factors
     if gradient_sum.fits(weight):
-        token = gradient_sum.take(weight)
+        token = gradient_sum.take(weight, bias)
         weight = weight.detach()
     elif packed is None:
         return generated_forward(*tensors, eps)[0]
