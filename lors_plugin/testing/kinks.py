@@ -7,6 +7,7 @@ and the gradients differ by one element. :class:`Kinks` finds such elements
 and can put chosen ones on the other side, which tells rounding from error.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
 from unittest import mock
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lors_plugin.ops import GradientSum
+from lors_plugin.ops import GradientSum, packed_linear
 from lors_plugin.ops.adaptive_mixing.reference import (
     LowRank,
     adaptive_mixing_reference,
@@ -77,15 +78,21 @@ class Kinks(TorchFunctionMode):
         self._patches = []
 
     def __enter__(self) -> 'Kinks':
-        # Inside of a function of autograd no element can be flipped. Entered
-        # within itself, too, see `_mix`.
-        patch = mock.patch.object(GradientSum, 'fits', return_value=False)
-        patch.start()
-        self._patches.append(patch)
+        # Inside of a function of autograd no element can be flipped, and
+        # packed generators are mixed with in one. Entered within itself, too,
+        # see `_mix`.
+        patches = contextlib.ExitStack()
+        for owner, name, value in (
+            (GradientSum, 'fits', False),
+            (packed_linear, 'packing_refusal', 'kinks are watched'),
+        ):
+            patch = mock.patch.object(owner, name, return_value=value)
+            patches.enter_context(patch)
+        self._patches.append(patches)
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
-        self._patches.pop().stop()
+        self._patches.pop().close()
         super().__exit__(*error)
 
     def nearest(self) -> list[Element]:
