@@ -8,12 +8,18 @@ The host packages (MMEngine, MMCV, MMDetection, MMPretrain) are no install
 requirements: the forks and the original packages are different
 distributions with the same import names, and requiring one kind would
 overwrite the other. ``pip install lors_plugin[onedl]`` names the forks.
+
+``lors_plugin/_cpu.so`` is compiled code for CPUs. Where the compiler is
+missing or fails, the package is installed without it and does the same in
+plain PyTorch, more slowly.
 """
 
+import runpy
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -90,6 +96,32 @@ class BuildPyWithMim(build_py):
             )
 
 
+class BuildLibrary(build_ext):
+    """Compile what ``ctypes`` loads: no module of one Python version."""
+
+    def get_ext_filename(self, fullname):
+        """One name for all versions of Python."""
+        return str(Path(*fullname.split('.'))) + '.so'
+
+
+def describe_library():
+    """Say how the compiled code is built, and from which sources."""
+    # Relative, as setuptools wants them.
+    sources = Path(PACKAGE, 'csrc')
+    loader = ROOT / PACKAGE / 'ops' / 'compiled_library.py'
+    digest = runpy.run_path(str(loader))['hash_sources'](ROOT / sources)
+    return Extension(
+        f'{PACKAGE}._cpu',
+        [str(sources / 'mixing.cpp')],
+        depends=[str(sources / n) for n in ('mixing.h', 'kernels.h')],
+        define_macros=[('LORS_SOURCES', digest)],
+        extra_compile_args=['-std=c++17', '-O3', '-g0', '-fopenmp'],
+        extra_link_args=['-fopenmp'],
+        language='c++',
+        optional=True,
+    )
+
+
 setup(
     name='lors-plugin',
     version=read_version(),
@@ -122,6 +154,7 @@ setup(
         'docs': read_requirements('docs'),
         'lint': read_requirements('lint'),
     },
-    cmdclass={'build_py': BuildPyWithMim},
+    ext_modules=[describe_library()],
+    cmdclass={'build_ext': BuildLibrary, 'build_py': BuildPyWithMim},
     zip_safe=False,
 )

@@ -201,6 +201,7 @@ def look_at_operators() -> list[Check]:
         verdict = {'all types': (interpret and variable == 'triton', reason)}
         return [
             checks.check_operators('the CPU', verdict, variable),
+            look_at_compiled(),
             check_packing(packing_refusal()),
         ]
     found = []
@@ -218,6 +219,24 @@ def look_at_operators() -> list[Check]:
         }
         found.append(checks.check_operators(gpu.name, verdicts, variable))
     return found
+
+
+def look_at_compiled() -> Check:
+    """Say whether the CPU mixes in compiled code, and in which."""
+    from .ops import compiled_library
+
+    try:
+        library = compiled_library.load()
+    except RuntimeError as error:
+        return Check('trap', str(error))
+    if library is not None:
+        return Check('ok', f'mixing on the CPU is compiled: {library.name}')
+    found = compiled_library.find_sets()
+    what = 'mixing on the CPU is plain PyTorch, which is slower: '
+    if isinstance(found, str):
+        remedy = 'with a C++ compiler (Debian: apt install g++), install again'
+        return Check('note', what + found, remedy)
+    return Check('note', f'{what}{compiled_library.ENV_NAME}=off')
 
 
 def check_packing(refusal: str) -> Check:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -237,11 +238,37 @@ def test_operators_of_this_machine(monkeypatch):
 
     monkeypatch.delenv('LORS_PLUGIN_BACKEND', raising=False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    check, packing = doctor.look_at_operators()
+    check, compiled, packing = doctor.look_at_operators()
+    assert compiled == doctor.look_at_compiled()
     assert check.what.startswith('operators on the CPU: torch for all types')
     assert (packing.status == 'ok') == (not packing_refusal())
     monkeypatch.setenv('LORS_PLUGIN_BACKEND', 'triton')
     assert statuses(doctor.look_at_operators())[0] == 'trap'
+
+
+def test_compiled_code(monkeypatch):
+    from lors_plugin.ops import compiled_library
+
+    def look(variable, found):
+        monkeypatch.setenv('LORS_PLUGIN_CPU_KERNELS', variable)
+        monkeypatch.setattr(compiled_library, 'find_sets', lambda: found)
+        compiled_library._choose.cache_clear()
+        check = doctor.look_at_compiled()
+        compiled_library._choose.cache_clear()
+        return check
+
+    wide, narrow = SimpleNamespace(name='AVX2'), SimpleNamespace(name='SSE')
+    wide.runs, narrow.runs = False, True
+    found = [wide, narrow]
+    assert look('', found) == doctor.Check(
+        'ok', 'mixing on the CPU is compiled: SSE'
+    )
+    assert look('off', found).what.endswith('KERNELS=off')
+    assert look('avx2', found).status == 'trap'
+    missing = look('', 'no file')
+    assert missing.status == 'note' and missing.what.endswith('no file')
+    assert 'apt install g++' in missing.remedy
+    assert look('sse', 'no file').status == 'trap'
 
 
 def test_packing():

@@ -1,3 +1,4 @@
+import os
 import re
 import runpy
 import shutil
@@ -82,9 +83,13 @@ def test_every_module_is_in_a_package(setup_script):
 
 
 @pytest.mark.slow
-def test_wheel_holds_configs_and_tools(tmp_path):
+@pytest.mark.parametrize('compiler', ['', 'false'], ids=['any', 'failing'])
+def test_wheel(tmp_path, compiler):
+    """Configs, tools, and compiled code where there is a compiler."""
     source = tmp_path / 'source'
-    ignored = shutil.ignore_patterns('__pycache__', '.mim', '*.egg-info')
+    ignored = shutil.ignore_patterns(
+        '__pycache__', '.mim', '*.egg-info', '*.so'
+    )
     source.mkdir()
     for name in ('lors_plugin', 'configs', 'tools', 'requirements'):
         if (ROOT / name).is_dir():
@@ -98,6 +103,9 @@ def test_wheel_holds_configs_and_tools(tmp_path):
     done = subprocess.run(
         [sys.executable, '-c', code, str(tmp_path)],
         cwd=source,
+        env={**os.environ, **dict.fromkeys(('CC', 'CXX'), compiler)}
+        if compiler
+        else None,
         capture_output=True,
         text=True,
         check=False,
@@ -112,5 +120,8 @@ def test_wheel_holds_configs_and_tools(tmp_path):
     assert not any(n.startswith(('tests/', 'tools/')) for n in names)
     if any((ROOT / 'configs').rglob('*.py')):
         assert any(n.startswith('lors_plugin/.mim/configs/') for n in names)
+    compiled = not compiler and (ROOT / 'lors_plugin' / '_cpu.so').is_file()
+    assert ('lors_plugin/_cpu.so' in names) == compiled
     # The checkout is left as it was.
+    assert not (source / 'lors_plugin' / '_cpu.so').exists()
     assert not (source / 'lors_plugin' / '.mim').exists()

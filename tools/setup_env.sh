@@ -229,6 +229,7 @@ digest = hashlib.sha256('\0'.join([sys.version, *sys.argv[1:]]).encode())
 for path in [
         root / 'setup.py', root / 'pyproject.toml',
         root / 'lors_plugin' / 'version.py',
+        *sorted(root.glob('lors_plugin/csrc/*')),
         *sorted(root.glob('requirements/*.txt'))
 ]:
     digest.update(path.read_bytes())

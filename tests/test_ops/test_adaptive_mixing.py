@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from lors_plugin.ops import LowRank, adaptive_mixing
 from lors_plugin.ops.adaptive_mixing.reference import split_weights
 
+pytestmark = pytest.mark.usefixtures('cpu_program')
+
 # Name: B, N, G, P, C, Q, K, r; K = 0 means no low-rank part.
 SIZES = {
     'plain': (2, 3, 2, 8, 6, 10, 0, 0),

@@ -11,6 +11,8 @@ from lors_plugin.ops import LowRank, adaptive_mixing
 from lors_plugin.ops.adaptive_mixing import fused
 from lors_plugin.ops.adaptive_mixing.op import mixing_backward, mixing_forward
 
+pytestmark = pytest.mark.usefixtures('cpu_program')
+
 B, N, G, P, C, Q = 2, 3, 2, 5, 4, 6
 # Which sides have low-rank parts, as (K, r).
 SIDES = {

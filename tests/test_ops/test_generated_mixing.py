@@ -12,6 +12,8 @@ from lors_plugin.ops.adaptive_mixing.op import (
     generated_forward,
 )
 
+pytestmark = pytest.mark.usefixtures('cpu_program')
+
 B, N, G, P, C, Q, D = 2, 3, 2, 5, 4, 6, 7
 SIDES = {
     'none': (None, None),

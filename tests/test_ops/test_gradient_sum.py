@@ -14,6 +14,8 @@ from lors_plugin.ops import (
     low_rank_linear,
 )
 
+pytestmark = pytest.mark.usefixtures('cpu_program')
+
 aten = torch.ops.aten
 B, N, G, P, C, Q, D = 2, 3, 2, 4, 6, 5, 8
 

@@ -14,6 +14,8 @@ from lors_plugin.ops import (
 )
 from lors_plugin.ops.packed_linear import PackedLinear, can_pack, widen
 
+pytestmark = pytest.mark.usefixtures('cpu_program')
+
 B, N, G, P, C, Q, D = 2, 5, 2, 6, 8, 7, 9
 
 

@@ -18,10 +18,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from . import compiled
 from .layout import empty_as, in_groups
 from .low_rank_side import LowRankSide, make_side
 from .norms import Norms, layer_norm, ones
 from .reference import split_weights
+from .workspace import Workspace
 
 aten = torch.ops.aten
 # Inputs of one chunk for each thread, which has a cache of its own; about
@@ -150,12 +152,16 @@ def mix(
     Returns:
         tuple[Tensor]: As :func:`forward`.
     """
+    library = compiled.find_library(x)
+    if library is not None:
+        args = x, out_points, matrices, factors, eps, in_place
+        return compiled.mix(library, *args)
     lead = x.shape[:3]
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.new_empty(*lead, out_points, x.shape[-1])
     stats = x.new_empty(*lead, 4, dtype=wide)
     size = _chunk_size(x, out_points)
-    work = _Workspace(x, out_points, size)
+    work = Workspace(x, out_points, size)
     channel_side = make_side(*factors[:3], size)
     spatial_side = make_side(*factors[3:], size)
     norms = Norms(eps, x.device.type == 'cpu' and x.dtype == wide)
@@ -225,8 +231,24 @@ def mix_backward(
         tuple: Gradient of ``x``, and those of the factors, None for absent
         ones.
     """
+    library = compiled.find_library(x)
+    if library is not None:
+        return compiled.mix_backward(
+            library,
+            grad_out,
+            x,
+            channel,
+            spatial,
+            factors,
+            stats,
+            eps,
+            grad_channel,
+            grad_spatial,
+            after_group,
+            complete,
+        )
     size = _chunk_size(x, grad_out.shape[3])
-    work = _Workspace(x, grad_out.shape[3], size)
+    work = Workspace(x, grad_out.shape[3], size)
     channel_side = make_side(*factors[:3], size)
     spatial_side = make_side(*factors[3:], size)
     grad_x = empty_as(x)
@@ -320,52 +342,6 @@ def _full(
     if side is None:
         return base
     return side.add_to(base, group, part, base if out is None else out)
-
-
-class _Workspace:
-    """What all chunks write to: fresh memory would cost page faults.
-
-    Args:
-        x (Tensor): Shape (B, N, G, P, C).
-        out_points (int): ``Q``.
-        size (int): Queries in a chunk.
-    """
-
-    def __init__(self, x: Tensor, out_points: int, size: int) -> None:
-        self._x = x
-        self._size = min(size, x.shape[0] * x.shape[1])
-        points, width = x.shape[-2:]
-        self._shapes = dict(
-            channel=(width, width),
-            spatial=(out_points, points),
-            y_pre=(points, width),
-            y=(points, width),
-            grad_y=(points, width),
-            z_pre=(out_points, width),
-            z=(out_points, width),
-        )
-        self._all = {}
-        self._now = 0
-
-    def start(self, number: int) -> None:
-        """Say how many queries the next chunk has."""
-        self._now = number
-
-    def spare(self, matrices: Tensor) -> Tensor:
-        """Where a product of the shape of full matrices may go.
-
-        Full matrices that were formed here have been used up by then.
-        """
-        shape = matrices.shape[-2:]
-        kind = 'channel' if shape == self._shapes['channel'] else 'spatial'
-        return getattr(self, kind)
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name not in self._all:
-            self._all[name] = self._x.new_empty(
-                self._size, *self._shapes[name]
-            )
-        return self._all[name][: self._now]
 
 
 def _normalize(
