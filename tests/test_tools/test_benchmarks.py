@@ -68,9 +68,10 @@ def test_mixing_as_a_command(tmp_path):
     assert (tmp_path / 'adaptive_mixing_cpu.png').stat().st_size > 5000
     with (tmp_path / 'adaptive_mixing_cpu.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
-    assert {row['provider'] for row in rows} == {
-        'original', 'reference', 'torch', 'torch-recompute', 'bare'
-    }  # fmt: skip
+    wanted = {'original', 'reference', 'torch', 'torch-recompute', 'bare'}
+    if rows[0]['cpu_kernels']:
+        wanted.add('torch-plain')
+    assert {row['provider'] for row in rows} == wanted
     assert {row['dtype'] for row in rows} == {'float32', 'bfloat16'}
     times = select(rows, metric='time')
     assert {row['mode'] for row in times} == {'forward', 'backward', 'full'}
@@ -95,6 +96,19 @@ def test_mixing_as_a_command(tmp_path):
     assert kept['torch-recompute'] < kept['torch'] < kept['original']
 
 
+def test_the_plain_lane_is_plain(tools, monkeypatch):
+    harness = tools('harness')
+    monkeypatch.setenv('LORS_PLUGIN_CPU_KERNELS', 'baseline')
+
+    def run():
+        return os.environ['LORS_PLUGIN_CPU_KERNELS']
+
+    for plain, wanted in ((True, 'off'), (False, 'baseline')):
+        lane = harness.Lane('any', run, {'x': torch.ones(1)}, plain=plain)
+        assert lane.forward(False) == wanted
+        assert run() == 'baseline'
+
+
 @pytest.mark.parametrize(
     ('name', 'extra'),
     [
@@ -109,6 +123,8 @@ def test_other_benchmarks(run, name, extra):
     providers = {row['provider'] for row in rows}
     assert providers >= {'original', 'reference', 'torch'}
     assert ('torch-recompute' in providers) == (name == 'decoder')
+    compiled = {row['cpu_kernels'] for row in rows} != {''}
+    assert ('torch-plain' in providers) == (name == 'decoder' and compiled)
     assert {row['benchmark'] for row in rows} == {name}
     metrics = {'time', 'peak memory', 'kept for backward'}
     if name == 'detector':
@@ -188,6 +204,14 @@ def test_what_cannot_be_measured(tools, monkeypatch, capsys, options, words):
         tools('sampling_3d').main(['--device', 'cpu', *options])
     assert error.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_no_plain_lane_where_all_is_plain(tools, monkeypatch, capsys):
+    monkeypatch.setenv('LORS_PLUGIN_CPU_KERNELS', 'off')
+    command = ['--device', 'cpu', '--providers', 'torch-plain']
+    with pytest.raises(SystemExit):
+        tools('decoder').main(command)
+    assert 'torch-plain: cannot run here' in capsys.readouterr().err
 
 
 # --- the harness ---------------------------------------------------------

@@ -4,7 +4,8 @@ All stages of a decoder together, from sampled features and queries to the
 output projection: generating the matrices, mixing, projecting. 'bare' is the
 four matrix products alone (generator, x M, S y, projection), which no
 program can do without; 'torch-recompute' is the modules with
-``recompute=True``, which generate the matrices again in backward.
+``recompute=True``, which generate the matrices again in backward;
+'torch-plain' does without the package's compiled code for CPUs.
 
 Example:
     python tools/benchmarks/adaptive_mixing.py --quick
@@ -19,11 +20,11 @@ import original
 import torch
 import torch.nn.functional as F
 from driver import make_parser, read_arguments, run
-from harness import Lane
+from harness import PLAIN, Lane
 from models import build_decoder
 from report import Case
 
-EXTRA = ('bare', 'torch-recompute')
+EXTRA = ('bare', PLAIN, 'torch-recompute')
 
 
 @contextlib.contextmanager
@@ -131,6 +132,10 @@ def make_lanes(args, decoder, queries, batch):
     for name in args.backends:
         if name != 'reference':
             makers.append(partial(Lane, name, shared, leaves, backend=name))
+    if PLAIN in args.providers:
+        makers.append(
+            partial(Lane, PLAIN, shared, leaves, backend='torch', plain=True)
+        )
     if 'torch-recompute' in args.providers:
         makers.append(
             partial(

@@ -3,7 +3,8 @@
 From feature levels and queries to classes, boxes and contents of all
 stages. 'original' computes sampling, mixing and attention as the original
 programs do, with the same weights; 'torch-recompute' is the decoder with
-``with_cp=True``. ``detector.py`` measures the same end to end.
+``with_cp=True``; 'torch-plain' does without the package's compiled code for
+CPUs. ``detector.py`` measures the same end to end.
 
 Example:
     python tools/benchmarks/decoder.py --quick
@@ -18,11 +19,11 @@ from functools import partial
 import original
 import torch
 from driver import make_parser, read_arguments, run
-from harness import Lane
+from harness import PLAIN, Lane
 from models import IMAGE, build_decoder, feature_maps, random_boxes
 from report import Case
 
-EXTRA = ('torch-recompute',)
+EXTRA = (PLAIN, 'torch-recompute')
 
 
 @contextlib.contextmanager
@@ -72,6 +73,10 @@ def make_lanes(args, decoder, queries, batch, dtype=torch.float32):
     for name in args.backends:
         if name != 'reference' and (name, dtype) != ('triton', torch.float64):
             makers.append(partial(Lane, name, ours, leaves, backend=name))
+    if PLAIN in args.providers:
+        makers.append(
+            partial(Lane, PLAIN, ours, leaves, backend='torch', plain=True)
+        )
     if 'torch-recompute' in args.providers:
         makers.append(
             partial(

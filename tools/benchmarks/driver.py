@@ -10,6 +10,7 @@ from harness import (
     BACKENDS,
     DTYPES,
     MODES,
+    PLAIN,
     GateError,
     Lane,
     available_backends,
@@ -20,7 +21,7 @@ from harness import (
     time_lanes,
     training_memory,
 )
-from report import Case, Report
+from report import Case, Report, cpu_kernels
 
 EXIT_WRONG_RESULT = 1
 DOUBLE = 1e-6  # largest difference in float64
@@ -165,8 +166,11 @@ def read_arguments(
     if args.threads:
         torch.set_num_threads(args.threads)
     backends = available_backends(args.device, args.dtypes)
-    wanted = args.providers or [*backends, *args.all_providers]
-    missing = {*wanted} & {*BACKENDS} - {*backends}
+    here = [*backends, *args.all_providers]
+    if PLAIN in here and not cpu_kernels(args.device):
+        here.remove(PLAIN)
+    wanted = args.providers or here
+    missing = {*wanted} & {*BACKENDS, PLAIN} - {*here}
     if missing:
         parser.error(
             f'--providers {" ".join(sorted(missing))}: cannot run here in '
@@ -292,7 +296,8 @@ def run(name: str, args: argparse.Namespace, cases: list[Case]) -> int:
     print(
         f'{name} on {machine["device_name"]} ({machine["device"]}, '
         f'{machine["threads"]} threads), torch {machine["torch"]}, triton '
-        f'{machine["triton"] or "not installed"}'
+        f'{machine["triton"] or "not installed"}, compiled mixing '
+        f'{machine["cpu_kernels"] or "none"}'
     )
     for case in cases:
         try:

@@ -12,8 +12,9 @@ import dataclasses
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Optional
+from unittest import mock
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')
 
@@ -22,8 +23,10 @@ from torch import Tensor  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from lors_plugin.ops import backend as choice  # noqa: E402
+from lors_plugin.ops import compiled_library  # noqa: E402
 
 BACKENDS = ('reference', 'torch', 'triton')
+PLAIN = 'torch-plain'
 DTYPES = ('float32', 'bfloat16', 'float16')
 MODES = ('forward', 'backward', 'full')
 
@@ -47,6 +50,7 @@ class Lane:
         gradients (list[Tensor], optional): Of the outputs; random ones are
             made at the first backward.
         finish (Callable, optional): Called after backward, as a part of it.
+        plain (bool): Whether the package's compiled code for CPUs is off.
         joint (bool): Whether the gradients are checked as one vector.
     """
 
@@ -59,6 +63,7 @@ class Lane:
     trains: bool = True
     gradients: Optional[list[Tensor]] = None
     finish: Optional[Callable[[], None]] = None
+    plain: bool = False
     joint: bool = False
 
     @property
@@ -66,17 +71,12 @@ class Lane:
         short = dict(float32='', bfloat16=' bf16', float16=' fp16')
         return self.provider + short[self.dtype]
 
-    @contextlib.contextmanager
-    def chosen(self) -> Iterator[None]:
-        """The backend of this lane, also where backward computes again."""
-        before = os.environ.get(choice.ENV_NAME)
-        os.environ[choice.ENV_NAME] = self.backend
-        try:
-            yield
-        finally:
-            del os.environ[choice.ENV_NAME]
-            if before is not None:
-                os.environ[choice.ENV_NAME] = before
+    def chosen(self) -> contextlib.AbstractContextManager:
+        """The program of this lane, also where backward computes again."""
+        variables = {choice.ENV_NAME: self.backend}
+        if self.plain:
+            variables[compiled_library.ENV_NAME] = compiled_library.OFF
+        return mock.patch.dict(os.environ, variables)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Autocast in the type of this lane."""

@@ -13,6 +13,7 @@ from typing import Optional
 import torch
 
 import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
+from lors_plugin.ops import compiled_library
 from lors_plugin.ops.backend import triton_version
 from lors_plugin.version import __version__
 
@@ -21,8 +22,8 @@ from harness import Lane  # isort: skip
 COLUMNS = (
     'benchmark', 'case', 'provider', 'dtype', 'mode', 'metric', 'unit',
     'median', 'p20', 'p80', 'repeats', 'ratio_to_original', 'error',
-    'device', 'device_name', 'threads', 'torch', 'triton', 'lors_plugin',
-    'config',
+    'device', 'device_name', 'threads', 'torch', 'triton', 'cpu_kernels',
+    'lors_plugin', 'config',
 )  # fmt: skip
 COLORS = ('#555555', '#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee')
 
@@ -64,6 +65,12 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_kernels(device: torch.device) -> str:
+    """Instructions of the compiled code that runs there, '' without."""
+    library = compiled_library.load() if device.type == 'cpu' else None
+    return library.name if library else ''
+
+
 class Report:
     """Collects rows and writes them.
 
@@ -83,6 +90,7 @@ class Report:
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             triton='.'.join(map(str, version)) if version else '',
+            cpu_kernels=cpu_kernels(args.device),
             lors_plugin=__version__,
         )
 
