@@ -38,15 +38,16 @@ def select_backend(requested: str, tensor: Tensor, refusal: str = '') -> str:
         requested (str): What the caller or the config asks for. ``'auto'``
             leaves the choice to the environment variable
             ``LORS_PLUGIN_BACKEND`` and, without it, to the package: Triton
-            on a GPU that it works on, plain PyTorch elsewhere.
+            on a GPU that it works on, 'torch' elsewhere.
         tensor (Tensor): An input as the implementation will get it, of any
             shape: its device and its type decide.
         refusal (str): Why the kernels cannot take these sizes, '' if they
             can.
 
     Returns:
-        str: ``'torch'`` (fast, plain PyTorch, any device), ``'triton'`` or
-        ``'reference'`` (the readable definition of what is right).
+        str: ``'torch'`` (fast, any device: plain PyTorch, in mixing on CPUs
+        compiled code), ``'triton'`` or ``'reference'`` (the readable
+        definition of what is right).
 
     Raises:
         ValueError: If the request or the variable names no backend.

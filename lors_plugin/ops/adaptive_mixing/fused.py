@@ -1,5 +1,8 @@
 """Adaptive mixing in plain PyTorch, with a backward of its own.
 
+For float32 on CPUs, compiled code does the same faster where the package was
+built with it, see :mod:`.compiled`; all that follows is about the rest.
+
 Only the inputs and the statistics of both norms are kept for backward; the
 rest is computed again, which costs two products and saves most of the
 memory.

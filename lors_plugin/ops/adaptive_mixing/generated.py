@@ -1,4 +1,4 @@
-"""Generating the matrices and mixing with them, in plain PyTorch.
+"""Generating the matrices and mixing with them.
 
 Matrices that lie group by group, each kind for itself, are what the products
 of mixing read and write without gaps: nothing is copied, and the gradient of
