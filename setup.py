@@ -113,7 +113,10 @@ def describe_library():
     return Extension(
         f'{PACKAGE}._cpu',
         [str(sources / 'mixing.cpp')],
-        depends=[str(sources / n) for n in ('mixing.h', 'kernels.h')],
+        depends=[
+            'setup.py',
+            *(str(p.relative_to(ROOT)) for p in (ROOT / sources).iterdir()),
+        ],
         define_macros=[('LORS_SOURCES', digest)],
         extra_compile_args=['-std=c++17', '-O3', '-g0', '-fopenmp'],
         extra_link_args=['-fopenmp'],

@@ -119,7 +119,7 @@ static void multiply(int64_t m, int64_t n, int64_t depth, View a,
 }
 
 INLINE View plain(const float* p, int64_t width) { return {p, width, 1}; }
-INLINE View turned(const float* p, int64_t width) { return {p, 1, width}; }
+INLINE View transposed(const float* p, int64_t width) { return {p, 1, width}; }
 
 #ifdef SHUFFLE
 // Exchange what lies off the diagonal of blocks of 2 x `step`, step by step.
@@ -157,7 +157,7 @@ static void transpose(int64_t m, int64_t n, const float* x, float* out) {
       for (int l = 0; l < LANES; l++) v[l] = load<LANES>(x + (i + l) * n + j);
       exchange<LANES / 2>(v);
       UNROLL
-      for (int l = 0; l < LANES; l++) 
+      for (int l = 0; l < LANES; l++)
         store<LANES>(out + (j + l) * m + i, v[l]);
     }
 #endif
@@ -244,7 +244,9 @@ INLINE void make_inner(const LowRank& part, const float* core, int64_t cols,
              inner + k * rank * cols, cols);
 }
 
-// base + left inner, into `into`, which may be base; base without a part.
+// The matrix of a query with its low-rank part: base where that has been added
+// or does not exist, else base + left inner, in base if that may be changed and
+// in `into` if not.
 INLINE const float* full_matrix(const Mixing& mixing, const LowRank& part,
                                 int64_t query, int64_t rows, int64_t cols,
                                 float* base, float* inner, float* into) {
@@ -293,7 +295,7 @@ INLINE void low_rank_backward(const LowRank& part, int64_t query,
   multiply(rows, depth, cols, plain(grad, cols), scratch.inner_t, depth,
            grad_left, grad_left, depth);
   float* const grad_inner = scratch.inner;
-  multiply(depth, cols, rows, turned(part.left, depth), grad, cols, nullptr,
+  multiply(depth, cols, rows, transposed(part.left, depth), grad, cols, nullptr,
            grad_inner, cols);
   for (int64_t k = 0; k < part.num; k++) {
     const float* const inner_k = grad_inner + k * rank * cols;
@@ -303,7 +305,7 @@ INLINE void low_rank_backward(const LowRank& part, int64_t query,
              rank);
     float* const grad_right =
         part.grad_right + (thread * depth + k * rank) * cols;
-    multiply(rank, cols, rank, turned(core + k * rank * rank, rank), inner_k,
+    multiply(rank, cols, rank, transposed(core + k * rank * rank, rank), inner_k,
              cols, grad_right, grad_right, cols);
   }
 }
@@ -344,12 +346,12 @@ static void backward(const Mixing& mixing, int64_t first, int64_t last,
     multiply(q, p, c, plain(grad_z, c), scratch.turned, p, nullptr,
              grad_spatial, p);
     float* const grad_y = y;
-    multiply(p, c, q, turned(spatial, p), grad_z, c, nullptr, grad_y, c);
+    multiply(p, c, q, transposed(spatial, p), grad_z, c, nullptr, grad_y, c);
     // Channel mixing.
     norm_relu_backward(grad_y, normed_y, p * c, stats[1], grad_y);
     float* const grad_channel =
         mixing.grad_channel + n * mixing.grad_channel_stride;
-    multiply(c, c, p, turned(x, c), grad_y, c, nullptr, grad_channel, c);
+    multiply(c, c, p, transposed(x, c), grad_y, c, nullptr, grad_channel, c);
     transpose(c, c, channel, scratch.turned);
     multiply(p, c, c, plain(grad_y, c), scratch.turned, c, nullptr,
              mixing.grad_x + n * mixing.grad_x_stride, c);

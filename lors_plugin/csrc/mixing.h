@@ -1,7 +1,8 @@
 // Adaptive mixing of one group of queries: what Python hands over.
 //
 // Matrices are float32, row by row without gaps. Strides are numbers from one
-// query to the next. Fields and order as in ops/adaptive_mixing/compiled.py.
+// query to the next. What is written overlaps nothing else. Fields and order
+// as in ops/adaptive_mixing/compiled.py.
 
 #pragma once
 

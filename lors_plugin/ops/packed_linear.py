@@ -11,7 +11,8 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .bare import are_bare
 
 
 @functools.lru_cache(maxsize=1)
@@ -35,16 +36,10 @@ def packing_refusal() -> str:
 
 
 def can_pack(weight: Tensor, rows: int) -> bool:
-    """Whether a weight can be packed for products with that many rows.
-
-    Not where someone looks at the operators, to count or to compile them.
-    """
+    """Whether a weight can be packed for products with that many rows."""
     return (
         rows > 0
-        and weight.device.type == 'cpu'
-        and weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and _get_current_dispatch_mode() is None
+        and are_bare([weight], (torch.float32,))
         and not packing_refusal()
     )
 

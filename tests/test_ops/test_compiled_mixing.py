@@ -2,14 +2,22 @@
 
 import ctypes
 import shutil
+import weakref
 
 import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from lors_plugin.ops import LowRank, adaptive_mixing, compiled_library
+from lors_plugin.ops import (
+    GradientSum,
+    LowRank,
+    adaptive_mixing,
+    compiled_library,
+    generated_mixing,
+)
 from lors_plugin.ops.adaptive_mixing import compiled, fused
+from lors_plugin.ops.adaptive_mixing.op import mixing_forward
 from lors_plugin.ops.compiled_library import ENV_NAME, CompiledLibrary, load
 
 # B, N, G, P, C, Q, then K and r of both low-rank parts, or nothing.
@@ -173,25 +181,109 @@ def test_no_query(shape):
     assert [g.shape for g in grads] == [x.shape, weights.shape]
 
 
-def test_gaps_are_refused_rather_than_misread():
-    x = torch.randn(1, 2, 1, 3, 4)
-    matrices = torch.randn(2, 4, 8)[..., ::2], torch.randn(2, 5, 3)
-    args = x, 5, lambda group: matrices, (None,) * 6, 1e-5
-    with pytest.raises(ValueError, match='channel has gaps'):
-        compiled.mix(load(), *args, in_place=True)
+X, QUERY = torch.randn(2, 3, 2, 6, 8), torch.randn(2, 3, 9)
+GENERATOR = torch.randn(2 * (8 * 8 + 7 * 6), 9)
+
+
+def shared_call(x, query=QUERY, generator=GENERATOR):
+    """What stages do: autograd function or none, no operator around it."""
+    sums = GradientSum()
+    return generated_mixing(x, query, generator, gradient_sum=sums)
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (dict(channel=torch.randn(2, 4, 8)[..., ::2]), 'channel has gaps'),
+        (dict(channel=torch.randn(4, 4).expand(2, 4, 4)), 'or overlaps'),
+        (dict(channel=torch.randn(2, 5, 5)), 'channel must have shape'),
+        (dict(spatial=torch.randn(1, 5, 3)), r'shape \(2, 5, 3\) in float32'),
+        (dict(spatial=torch.randn(2, 5, 3).double()), 'got .* torch.float64'),
+        (dict(core=torch.randn(1, 1, 1, 1, 2, 2)), 'core must have shape'),
+        (dict(right=torch.randn(1, 1, 2, 3)), 'right must have shape'),
+    ],
+)
+def test_what_does_not_fit_is_refused_rather_than_misread(change, words):
+    given = dict(
+        channel=torch.randn(2, 4, 4),
+        spatial=torch.randn(2, 5, 3),
+        left=torch.randn(1, 1, 4, 2),
+        core=torch.randn(1, 2, 1, 1, 2, 2),
+        right=torch.randn(1, 1, 2, 4),
+    )
+    channel, spatial, *factors = {**given, **change}.values()
+    x, factors = torch.randn(1, 2, 1, 3, 4), (*factors, None, None, None)
+    matrices = fused.of_group([channel], [spatial])
+    with pytest.raises(ValueError, match=words):
+        compiled.mix(load(), x, 5, matrices, factors, 1e-5, in_place=True)
+
+
+def test_types_do_not_mix():
+    x, weights = X, torch.randn(2, 3, 2, 8 * 8 + 7 * 6)
+    for other in (weights.double(), weights.half()):
+        with pytest.raises((RuntimeError, ValueError)):
+            mixing_forward(x, other, *(None,) * 6, 1e-5, 'torch')
 
 
 def test_who_gets_it(monkeypatch):
     x = torch.randn(1, 2, 1, 3, 4)
-    assert isinstance(compiled.find_library(x), CompiledLibrary)
-    assert compiled.find_library(x[:0]) is None
+    assert isinstance(compiled.find_library(x, 5), CompiledLibrary)
+    assert compiled.find_library(x, 5, x, None) is not None
+    assert compiled.find_library(x, 5, x.double()) is None
+    assert compiled.find_library(x, 2000) is None
+    assert compiled.find_library(x[:0], 5) is None
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        assert compiled.find_library(x.to(dtype)) is None
-    assert compiled.find_library(x.to('meta')) is None
+        assert compiled.find_library(x.to(dtype), 5) is None
+    assert compiled.find_library(x.to('meta'), 5) is None
     with FlopCounterMode(display=False):
-        assert compiled.find_library(x) is None
+        assert compiled.find_library(x, 5) is None
     monkeypatch.setenv(ENV_NAME, 'off')
-    assert compiled.find_library(x) is None
+    assert compiled.find_library(x, 5) is None
+
+
+def test_matrices_of_one_group_at_a_time():
+    alive = []
+
+    def matrices(group):
+        assert [ref() for ref in alive] == [None] * len(alive)
+        pair = torch.randn(6, 8, 8), torch.randn(6, 7, 6)
+        alive.extend(map(weakref.ref, pair))
+        return pair
+
+    compiled.mix(load(), X, 7, matrices, (None,) * 6, 1e-5, in_place=True)
+    assert len(alive) == 4
+
+
+@torch.no_grad()
+def test_tracing():
+    traced = torch.jit.trace(shared_call, (X,), check_trace=False)
+    other = torch.randn_like(X)
+    assert_close(traced(other), shared_call(other))
+
+
+@torch.no_grad()
+def test_functionalize():
+    found = torch.func.functionalize(lambda x: shared_call(x) + 0)(X)
+    assert_close(found, shared_call(X))
+
+
+@torch.no_grad()
+def test_negative_views():
+    assert_close(shared_call(torch._neg_view(X)), shared_call(-X))
+
+
+@pytest.mark.parametrize('kind', ['zero', 'negative'])
+def test_gradients_without_numbers_of_their_own(kind):
+    x, generator = X.clone().requires_grad_(), GENERATOR.clone()
+    out = shared_call(x, generator=generator.requires_grad_())
+    plain = torch.randn(out.shape)
+    if kind == 'zero':
+        plain, upstream = plain * 0, torch._efficientzerotensor(out.shape)
+    else:
+        upstream = torch._neg_view(-plain)
+    (found,) = torch.autograd.grad(out, x, upstream, retain_graph=True)
+    (wanted,) = torch.autograd.grad(out, x, plain)
+    assert_close(found, wanted)
 
 
 def test_the_widest_set_that_runs(monkeypatch):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all
 
+from lors_plugin.ops.bare import are_bare
+
 
 def is_bare(x: Tensor) -> bool:
     """Whether maps are computed here and now, and nobody follows how.
@@ -15,14 +17,10 @@ def is_bare(x: Tensor) -> bool:
     tracer or tensors that are more than numbers.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and type(x) is Tensor
-        and x.device.type == 'cpu'
-        and x.dtype in (torch.float32, torch.float64)
+        type(x) is Tensor
+        and are_bare([x], (torch.float32, torch.float64))
         and x.dim() == 4
         and x.numel() > 0
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not torch.is_autocast_enabled('cpu')
     )
 

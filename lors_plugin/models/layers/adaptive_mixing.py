@@ -385,5 +385,5 @@ class LORSAdaptiveMixing(BaseModule):
             generator.bias,
             *parts,
             backend=self.backend,
-            gradient_sum=next(iter(sums), None),
+            gradient_sum=sums[0] if sums else None,
         )

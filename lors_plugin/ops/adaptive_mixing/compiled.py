@@ -6,17 +6,19 @@ those of :mod:`.fused`, which calls this where it can.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..bare import are_bare
 from ..compiled_library import CompiledLibrary, load
 from .layout import empty_as, in_groups
 
 Factors = tuple[Optional[Tensor], ...]
+# Products of larger matrices, which no core can keep, are faster in MKL.
+LARGEST_SIDE = 256
 _Integer, _Pointer = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -75,17 +77,22 @@ class _Mixing(ctypes.Structure):
     ]
 
 
-def find_library(x: Tensor) -> Optional[CompiledLibrary]:
+def find_library(
+    x: Tensor, out_points: int, *others: Optional[Tensor]
+) -> Optional[CompiledLibrary]:
     """What mixes ``x``, None where plain PyTorch has to.
 
-    Also where someone looks at the operators, to count or to trace them.
+    Args:
+        x (Tensor): Shape (B, N, G, P, C).
+        out_points (int): ``Q``.
+        others (Tensor, optional): All else that is read, but for matrices.
     """
+    tensors = [x, *(t for t in others if t is not None)]
+    points, width = x.shape[-2:]
     if (
-        x.device.type != 'cpu'
-        or x.dtype != torch.float32
-        or not x.numel()
-        or torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
+        not x.numel()
+        or max(width, points, out_points) > LARGEST_SIDE
+        or not are_bare(tensors, (torch.float32,))
     ):
         return None
     return load()
@@ -103,16 +110,18 @@ def mix(
     """See :func:`.fused.mix`."""
     out = x.new_empty(*x.shape[:3], out_points, x.shape[-1])
     stats = x.new_empty(*x.shape[:3], 4)
-    work = _Work(library, x, out_points, eps, factors)
-    work.call.in_place = in_place
+    work = _Work(library, x, out_points, eps, factors, in_place=in_place)
     out_n, stats_n = out.flatten(0, 1), stats.flatten(0, 1)
 
     def mix_group(group, channel, spatial):
-        if not in_place:
-            channel, spatial = _dense(channel), _dense(spatial)
-        work.start(group, channel, spatial, stats_n)
-        work.give('out', out_n[:, group])
-        library.forward(work.call)
+        work.run(
+            library.forward,
+            group,
+            channel=channel if in_place else _dense(channel),
+            spatial=spatial if in_place else _dense(spatial),
+            out=out_n[:, group],
+            stats=stats_n[:, group],
+        )
 
     for group in range(x.shape[2]):
         # Nobody here holds on to the matrices of a group.
@@ -141,13 +150,17 @@ def mix_backward(
     work = _Work(library, x, grad_out.shape[2], eps, factors, backward=True)
     work.call.complete = complete
     for group in range(x.shape[2]):
-        matrices = _dense(channel[group]), _dense(spatial[group])
-        work.start(group, *matrices, stats_n)
-        work.give('grad_out', grad_out[:, group])
-        work.give('grad_x', grad_x_g[group])
-        work.give('grad_channel', grad_channel[group])
-        work.give('grad_spatial', grad_spatial[group])
-        library.backward(work.call)
+        work.run(
+            library.backward,
+            group,
+            channel=_dense(channel[group]),
+            spatial=_dense(spatial[group]),
+            stats=stats_n[:, group],
+            grad_out=grad_out[:, group],
+            grad_x=grad_x_g[group],
+            grad_channel=grad_channel[group],
+            grad_spatial=grad_spatial[group],
+        )
         if after_group is not None:
             after_group(group)
     grads = [t for part in work.parts for t in part.grads()]
@@ -172,13 +185,15 @@ class _Work:
         eps: float,
         factors: Factors,
         backward: bool = False,
+        in_place: bool = False,
     ) -> None:
-        self.x = in_groups(x)
-        queries, points, width = self.x.shape[1:]
+        self._x = in_groups(x)
+        queries, points, width = self._x.shape[1:]
         threads = min(torch.get_num_threads(), queries)
+        lead = tuple(x.shape[:3])
         self.parts = [
-            _Part(*factors[:3], threads, backward),
-            _Part(*factors[3:], threads, backward),
+            _Part(factors[:3], lead, width, width, threads, backward),
+            _Part(factors[3:], lead, out_points, points, threads, backward),
         ]
         self.call = _Mixing(
             queries=queries,
@@ -186,6 +201,7 @@ class _Work:
             width=width,
             rows=out_points,
             threads=threads,
+            in_place=in_place,
             eps=eps,
             channel_part=self.parts[0].call,
             spatial_part=self.parts[1].call,
@@ -194,94 +210,137 @@ class _Work:
         self._scratch = x.new_empty(threads, size)
         self.call.scratch = self._scratch.data_ptr()
         self.call.scratch_floats = size
-        self._given = {}
+        sampled, mixed = (points, width), (out_points, width)
+        matrices = dict(channel=(width, width), spatial=(out_points, points))
+        self._shapes = dict(
+            x=sampled,
+            **matrices,
+            out=mixed,
+            stats=(4,),
+            grad_out=mixed,
+            grad_x=sampled,
+            **{f'grad_{name}': shape for name, shape in matrices.items()},
+        )
+        written = {'out', 'grad_x', 'grad_channel', 'grad_spatial'}
+        self._written = written.union(matrices if in_place else ())
 
-    def start(
-        self, group: int, channel: Tensor, spatial: Tensor, stats: Tensor
+    def run(
+        self, function: Callable[[_Mixing], None], group: int, **tensors
     ) -> None:
-        """Go to a group, of which these are the matrices.
+        """Call compiled code for a group.
 
-        ``stats`` (n, G, 4) are those of all groups.
+        Args:
+            function (Callable): Of the library.
+            group (int): Which one.
+            tensors (Tensor): Of the group, by their names in ``_Mixing``,
+                shapes (n, ...).
         """
-        self.give('x', self.x[group])
-        self.give('channel', channel)
-        self.give('spatial', spatial)
-        self.give('stats', stats[:, group])
+        self._give('x', self._x[group])
+        for name, tensor in tensors.items():
+            self._give(name, tensor)
         self.call.channel_part = self.parts[0].of_group(group)
         self.call.spatial_part = self.parts[1].of_group(group)
+        function(self.call)
 
-    def give(self, name: str, tensor: Tensor) -> None:
-        """Hand over a tensor (n, ...), dense but for the first dimension."""
-        if not tensor[0].is_contiguous():
+    def _give(self, name: str, tensor: Tensor) -> None:
+        # Compiled code would read whatever lies there.
+        shape = self.call.queries, *self._shapes[name]
+        _check(name, tensor, shape)
+        stride, item = tensor.stride(0), tensor[0]
+        overlap = stride < item.numel() and name in self._written
+        if not item.is_contiguous() or (overlap and shape[0] > 1):
             raise ValueError(
-                f'{name} has gaps: shape {tuple(tensor.shape)}, '
-                f'strides {tensor.stride()}'
+                f'{name} has gaps or overlaps: shape {shape}, strides '
+                f'{tensor.stride()}'
             )
-        self._given[name] = tensor
         setattr(self.call, name, tensor.data_ptr())
-        setattr(self.call, f'{name}_stride', tensor.stride(0))
+        setattr(self.call, f'{name}_stride', stride)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if (
+        tuple(tensor.shape) != shape
+        or tensor.dtype != torch.float32
+        or tensor.device.type != 'cpu'
+    ):
+        raise ValueError(
+            f'{name} must have shape {shape} in float32 on the CPU, got '
+            f'{tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}'
+        )
 
 
 class _Part:
-    """A low-rank part as compiled code takes it; without factors, none."""
+    """A low-rank part as compiled code takes it; without factors, none.
+
+    Args:
+        factors (tuple[Tensor | None]): Left, core and right, or None.
+        lead (tuple[int]): ``B, N, G``.
+        rows (int): Of the matrices.
+        cols (int): Of the matrices.
+        threads (int): That share the queries.
+        backward (bool): Whether gradients are wanted.
+    """
 
     def __init__(
         self,
-        left: Optional[Tensor],
-        core: Optional[Tensor],
-        right: Optional[Tensor],
+        factors: Factors,
+        lead: tuple[int, int, int],
+        rows: int,
+        cols: int,
         threads: int,
         backward: bool,
     ) -> None:
         self.call = _LowRank()
-        self._factors = None if left is None else (left, core, right)
-        self.empty = left is None or not left.numel()
-        if self.empty:
+        self._factors = factors
+        self._of_groups, self._core, self._grad_core = {}, None, None
+        left, core, right = factors
+        if left is None or not left.numel():
             return
-        self.call.num, self.call.rank = left.shape[1], left.shape[3]
+        groups, (num, rank) = lead[2], left.shape[1::2]
+        _check('left', left, (groups, num, rows, rank))
+        _check('core', core, (*lead, num, rank, rank))
+        _check('right', right, (groups, num, rank, cols))
+        self.call.num, self.call.rank = num, rank
+        core = core.flatten(0, 1)
+        if not core[0, 0].is_contiguous():
+            core = core.contiguous()
+        self._core, self.call.core_stride = core, core.stride(0)
         # (G, rows, K r) and (G, K r, cols).
-        self._left = left.transpose(1, 2).flatten(2).contiguous()
-        self._core = core.flatten(0, 1)
-        if not self._core[0, 0].is_contiguous():
-            self._core = self._core.contiguous()
-        self._right = right.flatten(1, 2).contiguous()
+        left = left.transpose(1, 2).flatten(2).contiguous()
+        right = right.flatten(1, 2).contiguous()
+        self._of_groups.update(left=left, right=right)
         if backward:
-            self._right_t = self._right.mT.contiguous()
-            groups, *sizes = self._left.shape
-            self._grad_left = left.new_zeros(groups, threads, *sizes)
-            self._grad_core = core.new_empty(self._core.shape)
-            sizes = self._right.shape[1:]
-            self._grad_right = left.new_zeros(groups, threads, *sizes)
+            self._grad_core = core.new_empty(core.shape)
+            self.call.grad_core_stride = self._grad_core.stride(0)
+            self._of_groups.update(
+                right_t=right.mT.contiguous(),
+                grad_left=left.new_zeros(groups, threads, *left.shape[1:]),
+                grad_right=left.new_zeros(groups, threads, *right.shape[1:]),
+            )
 
     def of_group(self, group: int) -> _LowRank:
         """Say where the factors of a group are."""
-        if not self.empty:
-            call = self.call
-            call.core_stride = self._core.stride(0)
-            call.core = self._core[:, group].data_ptr()
-            for name, tensor in self._of_groups():
-                setattr(call, name, tensor[group].data_ptr())
-            if hasattr(self, '_grad_core'):
-                call.grad_core = self._grad_core[:, group].data_ptr()
-                call.grad_core_stride = self._grad_core.stride(0)
+        for name, tensor in self._of_groups.items():
+            setattr(self.call, name, tensor[group].data_ptr())
+        if self._core is not None:
+            self.call.core = self._core[:, group].data_ptr()
+        if self._grad_core is not None:
+            self.call.grad_core = self._grad_core[:, group].data_ptr()
         return self.call
-
-    def _of_groups(self) -> Iterator[tuple[str, Tensor]]:
-        for name in ('left', 'right', 'right_t', 'grad_left', 'grad_right'):
-            if hasattr(self, f'_{name}'):
-                yield name, getattr(self, f'_{name}')
 
     def grads(self) -> Factors:
         """Gradients of the three factors."""
-        if self._factors is None:
-            return None, None, None
         left, core, right = self._factors
-        if self.empty:
-            return tuple(t.new_zeros(t.shape) for t in self._factors)
-        grad_left = self._grad_left.sum(1).unflatten(2, left.shape[1::2])
-        grad_right = self._grad_right.sum(1)
+        if self._grad_core is None:
+            return tuple(
+                None if t is None else t.new_zeros(t.shape)
+                for t in self._factors
+            )
+        grad_left = self._of_groups['grad_left'].sum(1)
+        grad_left = grad_left.unflatten(2, left.shape[1::2]).transpose(1, 2)
+        grad_right = self._of_groups['grad_right'].sum(1)
         return (
-            grad_left.transpose(1, 2).contiguous(),
+            grad_left.contiguous(),
             self._grad_core.view(core.shape),
             grad_right.view(right.shape),
         )

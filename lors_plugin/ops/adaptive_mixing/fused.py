@@ -155,7 +155,7 @@ def mix(
     Returns:
         tuple[Tensor]: As :func:`forward`.
     """
-    library = compiled.find_library(x)
+    library = compiled.find_library(x, out_points, *factors)
     if library is not None:
         args = x, out_points, matrices, factors, eps, in_place
         return compiled.mix(library, *args)
@@ -234,7 +234,8 @@ def mix_backward(
         tuple: Gradient of ``x``, and those of the factors, None for absent
         ones.
     """
-    library = compiled.find_library(x)
+    others = grad_out, stats, *factors
+    library = compiled.find_library(x, grad_out.shape[3], *others)
     if library is not None:
         return compiled.mix_backward(
             library,
