@@ -104,6 +104,9 @@ class GradientSum:
             all calls until then. Defaults to False.
         of_chain (Products, optional): What the start of the chain will
             multiply. Defaults to None, nothing yet.
+        remembered (dict, optional): What calls that will run again may
+            remember until then, when nobody wants their results any more.
+            Defaults to None: results are wanted each time.
     """
 
     def __init__(
@@ -112,11 +115,13 @@ class GradientSum:
         made: Optional[dict] = None,
         save_memory: bool = False,
         of_chain: Optional[Products] = None,
+        remembered: Optional[dict] = None,
     ) -> None:
         self.token = token
         self.made = {} if made is None else made
         self.save_memory = save_memory
         self.of_chain = Products() if of_chain is None else of_chain
+        self.remembered = remembered
 
     @property
     def products(self) -> Optional[Products]:
@@ -161,6 +166,7 @@ def checkpoint_with_sums(
     *args,
     sums: Sequence[GradientSum] = (),
     preserve_rng_state: bool = True,
+    inner: bool = True,
 ) -> Any:
     """Call a function now and again in backward, rather than keep what it
     needs there.
@@ -173,6 +179,9 @@ def checkpoint_with_sums(
         function (Callable): Takes ``args`` and a tuple of sums.
         sums (Sequence[GradientSum]): Go on behind the call.
         preserve_rng_state (bool): Whether anything in it is random.
+        inner (bool): Whether the function itself keeps results of calls
+            with sums for backward. If not, such calls need not compute them
+            again. Defaults to True.
 
     Returns:
         Any: What the function returns.
@@ -180,7 +189,10 @@ def checkpoint_with_sums(
     options = dict(use_reentrant=False, preserve_rng_state=preserve_rng_state)
     if torch.compiler.is_compiling():  # which sums nothing up this way
         return checkpoint(function, *args, tuple(sums), **options)
-    known = [(each.made, True, each.of_chain) for each in sums]
+    known = [
+        (each.made, True, each.of_chain, None if inner else {})
+        for each in sums
+    ]
 
     def run(tokens, *args):
         own = tuple(map(GradientSum, tokens, *zip(*known)))

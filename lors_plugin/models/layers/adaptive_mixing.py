@@ -66,9 +66,9 @@ def _run(
 ) -> Tensor:
     if not (recompute and torch.is_grad_enabled()):
         return function(*args, sums)
-    # Nothing in it is random.
+    # Nothing in it is random, and mixing comes last.
     return checkpoint_with_sums(
-        function, *args, sums=sums, preserve_rng_state=False
+        function, *args, sums=sums, preserve_rng_state=False, inner=False
     )
 
 

@@ -19,6 +19,7 @@ from .op import (
     mixing_forward,
 )
 from .reference import LowRank, adaptive_mixing_reference
+from .regenerated import mix_regenerated
 
 # Of the kernels, 128 x 128: more does not fit into registers. Their launcher
 # takes it from here, so that nobody imports Triton for it.
@@ -170,6 +171,9 @@ def generated_mixing(
 
 
 def _shared(x, query, weight, bias, *factors, eps, gradient_sum):
+    if gradient_sum.remembered is not None and gradient_sum.fits(weight):
+        args = x, query, weight, bias, factors, eps, gradient_sum
+        return mix_regenerated(*args)
     packed = token = None
     queries = x.shape[0] * x.shape[1]
     if not gradient_sum.save_memory and can_pack(weight, queries):

@@ -133,8 +133,7 @@ def mix_backward(
     library: CompiledLibrary,
     grad_out: Tensor,
     x: Tensor,
-    channel: Sequence[Tensor],
-    spatial: Sequence[Tensor],
+    matrices: Callable[[int], tuple[Tensor, Tensor]],
     factors: Factors,
     stats: Tensor,
     eps: float,
@@ -150,11 +149,12 @@ def mix_backward(
     work = _Work(library, x, grad_out.shape[2], eps, factors, backward=True)
     work.call.complete = complete
     for group in range(x.shape[2]):
+        channel, spatial = map(_dense, matrices(group))
         work.run(
             library.backward,
             group,
-            channel=_dense(channel[group]),
-            spatial=_dense(spatial[group]),
+            channel=channel,
+            spatial=spatial,
             stats=stats_n[:, group],
             grad_out=grad_out[:, group],
             grad_x=grad_x_g[group],

@@ -109,7 +109,7 @@ def backward(
     grad_x, grad_factors = mix_backward(
         grad_out,
         x,
-        *by_group(weights, *sizes),
+        of_group(*by_group(weights, *sizes)),
         factors,
         stats,
         eps,
@@ -200,8 +200,7 @@ def of_group(
 def mix_backward(
     grad_out: Tensor,
     x: Tensor,
-    channel: Sequence[Tensor],
-    spatial: Sequence[Tensor],
+    matrices: Callable[[int], tuple[Tensor, Tensor]],
     factors: Factors,
     stats: Tensor,
     eps: float,
@@ -216,13 +215,14 @@ def mix_backward(
     Args:
         grad_out (Tensor): Shape (B, N, G, Q, C).
         x (Tensor): As given to :func:`mix`, and what follows too.
-        channel (Sequence[Tensor]): See ``x``.
-        spatial (Sequence[Tensor]): See ``x``.
+        matrices (Callable): See ``x``.
         factors (tuple[Tensor | None]): See ``x``.
         stats (Tensor): What :func:`mix` returned.
         eps (float): Added to the variances.
-        grad_channel (Sequence[Tensor]): Written: gradient of ``channel``.
-        grad_spatial (Sequence[Tensor]): Written: gradient of ``spatial``.
+        grad_channel (Sequence[Tensor]): Written: gradient of the channel
+            matrices of each group.
+        grad_spatial (Sequence[Tensor]): Written: gradient of the spatial
+            matrices of each group.
         after_group (Callable, optional): Called with the number of a group
             when its gradients are there; the next group may overwrite them.
         complete (bool): Whether the matrices have their low-rank parts, as
@@ -241,8 +241,7 @@ def mix_backward(
             library,
             grad_out,
             x,
-            channel,
-            spatial,
+            matrices,
             factors,
             stats,
             eps,
@@ -261,19 +260,20 @@ def mix_backward(
     out_n = None if out is None else out.flatten(0, 1)
     stats = stats.flatten(0, 1)
     for group in range(x.shape[2]):
+        channel, spatial = matrices(group)
         for part in _chunks(x, size):
             x_m = x_g[group, part]
             work.start(len(x_m))
             mean_y, rstd_y, mean_z, rstd_z = (
                 t.view(-1, 1, 1) for t in stats[part, group].T.contiguous()
             )
-            full_c, full_s = channel[group][part], spatial[group][part]
+            full_c, full_s = channel[part], spatial[part]
             if not complete:
                 full_c = _full(
-                    channel[group], channel_side, group, part, work.channel
+                    channel, channel_side, group, part, work.channel
                 )
                 full_s = _full(
-                    spatial[group], spatial_side, group, part, work.spatial
+                    spatial, spatial_side, group, part, work.spatial
                 )
             y_pre = torch.bmm(x_m, full_c, out=work.y_pre)
             mean_y, y = _normalize(y_pre, mean_y, rstd_y, eps, work.y)

@@ -5,15 +5,20 @@ of mixing read and write without gaps: nothing is copied, and the gradient of
 the generator is made from them in place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..memory import new_large
 from ..packed_linear import PackedLinear, widen
 from .fused import Factors, mix, mix_backward, of_group
+
+# Of one group: from queries to channel matrices, and to spatial ones.
+Layers = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 def forward(
@@ -62,7 +67,7 @@ def pack(
     groups: int,
     width: int,
     queries: int,
-) -> list[tuple[PackedLinear, PackedLinear]]:
+) -> list[Layers]:
     """The generator as packed layers, for each group one of each kind.
 
     Args:
@@ -86,11 +91,40 @@ def pack(
     ]
 
 
+def as_layers(
+    weight: Tensor, bias: Optional[Tensor], groups: int, width: int
+) -> list[Layers]:
+    """The same as :func:`pack`, of the generator as it is."""
+    layers = [
+        [
+            partial(F.linear, weight=rows[group], bias=shift)
+            for group, shift in enumerate(
+                [None] * groups if shifts is None else shifts
+            )
+        ]
+        for rows, shifts in zip(
+            kinds(weight, groups, width), kinds(bias, groups, width)
+        )
+    ]
+    return list(zip(*layers))
+
+
+def generate(
+    query: Tensor, layers: Layers, width: int, points: int
+) -> tuple[Tensor, Tensor]:
+    """Matrices (n, C, C) and (n, Q, P) of a group from queries (n, ...)."""
+    to_channel, to_spatial = layers
+    return (
+        to_channel(query).unflatten(-1, (width, width)),
+        to_spatial(query).unflatten(-1, (-1, points)),
+    )
+
+
 def forward_packed(
     x: Tensor,
     query: Tensor,
     bias: Optional[Tensor],
-    packed: list[tuple[PackedLinear, PackedLinear]],
+    packed: list[Layers],
     factors: Factors,
     eps: float,
     keep: bool,
@@ -106,19 +140,15 @@ def forward_packed(
         query = widen(query)
     channel, spatial = [], []
 
-    def generate(group):
-        to_channel, to_spatial = packed[group]
-        pair = (
-            to_channel(query).unflatten(-1, (width, width)),
-            to_spatial(query).unflatten(-1, (-1, points)),
-        )
+    def matrices(group):
+        pair = generate(query, packed[group], width, points)
         if keep:
             channel.append(pair[0])
             spatial.append(pair[1])
         return pair
 
     out_points = packed[0][1].out_features // points
-    out = mix(x, out_points, generate, factors, eps, in_place=True)
+    out = mix(x, out_points, matrices, factors, eps, in_place=True)
     return *out, channel, spatial
 
 
@@ -131,12 +161,12 @@ def backward(
     needs_query: bool,
     needs_generator: bool,
     factors: Factors,
-    out: Tensor,
+    out: Optional[Tensor],
     stats: Tensor,
-    channel: Sequence[Tensor],
-    spatial: Sequence[Tensor],
+    matrices: Callable[[int], tuple[Tensor, Tensor]],
     eps: float,
     total: Optional[Tensor] = None,
+    complete: bool = True,
 ) -> tuple[
     Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], Factors
 ]:
@@ -144,7 +174,8 @@ def backward(
 
     Those of the query and of the generator, large products, only where they
     are needed: adapters freeze a generator. With ``total``, the gradient of
-    the weight is added to it.
+    the weight is added to it. ``matrices`` gives those of a group, which are
+    ``complete`` if they have their low-rank parts.
 
     Returns:
         tuple: Of ``x``, ``query``, ``weight``, ``bias`` (None without one)
@@ -164,7 +195,8 @@ def backward(
     grad_rows = kinds(grad_weight, groups, width)
     grad_shifts = kinds(grad_bias, groups, width)
     # One group's gradients are used up before the next one's are made.
-    buffers = [torch.empty_like(t[0]) for t in (channel, spatial)]
+    shapes = (width, width), (grad_out.shape[3], x.shape[3])
+    buffers = [x.new_empty(len(query_n), *shape) for shape in shapes]
 
     def after_group(group: int) -> None:
         for kind, buffer in enumerate(buffers):
@@ -181,14 +213,13 @@ def backward(
     grad_x, grad_factors = mix_backward(
         grad_out,
         x,
-        channel,
-        spatial,
+        matrices,
         factors,
         stats,
         eps,
         *([buffer] * groups for buffer in buffers),
         after_group,
-        complete=True,
+        complete=complete,
         out=out,
     )
     if grad_query is not None:

@@ -133,8 +133,7 @@ def backward(
     grad_x, grad_factors = mix_backward(
         grad_out,
         x,
-        channel,
-        spatial,
+        of_group(channel, spatial),
         factors,
         stats,
         eps,

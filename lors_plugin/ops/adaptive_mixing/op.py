@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..gradient_sum import new_token, sum_so_far
 from . import generated, low_precision
+from .fused import of_group
 from .layout import empty_as
 
 _MODULES = {'torch': 'fused', 'triton': 'triton_kernels'}
@@ -202,8 +203,7 @@ def generated_backward(
         factors,
         out,
         stats,
-        channel,
-        spatial,
+        of_group(channel, spatial),
         eps,
     )
     return _filled(x, *grads, *grad_factors)
@@ -306,7 +306,7 @@ class SharedGeneratedMixing(torch.autograd.Function):
                     tuple(factors),
                     out,
                     stats,
-                    *_halves(matrices),
+                    of_group(*_halves(matrices)),
                     ctx.eps,
                     sum_so_far(total),
                 )
