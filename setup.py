@@ -109,7 +109,8 @@ def describe_library():
     # Relative, as setuptools wants them.
     sources = Path(PACKAGE, 'csrc')
     loader = ROOT / PACKAGE / 'ops' / 'compiled_library.py'
-    digest = runpy.run_path(str(loader))['hash_sources'](ROOT / sources)
+    names = runpy.run_path(str(loader))
+    digest = names['hash_sources'](ROOT / sources)
     return Extension(
         f'{PACKAGE}._cpu',
         [str(sources / 'mixing.cpp')],
@@ -118,7 +119,7 @@ def describe_library():
             *(str(p.relative_to(ROOT)) for p in (ROOT / sources).iterdir()),
         ],
         define_macros=[('LORS_SOURCES', digest)],
-        extra_compile_args=['-std=c++17', '-O3', '-g0', '-fopenmp'],
+        extra_compile_args=names['FLAGS'],
         extra_link_args=['-fopenmp'],
         language='c++',
         optional=True,

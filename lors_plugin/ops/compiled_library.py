@@ -1,10 +1,18 @@
-"""The package's compiled code for CPUs, ``csrc``, if it was built."""
+"""The package's compiled code for CPUs, ``csrc``.
+
+It is built when the package is installed; in a checkout, also when it is first
+needed and missing or older than its sources.
+"""
 
 import ctypes
 import functools
 import hashlib
 import logging
 import os
+import shlex
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Optional, Union
@@ -12,6 +20,9 @@ from typing import Optional, Union
 ENV_NAME = 'LORS_PLUGIN_CPU_KERNELS'
 PACKAGE = Path(__file__).resolve().parents[1]
 FILE = '_cpu.so'
+FLAGS = ['-std=c++17', '-O3', '-g0', '-fopenmp']
+COMPILERS = 'g++', 'c++', 'clang++'
+SECONDS = 300  # five are normal
 OFF = 'off'
 MISSING = (
     f'there is no {FILE}: when this package was installed, there was no C++ '
@@ -86,22 +97,63 @@ def _choose(wanted: str) -> Optional[CompiledLibrary]:
 @functools.lru_cache(maxsize=1)
 def find_sets() -> Union[list[CompiledLibrary], str]:
     """All sets of instructions, the widest first; or why there are none."""
-    path = PACKAGE / FILE
+    path, sources = PACKAGE / FILE, PACKAGE / 'csrc'
+    if sources.is_dir():
+        digest = hash_sources(sources)
+        # Without loading it: a file of that name is never loaded again.
+        if not (path.is_file() and digest.encode() in path.read_bytes()):
+            refusal = _build(sources, digest, path)
+            if refusal:
+                return refusal
     if not path.is_file():
         return MISSING
     try:
         library = ctypes.CDLL(str(path))
         _declare(library)
-        built_from = library.lors_sources().decode()
     except (OSError, AttributeError) as error:
         return f'{FILE} cannot be loaded: {error}'
-    sources = PACKAGE / 'csrc'
-    if sources.is_dir() and built_from != hash_sources(sources):
-        return f'{FILE} was built from other sources than csrc'
     return [
         CompiledLibrary(library, number)
         for number in range(library.lors_sets())
     ]
+
+
+def _build(sources: Path, digest: str, target: Path) -> str:
+    """Compile the sources; return why that failed, or ''."""
+    compilers = [os.environ.get('CXX', ''), *COMPILERS]
+    compiler = next(
+        (c for c in map(shlex.split, compilers) if c and shutil.which(c[0])),
+        None,
+    )
+    if compiler is None:
+        return (
+            f'{target.name} is missing or outdated, and no C++ compiler here'
+        )
+    logger.info('Compiling %s, once', target.name)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp('.so', '_build', target.parent)
+        os.close(handle)
+        subprocess.run(
+            [
+                *(*compiler, *FLAGS, '-shared', '-fPIC'),
+                *(f'-DLORS_SOURCES={digest}', str(sources / 'mixing.cpp')),
+                *('-o', temporary),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        os.chmod(temporary, 0o755)
+        # In one step: other processes may be at it too.
+        os.replace(temporary, target)
+    except (OSError, subprocess.SubprocessError) as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        said = (getattr(error, 'stderr', None) or str(error)).strip()
+        return f'{target.name} cannot be compiled: {said.splitlines()[0]}'
+    return ''
 
 
 def hash_sources(directory: Path) -> str:

@@ -329,15 +329,47 @@ def test_file_that_is_no_library(elsewhere):
     assert 'cannot be loaded' in compiled_library.find_sets()
 
 
-def test_other_sources(elsewhere):
+@pytest.fixture
+def checkout(elsewhere):
+    """With sources and with what was built from others."""
+    folder, library = elsewhere
+    shutil.copytree(library.parent / 'csrc', folder / 'csrc')
+    source = folder / 'csrc' / 'mixing.cpp'
+    source.write_text('#error "broken here"')
+    shutil.copy(library, folder / '_cpu.so')
+    return folder, source, (library.parent / 'csrc' / 'mixing.cpp').read_text()
+
+
+@pytest.mark.parametrize('state', ['outdated', 'missing', 'no library'])
+def test_a_checkout_compiles_what_it_needs(checkout, state):
+    folder, source, right = checkout
+    source.write_text(right + '// changed\n')
+    if state == 'missing':
+        (folder / '_cpu.so').unlink()
+    elif state == 'no library':
+        (folder / '_cpu.so').write_text('text')
+    found = compiled_library.find_sets()
+    assert [one.name for one in found][-1] == 'baseline'
+    assert {p.name for p in folder.iterdir()} == {'csrc', '_cpu.so'}
+    digest = compiled_library.hash_sources(folder / 'csrc')
+    assert found[0]._library.lors_sources().decode() == digest
+
+
+def test_a_checkout_that_does_not_compile(checkout, monkeypatch):
+    folder, *_ = checkout
+    found = compiled_library.find_sets()
+    assert '_cpu.so cannot be compiled' in found and 'broken here' in found
+    assert {p.name for p in folder.iterdir()} == {'csrc', '_cpu.so'}
+    monkeypatch.setenv('PATH', str(folder))
+    monkeypatch.delenv('CXX', raising=False)
+    compiled_library.find_sets.cache_clear()
+    assert 'and no C++ compiler here' in compiled_library.find_sets()
+
+
+def test_a_wheel_without_sources(elsewhere):
     folder, library = elsewhere
     shutil.copy(library, folder / '_cpu.so')
-    # A wheel holds no sources.
     assert isinstance(compiled_library.find_sets(), list)
-    compiled_library.find_sets.cache_clear()
-    (folder / 'csrc').mkdir()
-    (folder / 'csrc' / 'mixing.cpp').write_text('int x;')
-    assert 'other sources' in compiled_library.find_sets()
 
 
 def test_structures_are_those_of_the_library():
