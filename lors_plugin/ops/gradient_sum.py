@@ -122,6 +122,7 @@ class GradientSum:
         self.save_memory = save_memory
         self.of_chain = Products() if of_chain is None else of_chain
         self.remembered = remembered
+        self._calls = 0
 
     @property
     def products(self) -> Optional[Products]:
@@ -153,6 +154,15 @@ class GradientSum:
     def give(self, token: Optional[Tensor]) -> None:
         """Keep the token that a call returned."""
         self.token = token
+
+    def recall(self) -> Optional[Any]:
+        """What the next call remembered when it ran first, else None."""
+        return self.remembered.get(self._calls)
+
+    def remember(self, value: Any) -> None:
+        """Say what the call will want to know when it runs again."""
+        self.remembered[self._calls] = value
+        self._calls += 1
 
     def make(self, key: Hashable, function: Callable[[], Any]) -> Any:
         """What the first call that asks makes of the weight, for all."""

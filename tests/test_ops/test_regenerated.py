@@ -126,6 +126,20 @@ def test_mixes_once_and_generates_twice(counts):
         assert_close(tensor.grad, 2 * grad, atol=1e-5, rtol=1e-4)
 
 
+def test_two_calls_in_one_function(counts):
+    def both(x, *rest):
+        return torch.cat([stage(x, *rest), stage(x.flip(1), *rest)])
+
+    def wrap(way):
+        return lambda function, *args, sums: way(both, *args, sums=sums)
+
+    tensors = make()
+    wanted = run(tensors, wrap(directly))
+    for found, one in zip(run(tensors, wrap(again)), wanted):
+        assert_close(found, one, atol=2e-5, rtol=1e-4)
+    assert counts['mix'] == 2 * 3
+
+
 def test_results_that_the_function_keeps_are_computed_again(counts):
     def squared(*args):
         return stage(*args).square()

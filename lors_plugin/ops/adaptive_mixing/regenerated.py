@@ -40,11 +40,11 @@ def mix_regenerated(
         Tensor: Shape (B, N, G, Q, C); in the second run, not computed.
     """
     token = gradient_sum.take(weight, bias)
-    stats = gradient_sum.remembered.get('stats')
+    stats = gradient_sum.recall()
     out, stats, token = _RegeneratedMixing.apply(
         token, eps, stats, x, query, weight.detach(), bias, *factors
     )
-    gradient_sum.remembered['stats'] = stats
+    gradient_sum.remember(stats)
     gradient_sum.give(token)
     return out
 
