@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Union
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def per_layer(
@@ -55,3 +56,8 @@ def has_own_forward(layer: nn.Module) -> bool:
     kind = next(cls for cls in type(layer).__mro__ if 'forward' in vars(cls))
     known = ('torch.nn.modules', 'mmcv.cnn.bricks.wrappers')
     return not kind.__module__.startswith(known)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Cast half-precision tensors up; leave float32 and float64 alone."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

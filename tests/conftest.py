@@ -156,7 +156,7 @@ def decoder_inputs():
     """Features, contents and boxes of a batch of 64 x 96 images."""
     import torch
 
-    from lors_plugin.models.layers.box_geometry import boxes_from_sizes
+    from lors_plugin.adamixer.box_geometry import boxes_from_sizes
 
     def make(
         batch=2,

@@ -60,7 +60,7 @@ def test_types_are_found_without_custom_imports():
     )
     # What comes before is what hosts print when they are imported.
     assert out[-3:] == [
-        'lors_plugin.models.necks.channel_mapping',
+        'lors_plugin.adamixer.neck',
         'AutocastOptimWrapper',
         'EpochSeedHook',
     ]

@@ -58,22 +58,22 @@ def below(name, *modules):
 
 
 def test_imports_of_resolves_relative_names():
-    path = PACKAGE / 'models' / 'layers' / 'x.py'
+    path = PACKAGE / 'rooms' / 'inner' / 'x.py'
     tree = ast.parse(
         'import torch.nn as nn\n'
         'from . import a\n'
         'from ...ops import b\n'
-        'from ..dense_heads.c import d\n'
+        'from ..other.c import d\n'
         'def f():\n    import triton\n'
     )
     assert imports_of(tree, path) == {
         'torch.nn',
-        'lors_plugin.models.layers',
-        'lors_plugin.models.layers.a',
+        'lors_plugin.rooms.inner',
+        'lors_plugin.rooms.inner.a',
         'lors_plugin.ops',
         'lors_plugin.ops.b',
-        'lors_plugin.models.dense_heads.c',
-        'lors_plugin.models.dense_heads.c.d',
+        'lors_plugin.rooms.other.c',
+        'lors_plugin.rooms.other.c.d',
         'triton',
     }
     assert 'triton' not in imports_of(tree, path, top_level_only=True)
@@ -102,59 +102,37 @@ def test_triton_is_imported_lazily():
     assert offenders(paths, is_wrong, top_level_only=True) == []
 
 
-def imports_of_mmdet():
-    """What is wrong in the folders that do without MMDetection."""
-    paths = sources('lors_plugin/models/backbones', 'lors_plugin/adapters')
-    return offenders(paths, lambda n: below(n, 'mmdet'))
+# What each room may import of the package, beside itself. What is not
+# listed (engine, reparam, export, ...) may import
+# these rooms, never the reverse.
+LOWER = ('ops', 'registry', 'utils')
+ROOMS = dict(
+    ops=(),
+    lors=LOWER,
+    adamixer=(*LOWER, 'lors'),
+    parameternet=LOWER,
+    language=LOWER,
+)
+# The rooms whose modules serve MMPretrain as well.
+WITHOUT_MMDET = ('lors', 'parameternet', 'adapters', 'language')
 
 
-def test_imports_of_mmdet_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], 'ROOT', tmp_path)
-    for name, text in (
-        ('models/backbones/a.py', 'from mmdet.registry import MODELS'),
-        ('models/backbones/b.py', 'import mmdet_like\nimport mmpretrain'),
-        ('models/necks/c.py', 'import mmdet'),
-        ('adapters/deep/d.py', 'def f():\n    import mmdet'),
-    ):
-        path = tmp_path / 'lors_plugin' / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert imports_of_mmdet() == [
-        'lors_plugin/models/backbones/a.py: mmdet.registry',
-        'lors_plugin/models/backbones/a.py: mmdet.registry.MODELS',
-        'lors_plugin/adapters/deep/d.py: mmdet',
-    ]
-
-
-def test_backbones_and_adapters_never_import_mmdet():
-    assert imports_of_mmdet() == []
-
-
-def test_layers_know_ops_and_no_host_model():
-    allowed = (
-        'lors_plugin.models.layers',
-        'lors_plugin.ops',
-        'lors_plugin.registry',
-        'lors_plugin.utils',
-    )
+@pytest.mark.parametrize('room', ROOMS)
+def test_imports_run_one_way(room):
+    allowed = [f'lors_plugin.{name}' for name in (room, *ROOMS[room])]
 
     def is_wrong(name):
-        if below(name, 'mmdet', 'mmpretrain'):
-            return True
-        if name in ('lors_plugin', 'lors_plugin.models'):
-            return False  # the `from . import x` form: x is checked
+        if name == 'lors_plugin':
+            return False  # the `from lors_plugin import x` form: x is checked
         return below(name, 'lors_plugin') and not below(name, *allowed)
 
-    assert offenders(sources('lors_plugin/models/layers'), is_wrong) == []
+    assert offenders(sources(f'lors_plugin/{room}'), is_wrong) == []
 
 
-def test_models_do_not_know_what_runs_them():
-    upper = (
-        'engine', 'reparam', 'checkpoints', 'doctor', 'analysis', 'evaluation'
-    )  # fmt: skip
-    wrong = [f'lors_plugin.{name}' for name in upper]
-    paths = sources('lors_plugin/models', 'lors_plugin/ops')
-    assert offenders(paths, lambda n: below(n, *wrong)) == []
+@pytest.mark.parametrize('room', WITHOUT_MMDET)
+def test_rooms_that_never_import_mmdet(room):
+    paths = sources(f'lors_plugin/{room}')
+    assert offenders(paths, lambda n: below(n, 'mmdet')) == []
 
 
 def test_nothing_in_the_package_knows_testing():
@@ -215,16 +193,6 @@ def test_no_comparison_is_ignored():
         )
     }
     assert found == {}
-
-
-@pytest.mark.parametrize('folder', ['lors_plugin', 'tools', 'tests'])
-def test_files_can_be_read_at_a_sitting(folder):
-    long = {
-        str(path.relative_to(ROOT)): count
-        for path in sources(folder)
-        if (count := len(path.read_text('utf-8').splitlines())) > 400
-    }
-    assert long == {}
 
 
 def test_test_paths_follow_the_sources():

@@ -21,8 +21,8 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 
 import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
-from lors_plugin.deploy.models import INPUTS
-from lors_plugin.deploy.sampling import KINDS
+from lors_plugin.export.models import INPUTS
+from lors_plugin.export.sampling import KINDS
 
 EXIT_DIFFERENT, EXIT_USER_ERROR = 1, 2
 RANDOM = 'none'
@@ -169,14 +169,14 @@ def load_model(args):
 
 def wrap(model, args):
     """The module to export, and what makes cases for it."""
+    from lors_plugin.adamixer.detector import AdaMixer
     from lors_plugin.analysis.builders import is_detector
-    from lors_plugin.deploy import (
+    from lors_plugin.export import (
         ClassifierForExport,
         DetectorForExport,
         for_export,
     )
-    from lors_plugin.deploy.cases import classifier_case, detector_case
-    from lors_plugin.models.detectors import AdaMixer
+    from lors_plugin.export.cases import classifier_case, detector_case
 
     name = type(model).__name__
     if isinstance(model, AdaMixer):
@@ -241,7 +241,7 @@ def run_case(make_case, images):
 
 def random_case(make_case, number, shapes, channels):
     """A case of the first size that the model takes in PyTorch."""
-    from lors_plugin.deploy.cases import random_images
+    from lors_plugin.export.cases import random_images
 
     for shape in shapes:
         images = random_images(number, shape, number, channels)
@@ -316,7 +316,7 @@ def describe(cfg, module, meta, shape, smallest, args):
 def export(args):
     """Do what the arguments say; return a sentence about it."""
     from lors_plugin.analysis.builders import padded_shape, test_shape
-    from lors_plugin.deploy import (
+    from lors_plugin.export import (
         check_file,
         export_file,
         smallest_shape,
@@ -363,7 +363,7 @@ def main(argv=None):
     warnings.filterwarnings('ignore')
     logging.disable(logging.WARNING)
     from lors_plugin.checkpoints import ConversionError
-    from lors_plugin.deploy import ExportError
+    from lors_plugin.export import ExportError
 
     try:
         # PyTorch prints the whole program where it cannot go on.

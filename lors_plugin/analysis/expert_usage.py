@@ -12,7 +12,7 @@ import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
-from lors_plugin.models.layers import ExpertRouter
+from lors_plugin.parameternet.routing import ExpertRouter
 
 HEADER = ('layer', 'shares of the experts', 'top', 'entropy', 'variation')
 

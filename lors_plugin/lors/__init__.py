@@ -3,10 +3,13 @@
 from .entry import build_lors_stack
 from .factors import Factors, factorize
 from .linear import LowRankResidualLinear
+from .low_rank import AdaptiveLowRankStack, LowRankLinearStack
 from .share import SharedStack, ShareReport, share_stack
 
 __all__ = [
+    'AdaptiveLowRankStack',
     'Factors',
+    'LowRankLinearStack',
     'LowRankResidualLinear',
     'ShareReport',
     'SharedStack',

@@ -1,25 +1,31 @@
 """Everything that registers a model; imported when a config needs it."""
 
-from lors_plugin.compat import register_safe_globals
-from lors_plugin.lors import build_lors_stack
-
-from .backbones import ParameterNet, dynamic_swin_transformer
-from .dense_heads import InitialQueryGenerator
-from .detectors import AdaMixer
-from .layers import (
-    AdaptiveLowRankStack,
+from lors_plugin.adamixer import (
+    AdaMixer,
+    AdaMixerDecoder,
+    AdaMixerStage,
     AdaptiveMixing,
     AdaptiveSampling3D,
     BoxSelfAttention,
+    InitialQueryGenerator,
+    LORSAdaMixerDecoder,
+    LORSAdaptiveMixing,
+    SharedNormChannelMapping,
+)
+from lors_plugin.compat import register_safe_globals
+from lors_plugin.lors import (
+    AdaptiveLowRankStack,
+    LowRankLinearStack,
+    build_lors_stack,
+)
+from lors_plugin.parameternet import (
     DynamicConv2d,
     DynamicLinear,
     ExpertRouter,
-    LORSAdaptiveMixing,
-    LowRankLinearStack,
+    ParameterNet,
     RepConv2d,
+    dynamic_swin_transformer,
 )
-from .necks import SharedNormChannelMapping
-from .roi_heads import AdaMixerDecoder, AdaMixerStage, LORSAdaMixerDecoder
 
 register_safe_globals()
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from lors_plugin.adamixer.mixing import AdaptiveMixing, LORSAdaptiveMixing
 from lors_plugin.checkpoints import to_lors_plugin
 from lors_plugin.checkpoints.key_map import KEY_MAPS, find_rule
-from lors_plugin.models.layers import AdaptiveMixing, LORSAdaptiveMixing
 from lors_plugin.ops import sampling_3d
 
 from .golden import Errors, Golden, relative_error

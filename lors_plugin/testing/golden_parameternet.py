@@ -5,7 +5,7 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from lors_plugin.checkpoints import to_lors_plugin
-from lors_plugin.models.backbones.ghost import make_divisible
+from lors_plugin.parameternet.ghost import make_divisible
 from lors_plugin.registry import MODELS
 
 from .golden import Errors, Golden, relative_error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lors_plugin.models.layers.box_geometry import decode_boxes
+from lors_plugin.adamixer.box_geometry import decode_boxes
 from lors_plugin.ops.sampling_3d.reference import level_weights
 
 

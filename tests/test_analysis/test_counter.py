@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from lors_plugin.adamixer.mixing import LORSAdaptiveMixing
+from lors_plugin.adamixer.self_attention import BoxSelfAttention
 from lors_plugin.analysis import OperatorCounter, count_model
-from lors_plugin.models.layers import BoxSelfAttention, LORSAdaptiveMixing
 
 
 def run(module, *inputs, **kwargs):

@@ -12,7 +12,7 @@ from lors_plugin.analysis import (
     collapsed_layers,
     usage_table,
 )
-from lors_plugin.models.layers import DynamicConv2d
+from lors_plugin.parameternet.dynamic_conv import DynamicConv2d
 
 
 @pytest.fixture

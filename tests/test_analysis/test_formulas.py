@@ -179,7 +179,8 @@ def test_deformable_convolution():
 @pytest.mark.parametrize('bias', [False, True])
 def test_dynamic_layers(bias):
     """One kernel an image, mixed of three; the router beside it."""
-    from lors_plugin.models.layers import DynamicConv2d, DynamicLinear
+    from lors_plugin.parameternet.dynamic_conv import DynamicConv2d
+    from lors_plugin.parameternet.dynamic_linear import DynamicLinear
 
     conv = DynamicConv2d(8, 12, 3, 2, 1, groups=4, bias=bias, num_experts=3)
     linear = DynamicLinear(12, 5, bias=bias, num_experts=2)

@@ -9,8 +9,9 @@ import torch
 import yaml
 from mmengine.config import Config
 
+from lors_plugin.adamixer.decoder import AdaMixerDecoder
+from lors_plugin.adamixer.lors_decoder import LORSAdaMixerDecoder
 from lors_plugin.compat import MissingOpError
-from lors_plugin.models.roi_heads import AdaMixerDecoder, LORSAdaMixerDecoder
 
 CROP = '8xb2-crop-ms-480-800-3x_coco'
 PUBLISHED = dict(

@@ -191,7 +191,7 @@ def test_detectors_train(path, load_config, build, make_samples):
 
 
 def full_backbone(config):
-    from lors_plugin.models.backbones import ParameterNet
+    from lors_plugin.parameternet.backbone import ParameterNet
 
     options = {k: v for k, v in config.items() if k not in ('type',)}
     with torch.device('meta'):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lors_plugin.models.layers import AdaptiveMixing, low_rank
-from lors_plugin.models.layers import adaptive_mixing as layers
-from lors_plugin.models.layers.adaptive_mixing import MixingShape
+from lors_plugin.adamixer import mixing as layers
+from lors_plugin.adamixer.mixing import AdaptiveMixing, MixingShape
+from lors_plugin.lors import low_rank
 from lors_plugin.ops.backend import ENV_NAME
 from lors_plugin.testing import (
     Golden,
@@ -281,7 +281,7 @@ def test_wrong_gradient_is_not_explained_away(
 
 
 def test_wrong_loss_is_noticed(goldens, monkeypatch, no_kinks):
-    from lors_plugin.models.losses import SetCriterion
+    from lors_plugin.adamixer.criterion import SetCriterion
 
     factor = SetCriterion._avg_factor
     monkeypatch.setattr(

@@ -151,7 +151,7 @@ def steeper(out):
 def test_no_timings_of_wrong_results(
     run, tools, monkeypatch, capsys, lane, spoil
 ):
-    from lors_plugin.models.layers import adaptive_mixing as layer
+    from lors_plugin.adamixer import mixing as layer
 
     owner, name = tools('original'), 'mixing'
     if lane == 'torch':

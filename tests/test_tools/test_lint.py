@@ -67,13 +67,3 @@ def test_everything_wrong_is_named(repository):
 def test_the_metafiles_of_this_repository():
     done = run('check_metafile.py')
     assert done.returncode == 0, done.stdout
-
-
-def test_file_length(tmp_path):
-    (tmp_path / 'short.py').write_text('x\n' * 400)
-    (tmp_path / 'long.py').write_text('x\n' * 401)
-    assert run('check_file_length.py', tmp_path / 'short.py').returncode == 0
-    done = run('check_file_length.py', *sorted(tmp_path.iterdir()))
-    assert done.returncode == 1
-    assert 'long.py: 401 lines' in done.stdout
-    assert 'short.py' not in done.stdout

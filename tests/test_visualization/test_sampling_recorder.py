@@ -3,11 +3,9 @@ import torch
 from torch import nn
 
 import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
-from lors_plugin.models.layers.box_geometry import (
-    boxes_from_sizes,
-    decode_boxes,
-)
-from lors_plugin.models.roi_heads import AdaMixerDecoder, LORSAdaMixerDecoder
+from lors_plugin.adamixer.box_geometry import boxes_from_sizes, decode_boxes
+from lors_plugin.adamixer.decoder import AdaMixerDecoder
+from lors_plugin.adamixer.lors_decoder import LORSAdaMixerDecoder
 from lors_plugin.visualization import SamplingRecorder
 
 OPTIONS = dict(

@@ -118,13 +118,13 @@ def exported(name, args):
     """
     from mmengine.registry import DefaultScope
 
-    from lors_plugin.deploy import (
+    from lors_plugin.export import (
         ClassifierForExport,
         check_file,
         export_file,
         for_export,
     )
-    from lors_plugin.deploy.cases import classifier_case, random_images
+    from lors_plugin.export.cases import classifier_case, random_images
     from lors_plugin.registry import MODELS as REGISTRY
 
     config = dict(
@@ -154,7 +154,7 @@ def exported(name, args):
 
 def prepare(name, args):
     """A session of one model and the parameters that it has in PyTorch."""
-    from lors_plugin.deploy import new_session, write_file
+    from lors_plugin.export import new_session, write_file
 
     path = args.keep and args.keep / f'{name}-{args.shape}.onnx'
     if path and path.is_file():
@@ -172,7 +172,7 @@ def prepare(name, args):
 
 def measure(ready, args):
     """Milliseconds of each model in each round but the first."""
-    from lors_plugin.deploy.cases import random_images
+    from lors_plugin.export.cases import random_images
 
     images = random_images(1, (args.shape, args.shape), 0)
     feed = {'images': images[0].unsqueeze(0).float().numpy()}
@@ -254,7 +254,7 @@ def main(argv=None):
     args = parse_args(argv)
     warnings.filterwarnings('ignore')
     logging.disable(logging.WARNING)
-    from lors_plugin.deploy import ExportError
+    from lors_plugin.export import ExportError
 
     try:
         run(args)

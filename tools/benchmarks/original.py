@@ -16,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from lors_plugin.models.layers.box_geometry import (
+from lors_plugin.adamixer.box_geometry import (
     box_position_encoding,
     box_sizes,
     decode_boxes,

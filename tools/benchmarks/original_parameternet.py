@@ -10,7 +10,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-from lors_plugin.models.layers import DynamicConv2d
+from lors_plugin.parameternet.dynamic_conv import DynamicConv2d
 
 
 def convolution(module, x):

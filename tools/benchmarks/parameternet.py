@@ -23,7 +23,7 @@ from harness import Lane
 from report import Case
 from torch import nn
 
-from lors_plugin.models.backbones import ParameterNet
+from lors_plugin.parameternet.backbone import ParameterNet
 from lors_plugin.testing.weights import randomize
 
 IMAGE = dict(full=224, tiny=32)

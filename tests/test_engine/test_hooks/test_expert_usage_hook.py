@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lors_plugin.engine.hooks import ExpertUsageHook
-from lors_plugin.models.layers import DynamicConv2d
+from lors_plugin.parameternet.dynamic_conv import DynamicConv2d
 from lors_plugin.registry import HOOKS
 
 

@@ -1,0 +1,92 @@
+"""The queries that the decoder starts from."""
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from lors_plugin.registry import MODELS
+
+from .box_geometry import boxes_from_sizes
+
+INITIAL_BOXES = ('image', 'grid')
+
+
+@MODELS.register_module()
+class InitialQueryGenerator(BaseModule):
+    """Learned contents, and where their boxes start.
+
+    Section 3.3 of `AdaMixer <https://arxiv.org/abs/2203.16507>`_: all
+    queries start as the whole image. A grid of cells is our addition, for
+    images full of objects of about the size of a cell, such as tiles of
+    aerial photos: queries then have less far to go, and training is short.
+
+    Args:
+        num_queries (int): Number of queries ``N``. Defaults to 100.
+        embed_dims (int): Query width ``D``. Defaults to 256.
+        initial_boxes (str): 'image', as in the paper, or 'grid': the image
+            is cut into as many columns as rows (or one more), and query
+            ``i`` starts as cell ``i``, row by row. Defaults to 'image'.
+        init_cfg (dict, optional): As in MMEngine. Defaults to None.
+    """
+
+    def __init__(
+        self,
+        num_queries: int = 100,
+        embed_dims: int = 256,
+        initial_boxes: str = 'image',
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if initial_boxes not in INITIAL_BOXES:
+            raise ValueError(
+                f'initial_boxes={initial_boxes!r} must be one of '
+                f'{INITIAL_BOXES}'
+            )
+        if num_queries < 1:
+            raise ValueError(f'num_queries={num_queries} must be at least 1')
+        self.num_queries = num_queries
+        self.embed_dims = embed_dims
+        self.initial_boxes = initial_boxes
+        self.content = nn.Embedding(num_queries, embed_dims)
+
+    def init_weights(self) -> None:
+        """Standard normal contents."""
+        nn.init.normal_(self.content.weight)
+        super().init_weights()
+
+    def forward(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Make queries for a batch.
+
+        Args:
+            sizes (Tensor): Width and height of each image without padding,
+                in pixels, shape (B, 2).
+
+        Returns:
+            tuple[Tensor]: Contents (B, N, D) and boxes (x, y, z, r) of
+            shape (B, N, 4).
+        """
+        content = F.layer_norm(self.content.weight, (self.embed_dims,))
+        sizes = sizes.to(content)
+        if self.initial_boxes == 'grid':
+            xyzr = self._grid(sizes)
+        else:
+            xyzr = boxes_from_sizes(sizes)[:, None]
+        return (
+            content.expand(sizes.shape[0], -1, -1),
+            xyzr.expand(-1, self.num_queries, -1),
+        )
+
+    def _grid(self, sizes: Tensor) -> Tensor:
+        """Cells of each image, shape (B, N, 4)."""
+        columns = math.ceil(math.sqrt(self.num_queries))
+        rows = math.ceil(self.num_queries / columns)
+        index = torch.arange(self.num_queries, device=sizes.device)
+        cell = sizes / sizes.new_tensor([columns, rows])
+        place = torch.stack([index % columns, index // columns], -1) + 0.5
+        xyzr = boxes_from_sizes(cell)[:, None].repeat(1, self.num_queries, 1)
+        xyzr[..., :2] = place * cell[:, None]
+        return xyzr

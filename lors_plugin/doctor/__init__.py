@@ -1,0 +1,1 @@
+"""Check an environment: ``python -m lors_plugin.doctor``."""

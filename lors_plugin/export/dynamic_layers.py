@@ -1,0 +1,191 @@
+"""Dynamic layers in operators that leave the number of images open.
+
+Kernels of each image in one grouped convolution over ``B C`` channels would
+write the number of images into the file, since the groups of a convolution
+are no tensor. Letters as in :mod:`lors_plugin.parameternet.dynamic_conv`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lors_plugin.parameternet.dynamic_conv import DynamicConv2d
+from lors_plugin.parameternet.dynamic_linear import DynamicLinear
+from lors_plugin.parameternet.dynamic_swin import ImageLinear
+
+
+class ExportDynamicConv2d(nn.Module):
+    """:class:`DynamicConv2d`, and the BatchNorm behind it if there is one.
+
+    A pointwise convolution is a batched product of the mixed kernels and the
+    pixels. Any other is the weighted sum of the results of the ``M`` kernels,
+    which are constants, so that a runtime can arrange them; ``M`` times the
+    work, but in ParameterNet only of the depth-wise convolutions and of the
+    stem.
+
+    Args:
+        source (DynamicConv2d): With more than one expert.
+        norm (nn.BatchNorm2d, optional): Becomes a part of the kernels.
+            Defaults to None.
+    """
+
+    def __init__(self, source: DynamicConv2d, norm: nn.Module = None) -> None:
+        super().__init__()
+        self.routing = source.routing
+        self.geometry = (
+            source.stride,
+            source.padding,
+            source.dilation,
+            source.groups,
+        )
+        weight, bias = source.weight.detach(), source.bias
+        shift = weight.new_zeros(source.out_channels)
+        bias = None if bias is None else bias.detach()
+        if norm is not None:
+            weight, bias, shift = _folded(weight, bias, norm)
+        plain = tuple(source.kernel_size) == (1, 1)
+        self.pointwise = (
+            plain and source.groups == 1 and (tuple(source.padding) == (0, 0))
+        )
+        self.width = weight.shape[2]
+        if self.pointwise:
+            weight = weight.flatten(1)
+        self.register_buffer('weight', weight)
+        self.register_buffer('bias', bias)
+        self.register_buffer('shift', shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, C_in, H, W) to (B, C_out, H', W')."""
+        attention = self.routing(x.mean((2, 3))).to(x.dtype)
+        out = (
+            self._product(x, attention)
+            if self.pointwise
+            else (self._sum(x, attention))
+        )
+        shift = self.shift
+        if self.bias is not None:
+            shift = (attention @ self.bias + shift)[..., None, None]
+        else:
+            shift = shift.view(1, -1, 1, 1)
+        return out + shift
+
+    def _product(self, x: Tensor, attention: Tensor) -> Tensor:
+        down, across = self.geometry[0]
+        if (down, across) != (1, 1):
+            x = x[:, :, ::down, ::across]
+        kernels = attention @ self.weight
+        kernels = kernels.view(x.shape[0], -1, self.width)
+        pixels = kernels @ x.flatten(2)
+        return pixels.view(x.shape[0], -1, x.shape[2], x.shape[3])
+
+    def _sum(self, x: Tensor, attention: Tensor) -> Tensor:
+        out = None
+        for index, kernel in enumerate(self.weight):
+            part = F.conv2d(x, kernel, None, *self.geometry)
+            part = part * attention[:, index].view(-1, 1, 1, 1)
+            out = part if out is None else out + part
+        return out
+
+
+class ExportDynamicLinear(nn.Module):
+    """:class:`DynamicLinear` as a batched product.
+
+    Args:
+        source (DynamicLinear): With more than one expert.
+    """
+
+    def __init__(self, source: DynamicLinear) -> None:
+        super().__init__()
+        self.routing = source.routing
+        self.width = source.in_features
+        bias = source.bias
+        self.register_buffer('weight', source.weight.detach().flatten(1))
+        self.register_buffer('bias', None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, ..., C_in) to (B, ..., C_out)."""
+        tokens = x if x.dim() == 3 else x.view(x.shape[0], -1, self.width)
+        attention = self.routing(tokens.mean(1)).to(x.dtype)
+        matrices = attention @ self.weight
+        matrices = matrices.view(x.shape[0], -1, self.width)
+        # Exporters know no mT.
+        out = tokens @ matrices.transpose(1, 2)
+        if self.bias is not None:
+            out = out + (attention @ self.bias).unsqueeze(1)
+        return out if x.dim() == 3 else out.view(*x.shape[:-1], -1)
+
+
+class ExportImageLinear(ExportDynamicLinear):
+    """:class:`ImageLinear`, which is told how many windows there are.
+
+    Args:
+        source (ImageLinear): With more than one expert.
+
+    Attributes:
+        num_windows (int | Tensor): Of each image; the attention around this
+            sets it, to a tensor where a tracer looks on.
+    """
+
+    num_windows = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B windows, tokens, C_in) to (B windows, tokens, C_out)."""
+        tokens = x.shape[1]
+        shape = -1, self.num_windows * tokens, self.width
+        out = super().forward(x.reshape(shape))
+        return out.reshape(-1, tokens, out.shape[-1])
+
+
+def replace_dynamic(model: nn.Module) -> int:
+    """Replace all dynamic layers of a model in evaluation mode, in place.
+
+    A BatchNorm right behind a dynamic convolution, as ``norm`` beside its
+    ``conv``, becomes a part of it.
+
+    Returns:
+        int: Layers that were replaced.
+    """
+    count = 0
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if getattr(layer, 'routing', None) is None:
+                continue
+            if isinstance(layer, ImageLinear):
+                setattr(parent, name, ExportImageLinear(layer))
+            elif isinstance(layer, DynamicLinear):
+                setattr(parent, name, ExportDynamicLinear(layer))
+            elif isinstance(layer, DynamicConv2d):
+                norm = getattr(parent, 'norm', None)
+                if name != 'conv' or not _is_affine_norm(norm):
+                    norm = None
+                setattr(parent, name, ExportDynamicConv2d(layer, norm))
+                if norm is not None:
+                    parent.norm = nn.Identity()
+            else:
+                continue
+            count += 1
+    return count
+
+
+def _is_affine_norm(norm: nn.Module) -> bool:
+    return (
+        isinstance(norm, nn.BatchNorm2d)
+        and norm.affine
+        and norm.track_running_stats
+    )
+
+
+@torch.no_grad()
+def _folded(
+    weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts and shift that contain a BatchNorm, computed in float64."""
+    dtype = weight.dtype
+    scale = (
+        norm.weight.double() / (norm.running_var.double() + norm.eps) ** 0.5
+    )
+    shift = norm.bias.double() - norm.running_mean.double() * scale
+    weight = weight.double() * scale.view(1, -1, *[1] * (weight.dim() - 2))
+    if bias is not None:
+        bias = (bias.double() * scale).to(dtype)
+    return weight.to(dtype), bias, shift.to(dtype)

@@ -1,5 +1,0 @@
-"""What gives the decoder its first queries."""
-
-from .query_generator import InitialQueryGenerator
-
-__all__ = ['InitialQueryGenerator']

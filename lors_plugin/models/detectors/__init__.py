@@ -1,5 +1,0 @@
-"""Detectors."""
-
-from .adamixer import AdaMixer
-
-__all__ = ['AdaMixer']

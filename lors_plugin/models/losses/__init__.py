@@ -1,5 +1,0 @@
-"""Training targets and losses."""
-
-from .set_criterion import SetCriterion
-
-__all__ = ['SetCriterion']

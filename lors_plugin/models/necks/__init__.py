@@ -1,5 +1,0 @@
-"""Necks."""
-
-from .channel_mapping import SharedNormChannelMapping
-
-__all__ = ['SharedNormChannelMapping']

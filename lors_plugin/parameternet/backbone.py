@@ -1,0 +1,303 @@
+"""ParameterNet: GhostNet with dynamic convolutions."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Optional, Union
+
+import torch
+from mmengine.model import BaseModule, ModuleList, Sequential
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from lors_plugin.registry import MODELS
+
+from .dynamic_conv import DynamicConv2d
+from .ghost import (
+    ConvFactory,
+    ConvNorm,
+    GhostBottleneck,
+    make_divisible,
+    plain_conv,
+)
+from .ghost_program import GhostInference, GhostProgram, GhostTraining
+from .rep_conv import RepConv2d
+from .watching import is_bare
+
+# Kernel, expanded channels, channels, squeeze ratio, stride.
+Row = tuple[int, float, float, float, int]
+STEM = 16
+GHOSTNET: tuple[tuple[Row, ...], ...] = (
+    ((3, 16, 16, 0, 1),),
+    ((3, 48, 24, 0, 2),),
+    ((3, 72, 24, 0, 1),),
+    ((5, 72, 40, 0.25, 2),),
+    ((3, 120, 40, 0.25, 1),) * 2,
+    ((3, 240, 80, 0, 2),),
+    (
+        *((3, 200, 80, 0, 1),) * 3,
+        (3, 480, 112, 0.25, 1),
+        *((3, 672, 112, 0.25, 1),) * 2,
+    ),
+    ((5, 672, 160, 0.25, 2),),
+    ((3, 960, 160, 0.25, 1),) * 5,
+)
+ARCHS = {
+    # The released one.
+    '600m': dict(width=1.9, rows=GHOSTNET),
+    # Not released: the same rows, as wide as 300 M multiply-adds allow.
+    '300m': dict(width=1.34, rows=GHOSTNET),
+}
+CONVS = ('dynamic', 'rep')
+# Places of the images that inference computes at once: maps are then small
+# enough for the C library to give out memory that it has.
+PIECE = 8 * 224**2
+
+
+@MODELS.register_module()
+class ParameterNet(BaseModule):
+    """GhostNet whose convolutions mix ``M`` kernels for each image.
+
+    Paper: `ParameterNet: Parameters Are All You Need for Large-scale Visual
+    Pretraining of Mobile Networks <https://arxiv.org/abs/2306.14525>`_.
+    Dynamic are the stem, all convolutions of Ghost modules and shortcuts and
+    the last 1x1; depth-wise ones with a stride and squeeze-and-excitation
+    are not. Stages are the groups of rows, and behind them the last 1x1.
+    Those behind the last output are not built. A classifier has global
+    pooling and ``mmpretrain.StackedLinearClsHead`` with 1280 hidden channels
+    on top.
+
+    Args:
+        arch (str | dict): '300m', '600m', or a dict of
+
+            - **rows** (Sequence[Sequence[Sequence]]): For each stage its
+              blocks, each (kernel size, expanded channels, channels, squeeze
+              ratio, stride), before they are scaled by the width.
+            - **width** (float): Factor of all channels, which then become
+              multiples of 4.
+
+            Defaults to '600m'.
+        width (float, optional): Instead of the one of ``arch``.
+        conv (str): 'dynamic', or 'rep' for plain convolutions with parallel
+            branches while training. Defaults to 'dynamic'.
+        num_experts (int): ``M``; 1 is GhostNet. Defaults to 4.
+        routing (str): 'sigmoid_linear' as released or 'softmax_mlp' as in the
+            paper, see :class:`ExpertRouter`. Defaults to 'sigmoid_linear'.
+        temperature (float): Of the routing. Defaults to 1.
+        num_branches (int): Branches beside each plain convolution where
+            ``conv='rep'``. Defaults to 3.
+        in_channels (int): Of the images. Defaults to 3.
+        stem_stride (int): 1 for small images. Defaults to 2.
+        out_indices (Sequence[int]): Stages whose result is returned; -1 is
+            the last 1x1. Defaults to (-1,).
+        frozen_stages (int): Stem and stages up to this one get no gradient
+            and keep their statistics; -1 for none. Defaults to -1.
+        norm_cfg (dict): Defaults to dict(type='BN').
+        act_cfg (dict): Defaults to dict(type='HSwish').
+        norm_eval (bool): Whether BatchNorms keep their statistics in
+            training. Defaults to False.
+        with_cp (bool): Compute blocks again in the backward pass instead of
+            keeping activations. Defaults to False.
+        init_cfg (dict, optional): As in MMEngine. Without it every
+            convolution, or mixture of kernels, starts as ``nn.Conv2d`` does.
+
+    Attributes:
+        out_channels (tuple[int]): Of each output.
+        out_strides (tuple[int]): Of each output.
+
+    Example:
+        >>> model = ParameterNet('300m', out_indices=(2, 4, 6, 8))
+        >>> model.out_channels, model.out_strides
+        ((32, 52, 152, 216), (4, 8, 16, 32))
+    """
+
+    def __init__(
+        self,
+        arch: Union[str, dict] = '600m',
+        width: Optional[float] = None,
+        conv: str = 'dynamic',
+        num_experts: int = 4,
+        routing: str = 'sigmoid_linear',
+        temperature: float = 1.0,
+        num_branches: int = 3,
+        in_channels: int = 3,
+        stem_stride: int = 2,
+        out_indices: Sequence[int] = (-1,),
+        frozen_stages: int = -1,
+        norm_cfg: dict = dict(type='BN'),
+        act_cfg: dict = dict(type='HSwish'),
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        rows, width = _settings(arch, width)
+        self.out_indices = _check_indices(out_indices, len(rows) + 1)
+        if not -1 <= frozen_stages <= len(rows):
+            raise ValueError(
+                f'frozen_stages={frozen_stages} must be from -1 to '
+                f'{len(rows)}, the last 1x1'
+            )
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+        make_conv = _conv_factory(
+            conv, num_experts, routing, temperature, num_branches, norm_cfg
+        )
+
+        channels = make_divisible(STEM * width)
+        stem = make_conv(in_channels, channels, 3, stem_stride, 1)
+        self.stem = ConvNorm(stem, channels, norm_cfg, act_cfg)
+        self.stages = ModuleList()
+        sizes, stride = [], stem_stride
+        for row in rows[: max(self.out_indices) + 1]:
+            blocks = []
+            for kernel, expanded, out, ratio, step in row:
+                mid = make_divisible(expanded * width)
+                out = make_divisible(out * width)
+                blocks.append(
+                    GhostBottleneck(
+                        channels, mid, out, kernel, step, ratio,
+                        make_conv, norm_cfg, act_cfg,
+                    )
+                )  # fmt: skip
+                channels, stride = out, stride * step
+            self.stages.append(Sequential(*blocks))
+            sizes.append((channels, stride))
+        if max(self.out_indices) == len(rows):
+            last = make_conv(channels, mid, 1, 1, 1)
+            last = ConvNorm(last, mid, norm_cfg, act_cfg)
+            self.stages.append(Sequential(last))
+            sizes.append((mid, stride))
+        self.out_channels, self.out_strides = zip(
+            *(sizes[i] for i in self.out_indices)
+        )
+        self._programs: dict[type, GhostProgram] = {}
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs of the stages in ``out_indices``.
+
+        Args:
+            x (Tensor): Images, shape (B, in_channels, H, W).
+
+        Returns:
+            tuple[Tensor]: Shapes (B, out_channels[i], H / out_strides[i],
+            W / out_strides[i]), rounded up.
+        """
+        program = self._find_program(x) if is_bare(x) else None
+        if program is None:
+            return self._compute(x)
+        if torch.is_grad_enabled():
+            return program(x, self.out_indices, self.with_cp)
+        piece = max(PIECE // (x.shape[2] * x.shape[3]), 1)
+        return program(x, self.out_indices, piece)
+
+    def _find_program(self, x: Tensor) -> Optional[GhostProgram]:
+        """What computes the same in less time, if anything does."""
+        kind = GhostTraining if torch.is_grad_enabled() else GhostInference
+        program = self._programs.get(kind)
+        # Made for the first image, and anew when parts were replaced.
+        if program is None or not program.is_current():
+            program = self._programs[kind] = kind(self)
+        return program if program.can_run(x) else None
+
+    def __getstate__(self) -> dict:
+        """Copies and files of the module find their parts themselves."""
+        return {**self.__dict__, '_programs': {}}
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x)
+        outs = {}
+        for i, stage in enumerate(self.stages):
+            for block in stage:
+                if self.with_cp and x.requires_grad:
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+            outs[i] = x
+        return tuple(outs[i] for i in self.out_indices)
+
+    def train(self, mode: bool = True) -> 'ParameterNet':
+        """Switch the mode, but not of what is frozen."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        for part in (self.stem, *self.stages[: self.frozen_stages + 1]):
+            part.eval()
+            part.requires_grad_(False)
+
+
+def _settings(
+    arch: Union[str, dict], width: Optional[float]
+) -> tuple[Sequence, float]:
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise ValueError(
+                f'arch={arch!r} is none of {list(ARCHS)}; give one of them '
+                'or a dict with rows and width'
+            )
+        arch = ARCHS[arch]
+    if 'rows' not in arch or not all(arch['rows']):
+        raise ValueError(
+            f'arch={arch} must have rows: for each stage a list of blocks '
+            '(kernel size, expanded channels, channels, squeeze ratio, '
+            'stride)'
+        )
+    return arch['rows'], width or arch.get('width', 1.0)
+
+
+def _check_indices(indices: Sequence[int], number: int) -> tuple[int, ...]:
+    if not indices or not all(-number <= i < number for i in indices):
+        raise ValueError(
+            f'out_indices={indices} must be stages from 0 to {number - 1}, '
+            'the last 1x1'
+        )
+    return tuple(i % number for i in indices)
+
+
+def _conv_factory(
+    conv: str,
+    num_experts: int,
+    routing: str,
+    temperature: float,
+    num_branches: int,
+    norm_cfg: dict,
+) -> ConvFactory:
+    """What makes the convolutions that are not always plain."""
+    if conv not in CONVS:
+        raise ValueError(f'conv={conv!r} is none of {CONVS}')
+    if conv == 'rep':
+        layer = partial(
+            RepConv2d, num_branches=num_branches, norm_cfg=norm_cfg
+        )
+    elif num_experts == 1:
+        return plain_conv
+    else:
+        layer = partial(
+            DynamicConv2d,
+            num_experts=num_experts,
+            routing=routing,
+            temperature=temperature,
+        )
+
+    def make(in_channels, out_channels, kernel_size, stride, groups):
+        return layer(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            kernel_size // 2,
+            groups=groups,
+            bias=False,
+        )
+
+    return make

@@ -1,0 +1,335 @@
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from lors_plugin.doctor import __main__ as doctor
+from lors_plugin.doctor.checks import (
+    Gpu,
+    arch_supported,
+    check_host,
+    check_mmcv_ops,
+    check_operators,
+    check_python,
+    check_torch,
+    check_triton,
+    check_weights_only,
+    import_remedy,
+    release,
+)
+
+P100 = Gpu('Tesla P100', (6, 0))
+V100 = Gpu('Tesla V100-SXM2-16GB', (7, 0))
+T4 = Gpu('Tesla T4', (7, 5))
+A100 = Gpu('NVIDIA A100', (8, 0))
+ADA = Gpu('NVIDIA L4', (8, 9))
+CUDA_13 = ['sm_75', 'sm_80', 'sm_86', 'sm_90', 'sm_100', 'sm_120']
+CUDA_128 = ['sm_70', *CUDA_13]
+
+
+def statuses(found):
+    return [check.status for check in found]
+
+
+@pytest.mark.parametrize(
+    ('version', 'status'),
+    [
+        ((3, 9, 1), 'missing'),
+        ((3, 10, 0), 'ok'),
+        ((3, 13, 2), 'ok'),
+        ((3, 14, 0), 'note'),
+    ],
+)
+def test_python(version, status):
+    assert check_python(version).status == status
+
+
+@pytest.mark.parametrize(
+    ('capability', 'archs', 'fits'),
+    [
+        ((7, 0), CUDA_13, False),
+        ((7, 0), CUDA_128, True),
+        ((8, 9), ['sm_86'], True),
+        ((8, 0), ['sm_86'], False),
+        ((9, 0), ['sm_90a'], True),
+        ((10, 0), ['sm_86', 'compute_90'], True),
+        ((7, 0), ['compute_75'], False),
+        ((12, 0), CUDA_13, True),
+    ],
+)
+def test_arch_supported(capability, archs, fits):
+    assert arch_supported(capability, archs) is fits
+
+
+def test_v100_with_cuda_13_is_a_trap_with_its_remedy():
+    found = check_torch('2.14.1', '13.0', CUDA_13, [V100], True)
+    assert statuses(found) == ['ok', 'trap']
+    assert '2.8 to 2.10' in found[1].remedy
+    assert 'cu126' in found[1].remedy
+    assert 'no kernel image' in found[1].what
+
+
+def test_v100_with_a_fitting_build_is_fine():
+    found = check_torch('2.10.0', '12.8', CUDA_128, [V100], True)
+    assert statuses(found) == ['ok', 'ok']
+
+
+def test_each_gpu_is_judged_by_itself():
+    found = check_torch('2.14.1', '13.0', CUDA_13, [V100, ADA], True)
+    assert statuses(found) == ['ok', 'trap', 'ok']
+
+
+def test_cpu_build_and_old_driver_beside_a_gpu():
+    found = check_torch('2.13.0+cpu', None, [], [A100], False)
+    assert statuses(found) == ['ok', 'trap']
+    assert 'CPU build' in found[1].what
+    found = check_torch('2.14.1', '13.0', CUDA_13, [A100], False)
+    assert statuses(found) == ['ok', 'trap']
+    assert 'driver' in found[1].remedy
+
+
+def test_old_torch_is_missing():
+    assert statuses(check_torch('2.3.1', None, [], [], False)) == ['missing']
+
+
+def test_mmcv_operators():
+    assert check_mmcv_ops(False, '', []).status == 'note'
+    assert check_mmcv_ops(True, '', [A100]).status == 'ok'
+    assert check_mmcv_ops(True, 'undefined symbol', []).status == 'missing'
+    old = check_mmcv_ops(True, '', [V100])
+    assert old.status == 'note'
+    assert 'TORCH_CUDA_ARCH_LIST=7.0' in old.remedy
+
+
+def test_mmdet_that_refuses_mmcv():
+    error = (
+        'AssertionError: MMCV==2.2.0 is used but incompatible. Please '
+        'install mmcv>=2.0.0rc4, <2.2.0.'
+    )
+    check = check_host('mmdet', '3.3.0', ['mmdet'], error, '2.2.0')
+    assert check.status == 'missing'
+    assert 'mmcv 2.2.0' in check.what
+    assert 'onedl-mmdetection' in check.remedy
+
+
+def test_hosts_missing_old_doubled_or_broken():
+    assert check_host('mmcv', None, []).status == 'missing'
+    assert check_host('mmpretrain', None, []).status == 'note'
+    assert check_host('mmdet', '2.28.2', ['mmdet']).status == 'missing'
+    assert check_host('mmdet', '3.3.0', ['mmdet']).status == 'ok'
+    both = check_host('mmcv', '2.3.6', ['onedl-mmcv', 'mmcv'])
+    assert both.status == 'trap'
+    broken = check_host('mmcv', '2.1.0', ['mmcv'], 'ImportError: libGL.so.1')
+    assert broken.status == 'missing'
+    assert 'headless' in broken.remedy
+
+
+def test_import_remedy_knows_the_missing_extension():
+    assert 'lors_plugin' in import_remedy("No module named 'mmcv._ext'")
+
+
+@pytest.mark.parametrize(
+    ('torch_version', 'handled', 'status'),
+    [
+        ('2.5.1', False, 'ok'),
+        ('2.6.0', False, 'trap'),
+        ('2.14.1+cu126', False, 'trap'),
+        ('2.14.1', True, 'ok'),
+    ],
+)
+def test_weights_only(torch_version, handled, status):
+    check = check_weights_only(torch_version, handled)
+    assert check.status == status
+    assert ('register_safe_globals' in check.remedy) == (status == 'trap')
+
+
+@pytest.mark.parametrize(
+    ('version', 'word'),
+    [
+        ('3.6.0', 'spill'),
+        ('3.8.0', 'spill'),
+    ],
+)
+def test_triton_on_a_v100(version, word):
+    (check,) = check_triton(version, None, [V100], False)
+    assert check.status == 'note'
+    assert word in check.what
+    assert 'float32' in check.remedy
+
+
+def test_triton_elsewhere():
+    assert statuses(check_triton(None, '2.14.1', [A100], False)) == ['note']
+    assert statuses(check_triton('3.8.0', '2.14.1', [A100], False)) == ['ok']
+    assert statuses(check_triton('3.8.0', '2.14.1', [A100], True)) == ['trap']
+    (check,) = check_triton('3.8.0', '2.14.1', [], False)
+    assert 'TRITON_INTERPRET=1' in check.what
+    check = check_triton('3.5.1', '2.14.1', [], False)[-1]
+    assert check.what.endswith('since kernels need 3.6')
+    found = check_triton('3.2.0', '2.14.1', [T4, A100], False)
+    assert statuses(found) == ['note', 'note', 'note']
+    assert 'not the one' in found[0].what
+    for check in found[1:]:
+        assert 'not used, the PyTorch operators run' in check.what
+        assert 'since kernels need 3.6' in check.what
+    found = check_triton('3.7.1', '2.13.0', [P100, A100], False)
+    assert statuses(found) == ['note', 'ok']
+    assert 'sm_60: not used' in found[0].what
+    assert 'kernels compile' in found[1].what
+    assert len(check_triton('3.8.0', '2.13.0', [A100], False)) == 2
+
+
+def test_triton_is_judged_as_the_operators_judge_it():
+    from lors_plugin.ops import backend
+
+    for version in ((3, 2, 0), (3, 3, 0), (3, 6, 1), (3, 8, 0)):
+        for gpu in (P100, V100, T4, A100):
+            used, _ = backend.triton_verdict(
+                'cuda', backend.torch.float32, version, gpu.capability
+            )
+            text = '.'.join(map(str, version))
+            (check,) = check_triton(text, None, [gpu], False)
+            assert used == ('not used' not in check.what)
+
+
+YES, NO = (True, ''), (False, 'no such type')
+
+
+@pytest.mark.parametrize(
+    ('verdicts', 'variable', 'status', 'text'),
+    [
+        (dict(a=YES, b=YES), '', 'ok', 'on X: triton for a, b'),
+        (dict(a=YES, b=NO), '', 'ok', 'triton for a; torch for b (no such'),
+        (dict(a=NO, b=NO), 'auto', 'ok', 'torch for a, b (no such type)'),
+        (dict(a=(False, 'x'), b=NO), '', 'ok', '(a: x; b: no such type)'),
+        (dict(a=YES), 'reference', 'note', 'on X: reference, as LORS'),
+        (dict(a=YES), 'triton', 'ok', 'triton for a'),
+        (dict(a=YES, b=NO), 'triton', 'trap', 'fails on X (no such type)'),
+        (dict(a=YES), 'fast', 'trap', '=fast names no backend'),
+    ],
+)
+def test_operators(verdicts, variable, status, text):
+    check = check_operators('X', verdicts, variable)
+    assert check.status == status
+    assert text in check.what
+    assert bool(check.remedy) == (status == 'trap')
+
+
+def test_operators_of_a_v100(monkeypatch):
+    """The verdict that the operators themselves act on."""
+    import torch
+
+    from lors_plugin.ops import backend
+
+    monkeypatch.delenv(backend.ENV_NAME, raising=False)
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    monkeypatch.setattr(doctor, 'find_gpus', lambda: [V100, V100, A100])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(backend, 'triton_version', lambda: (3, 6))
+    old, new = doctor.look_at_operators()
+    assert 'torch for bfloat16 (compute capability 7.0' in old.what
+    assert new.what.endswith('triton for float32, float16, bfloat16')
+
+
+def test_operators_of_this_machine(monkeypatch):
+    import torch
+
+    from lors_plugin.ops.packed_linear import packing_refusal
+
+    monkeypatch.delenv('LORS_PLUGIN_BACKEND', raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    check, compiled, packing = doctor.look_at_operators()
+    assert compiled == doctor.look_at_compiled()
+    assert check.what.startswith('operators on the CPU: torch for all types')
+    assert (packing.status == 'ok') == (not packing_refusal())
+    monkeypatch.setenv('LORS_PLUGIN_BACKEND', 'triton')
+    assert statuses(doctor.look_at_operators())[0] == 'trap'
+
+
+def test_compiled_code(monkeypatch):
+    from lors_plugin.ops import compiled_library
+
+    def look(variable, found):
+        monkeypatch.setenv('LORS_PLUGIN_CPU_KERNELS', variable)
+        monkeypatch.setattr(compiled_library, 'find_sets', lambda: found)
+        compiled_library._choose.cache_clear()
+        check = doctor.look_at_compiled()
+        compiled_library._choose.cache_clear()
+        return check
+
+    wide, narrow = SimpleNamespace(name='AVX2'), SimpleNamespace(name='SSE')
+    wide.runs, narrow.runs = False, True
+    found = [wide, narrow]
+    assert look('', found) == doctor.Check(
+        'ok', 'mixing on the CPU is compiled: SSE'
+    )
+    assert look('off', found).what.endswith('KERNELS=off')
+    assert look('avx2', found).status == 'trap'
+    missing = look('', 'no file')
+    assert missing.status == 'note' and missing.what.endswith('no file')
+    assert 'apt install g++' in missing.remedy
+    assert look('sse', 'no file').status == 'trap'
+
+
+def test_packing():
+    assert doctor.check_packing('').status == 'ok'
+    refused = doctor.check_packing('PyTorch was built without MKL')
+    assert refused.status == 'note'
+    assert refused.what.endswith('more slowly: PyTorch was built without MKL')
+
+
+def test_release():
+    assert release('2.14.1+cu126') == (2, 14, 1)
+    assert release('2.0.0rc4') == (2, 0, 0)
+    assert release(None) == ()
+
+
+def test_parse_gpus():
+    text = 'Tesla V100-SXM2-16GB, 7.0\nNVIDIA L4, 8.9\n\n'
+    assert doctor.parse_gpus(text) == [V100, ADA]
+
+
+def test_a_section_that_fails_does_not_end_the_report(monkeypatch, capsys):
+    def fails():
+        raise RuntimeError('boom')
+
+    monkeypatch.setattr(doctor, 'SECTIONS', {'A': fails, 'B': fails})
+    assert doctor.main() == 0
+    out = capsys.readouterr().out
+    assert out.count('boom') == 2
+
+
+@pytest.mark.parametrize('name', ['scipy.optimize', 'pycocotools.mask'])
+def test_a_missing_need_gives_exit_code_1(monkeypatch, capsys, name):
+    real = doctor.try_import
+
+    def fake(module):
+        if module == name:
+            return f'ModuleNotFoundError: {name}'
+        return '' if module == 'lors_plugin.models' else real(module)
+
+    monkeypatch.setattr(doctor, 'try_import', fake)
+    monkeypatch.setattr(
+        doctor, 'SECTIONS', {'Packages': doctor.look_at_packages}
+    )
+    assert doctor.main() == 1
+    assert f'missing  {name}' in capsys.readouterr().out
+
+
+def test_torch_that_cannot_be_imported_is_reported(monkeypatch):
+    monkeypatch.setattr(doctor, 'try_import', lambda name: 'ImportError: x')
+    found = doctor.look_at_torch()
+    assert statuses(found) == ['ok', 'missing']
+
+
+def test_as_a_command():
+    done = subprocess.run(
+        [sys.executable, '-m', 'lors_plugin.doctor'],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == int('\n  missing' in done.stdout), done.stderr
+    for word in ('torch', 'mmdet', 'Triton', 'torchvision'):
+        assert word in done.stdout
+    assert 'this check failed' not in done.stdout
