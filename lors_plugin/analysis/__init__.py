@@ -1,5 +1,12 @@
 """What a model costs: parameters, multiply-adds, memory for activations."""
 
+from lors_plugin.parameternet.expert_usage import (
+    ExpertUsage,
+    LayerUsage,
+    collapsed_layers,
+    usage_table,
+)
+
 from .builders import (
     ConfigCounts,
     UncountableError,
@@ -8,12 +15,6 @@ from .builders import (
     test_shape,
 )
 from .counter import OperatorCounter
-from .expert_usage import (
-    ExpertUsage,
-    LayerUsage,
-    collapsed_layers,
-    usage_table,
-)
 from .model_counts import ModelCounts, PartCounts, count_model
 from .parts import part_of
 from .weightless import WeightlessModel

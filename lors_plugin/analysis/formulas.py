@@ -119,10 +119,10 @@ def _sampling(*_, out, strides, **__):
 
 def _dynamic(weight, attention, bias=None, *, out, **_):
     """A product with one kernel an image, and the mixing of that kernel."""
-    numbers = weight.numel() + (0 if bias is None else bias.numel())
+    elements = weight.numel() + (0 if bias is None else bias.numel())
     return {
         '': out.numel() * weight[0, 0].numel(),
-        'experts': len(attention) * numbers,
+        'experts': len(attention) * elements,
     }
 
 
@@ -165,7 +165,6 @@ _OURS: dict[str, Callable] = {
     GENERATED_MIXING: _generated_mixing,
     'lors_plugin::sampling_3d_table': _sampling,
     'lors_plugin::dynamic_conv2d': _dynamic,
-    'lors_plugin::dynamic_linear': _dynamic,
     'aten::grid_sampler_2d': _grid_sample,
     'aten::grid_sampler_3d': _grid_sample,
     'torchvision::deform_conv2d': _deform_conv,

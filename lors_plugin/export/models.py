@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lors_plugin.adamixer.mixing import AdaptiveMixing, LORSAdaptiveMixing
 from lors_plugin.adamixer.sampling import AdaptiveSampling3D
-from lors_plugin.reparam import reparameterize
+from lors_plugin.parameternet.cpu_inference import is_converted
+from lors_plugin.reparam import reparameterize, unmerge
 
 from .dynamic_layers import replace_dynamic
 from .mixing import ExportMixing
@@ -34,7 +35,13 @@ def for_export(model: nn.Module, sampling: str = 'gather') -> nn.Module:
         nn.Module: In evaluation mode.
     """
     model = revert_sync_batchnorm(copy.deepcopy(model)).eval()
-    reparameterize(model)
+    unmerge(model)
+    if any(map(is_converted, model.modules())):
+        raise ValueError(
+            'the model was built for inference on CPUs (deploy=True of '
+            'ParameterNet); export the model that it was converted from'
+        )
+    reparameterize(model, convert=False)
     replace_dynamic(model)
     replace_windows(model)
     for parent in list(model.modules()):

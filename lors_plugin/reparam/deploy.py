@@ -67,7 +67,8 @@ def deploy(
     if not merged:
         raise MergeError(
             'nothing in this model merges: it has no adapters, no '
-            'convolutions with branches and no shared linear layers'
+            'convolutions with branches, no shared linear layers and no '
+            'ParameterNet'
         )
     state = dict(copy.state_dict())
     new_cfg, notes = deployed_config(cfg)

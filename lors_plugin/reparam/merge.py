@@ -10,19 +10,23 @@ _RECORD = '_lors_plugin_merged'
 
 
 @torch.no_grad()
-def reparameterize(model: nn.Module) -> int:
+def reparameterize(model: nn.Module, convert: bool = True) -> int:
     """Merge everything that can merge, in place.
 
     Adapters go into the layers behind them. A module with a method
     ``merged()``, which returns a simpler module that does the same in
     evaluation mode, gives way to that one everywhere in the model; adapters
-    and other such modules inside of it merge first. All is computed in
-    float64 for the whole model and checked before the first weight is
-    written. Merging again changes nothing; :func:`unmerge` brings every
-    former weight and module back bit for bit.
+    and other such modules inside of it merge first. Blocks of ParameterNet
+    on a CPU are converted for inference there: their norms are folded, and
+    they refuse to train. All is computed in float64 for the whole model and
+    checked before the first weight is written. Merging again changes
+    nothing; :func:`unmerge` brings every former weight and module back bit
+    for bit.
 
     Args:
         model (nn.Module): In evaluation mode.
+        convert (bool): Whether to convert blocks for inference on CPUs.
+            Defaults to True.
 
     Returns:
         int: How many modules were merged.
@@ -39,7 +43,7 @@ def reparameterize(model: nn.Module) -> int:
             f'the model itself is a {type(model).__name__}, for which '
             'another module steps in: use model.merged() instead'
         )
-    merges = plan(model)
+    merges = plan(model, convert)
     for merge in merges:
         merge.prepare()
     for merge in merges:

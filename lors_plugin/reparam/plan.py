@@ -11,6 +11,7 @@ from torch import nn
 from lors_plugin.adapters import RepAdapter
 from lors_plugin.adapters.inject import CHILD, adapt_input, remove_hook
 from lors_plugin.adapters.sites import absorb
+from lors_plugin.parameternet.cpu_inference import can_convert, convert
 
 from .checks import (
     MergeError,
@@ -77,7 +78,8 @@ class ReplaceMerge:
 
     Attributes:
         name (str): Of the module, for messages.
-        old (nn.Module): It has a method ``merged()``.
+        old (nn.Module): It has a method ``merged()``, or is a block that is
+            converted for inference on CPUs.
         places (list[tuple]): Every parent and name where it is.
         new (nn.Module, optional): What takes its place, once prepared.
         size (int): How many modules vanish, with those inside.
@@ -112,9 +114,11 @@ class ReplaceMerge:
 
     def _check_hooks(self) -> None:
         """Hooks of others would be lost without a word."""
-        old = self.old
-        hooks = [*old._forward_hooks.values(), *old._backward_hooks.values()]
-        hooks += old._forward_pre_hooks.values()
+        old, hooks = self.old, []
+        for part in old.modules():
+            hooks += part._forward_hooks.values()
+            hooks += part._backward_hooks.values()
+            hooks += part._forward_pre_hooks.values()
         hooks = [hook for hook in hooks if hook is not adapt_input]
         if hooks:
             raise MergeError(
@@ -123,19 +127,21 @@ class ReplaceMerge:
             )
 
 
-def plan(model: nn.Module) -> list:
+def plan(model: nn.Module, with_conversion: bool = False) -> list:
     """Everything inside a model that can merge.
 
     Args:
         model (nn.Module): Any model.
+        with_conversion (bool): Whether to convert blocks for inference on
+            CPUs, too. Defaults to False.
 
     Returns:
         list[AdapterMerge | ReplaceMerge]: In the order of the model's
         modules. What is inside a replaced module merges with it.
     """
     merges, replaced = [], {}
-    for name, parent, child_name, child in _edges(model):
-        if has_simpler(child):
+    for name, parent, child_name, child in _edges(model, with_conversion):
+        if has_simpler(child, with_conversion):
             if id(child) not in replaced:
                 replaced[id(child)] = ReplaceMerge(name, child)
                 merges.append(replaced[id(child)])
@@ -146,12 +152,18 @@ def plan(model: nn.Module) -> list:
     return merges
 
 
-def has_simpler(module: nn.Module) -> bool:
-    """Whether a module knows a simpler one that does the same."""
-    return callable(getattr(type(module), 'merged', None))
+def has_simpler(module: nn.Module, with_conversion: bool = False) -> bool:
+    """Whether a simpler module is known that does the same."""
+    if callable(getattr(type(module), 'merged', None)):
+        return True
+    return with_conversion and can_convert(module) and _is_on_cpu(module)
 
 
-def _edges(model: nn.Module) -> Iterator[tuple]:
+def _is_on_cpu(module: nn.Module) -> bool:
+    return all(p.device.type == 'cpu' for p in module.parameters())
+
+
+def _edges(model: nn.Module, with_conversion: bool) -> Iterator[tuple]:
     """Name, parent, name in it and child; once for each parent and name.
 
     Nothing is looked for inside of what is replaced as a whole.
@@ -164,7 +176,8 @@ def _edges(model: nn.Module) -> Iterator[tuple]:
             if child is None:
                 continue
             yield f'{prefix}{name}', parent, name, child
-            if id(child) not in seen and not has_simpler(child):
+            whole = has_simpler(child, with_conversion)
+            if id(child) not in seen and not whole:
                 seen.add(id(child))
                 inner.append((f'{prefix}{name}.', child))
         waiting += reversed(inner)
@@ -184,7 +197,8 @@ def _simpler(module: nn.Module, where: str) -> tuple[nn.Module, int]:
             merge.prepare()
             merge.apply()
             size += merge.size
-    new = module.merged().eval()
+    new = module.merged() if has_simpler(module) else convert(module)
+    new.eval()
     if adapter is not None:
         size += 1
         for part, name, value in absorb(new, *adapter.affine()):
