@@ -8,7 +8,7 @@ import torch
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
-from lors_plugin.lors.low_rank import (
+from lors_plugin.lors import (
     AdaptiveLowRankStack,
     LinearStack,
     LowRankLinearStack,
@@ -357,7 +357,7 @@ class LORSAdaptiveMixing(BaseModule):
         mixed = _run(
             self.mix, x, query, stage, recompute=self.recompute, sums=sums[:1]
         )
-        return self.out_proj(mixed.flatten(2), stage, *sums[1:])
+        return self.out_proj(mixed.flatten(2), stage)
 
     def mix(
         self,
