@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lors_plugin.ops import low_rank_linear
-
 
 class LowRankResidualLinear(nn.Module):
     """A linear layer with the weight ``W + B A``, where ``W`` is shared.
@@ -106,9 +104,10 @@ class LowRankResidualLinear(nn.Module):
         Returns:
             Tensor: Shape (..., out).
         """
-        if not self.rank:
-            return F.linear(x, self.shared, self.bias)
-        return low_rank_linear(x, self.shared, self.down, self.up, self.bias)
+        out = F.linear(x, self.shared, self.bias)
+        if self.rank:
+            out = out + F.linear(F.linear(x, self.down), self.up)
+        return out
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

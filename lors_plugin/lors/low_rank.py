@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
-from lors_plugin.ops import GradientSum, LowRank, low_rank_linear
+from lors_plugin.ops import LowRank
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import per_layer
 
@@ -33,12 +33,8 @@ def _factor(*shape: int) -> nn.Parameter:
 class LinearStack(ModuleList):
     """A linear layer for each layer of a stack, with nothing shared."""
 
-    def forward(
-        self,
-        x: Tensor,
-        layer: int,
-        gradient_sum: Optional[GradientSum] = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, layer: int) -> Tensor:
+        """Apply layer number ``layer`` to ``x``, shape (..., in)."""
         return self[layer](x)
 
 
@@ -116,38 +112,24 @@ class LowRankLinearStack(BaseModule):
         for bias in self.bias or ():
             nn.init.uniform_(bias, -bound, bound)
 
-    def forward(
-        self,
-        x: Tensor,
-        layer: int,
-        gradient_sum: Optional[GradientSum] = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, layer: int) -> Tensor:
         """Apply layer number ``layer``.
 
         Args:
             x (Tensor): Shape (..., in_features).
             layer (int): Which layer of the stack.
-            gradient_sum (GradientSum, optional): Of the shared weight, the
-                same for all layers of one forward pass.
 
         Returns:
             Tensor: Shape (..., out_features).
         """
         bias = None if self.bias is None else self.bias[layer]
+        down, up = self.down[layer], self.up[layer]
         if self.weight is None:
-            return F.linear(
-                F.linear(x, self.down[layer]), self.up[layer], bias
-            )
-        if not self.down[layer].numel():
-            return F.linear(x, self.weight, bias)
-        return low_rank_linear(
-            x,
-            self.weight,
-            self.down[layer],
-            self.up[layer],
-            bias,
-            gradient_sum,
-        )
+            return F.linear(F.linear(x, down), up, bias)
+        out = F.linear(x, self.weight, bias)
+        if down.numel():
+            out = out + F.linear(F.linear(x, down), up)
+        return out
 
     def layer_weight(self, layer: int) -> Tensor:
         """The full weight of a layer, shape (out_features, in_features)."""
