@@ -131,6 +131,7 @@ def load_model(args):
     """
     from lors_plugin.analysis.builders import build_model
     from lors_plugin.checkpoints import load_checkpoint_file, weights_of
+    from lors_plugin.compat import read_safely
 
     if '::' in args.config:
         from mmengine.hub import get_config
@@ -140,6 +141,7 @@ def load_model(args):
         cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
+    read_safely(args.trust)
     if cfg.get('model') is None:
         raise ValueError(f'{args.config} has no model')
     if 'data_preprocessor' in cfg:  # as the Runner does
@@ -153,7 +155,7 @@ def load_model(args):
         model.init_weights()
         return cfg, model.eval(), {}
     content = load_checkpoint_file(args.checkpoint, args.trust)
-    weights = weights_of(content)
+    weights = weights_of(content, path=args.checkpoint)
     try:
         missing, unknown = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:

@@ -21,6 +21,7 @@ from mmengine.config import Config, DictAction
 from tool_utils import user_errors
 
 import lors_plugin  # noqa: F401  (makes mmcv.ops importable)
+from lors_plugin.compat import read_safely
 
 EXIT_DIFFERENT = 1
 TOLERANCES = dict(float32=1e-4, float16=2e-2, bfloat16=1e-1)
@@ -184,6 +185,7 @@ def load_config(args):
         cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
+    read_safely(args.trust)
     if cfg.get('model') is None:
         raise ValueError(f'{args.config} has no model')
     return cfg

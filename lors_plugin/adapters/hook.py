@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
-from lors_plugin.checkpoints import load_checkpoint_file, weights_of
+from lors_plugin.checkpoints import read_weights
 from lors_plugin.registry import HOOKS
 from lors_plugin.structure import StructureHook, is_training
 from lors_plugin.utils import few, unwrapped
@@ -190,7 +190,7 @@ class AdapterFiles:
             return
         path, self._to_load = self._to_load, None
         model = unwrapped(runner.model)
-        state = weights_of(load_checkpoint_file(path))
+        state = read_weights(path)
         needed = model.state_dict().keys() - trained_keys(model)
         lacking = sorted(needed - state.keys())
         if lacking:
