@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import os
 import resource
 import signal
 import subprocess
