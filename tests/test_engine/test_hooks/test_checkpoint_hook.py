@@ -1,7 +1,7 @@
 """No kill, full disk, notice or crafted checkpoint loses a run or a file."""
 
 import gc
-import os
+import itertools
 import resource
 import signal
 import subprocess
@@ -23,6 +23,8 @@ from lors_plugin.engine.hooks.checkpoint_hook import (
     CheckpointWriteError,
     ResumeError,
 )
+
+NUMBER = itertools.count()
 
 
 class Numbers(Dataset):
@@ -131,7 +133,7 @@ def make(
         randomness=dict(seed=4),
         resume=bool(resume),
         load_from=resume if isinstance(resume, str) else None,
-        experiment_name=f'{folder.name}{len(os.listdir("/proc/self/fd"))}',
+        experiment_name=f'{folder.name}_{next(NUMBER)}',
         log_level='ERROR',
     )
     metric.score = lambda: float(runner.epoch)
