@@ -129,7 +129,7 @@ def load_model(args):
     Returns:
         tuple: The config, the model and the meta data of the checkpoint.
     """
-    from lors_plugin.analysis.builders import build_model
+    from lors_plugin.build import build_model
     from lors_plugin.checkpoints import load_checkpoint_file, weights_of
 
     if '::' in args.config:
@@ -148,7 +148,7 @@ def load_model(args):
         cfg.model.pretrained = None
     backbone = cfg.model.get('backbone') or {}
     backbone['init_cfg'] = None
-    model = build_model(cfg, empty=False)
+    model = build_model(cfg)
     if args.checkpoint == RANDOM:
         model.init_weights()
         return cfg, model.eval(), {}
@@ -170,7 +170,7 @@ def load_model(args):
 def wrap(model, args):
     """The module to export, and what makes cases for it."""
     from lors_plugin.adamixer.detector import AdaMixer
-    from lors_plugin.analysis.builders import is_detector
+    from lors_plugin.build import is_detector
     from lors_plugin.export import (
         ClassifierForExport,
         DetectorForExport,
@@ -209,7 +209,7 @@ def read_image(path, cfg):
     from mmcv.transforms import Compose
     from mmengine.registry import DefaultScope
 
-    from lors_plugin.engine.preflight import type_name
+    from lors_plugin.utils import type_name
 
     if not Path(path).is_file():
         raise FileNotFoundError(f'the image {path} does not exist')
@@ -254,7 +254,7 @@ def random_case(make_case, number, shapes, channels):
 
 def make_cases(make_case, cfg, model, shape, smallest, args):
     """What to compare: other numbers, other sizes, real images."""
-    from lors_plugin.analysis.builders import padded_shape
+    from lors_plugin.build import padded_shape
 
     height, width = shape
     wanted = [(1, [shape])]
@@ -315,7 +315,7 @@ def describe(cfg, module, meta, shape, smallest, args):
 
 def export(args):
     """Do what the arguments say; return a sentence about it."""
-    from lors_plugin.analysis.builders import padded_shape, test_shape
+    from lors_plugin.build import padded_shape, test_shape
     from lors_plugin.export import (
         check_file,
         export_file,

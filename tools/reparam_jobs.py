@@ -14,7 +14,7 @@ from lors_plugin.adapters import (
     load_adapter_checkpoint,
 )
 from lors_plugin.analysis import test_shape
-from lors_plugin.analysis.builders import build_model
+from lors_plugin.build import build_model
 from lors_plugin.checkpoints import weights_of
 from lors_plugin.reparam.compare import compare_outputs, own_rounding
 from lors_plugin.reparam.cost import measure
@@ -243,7 +243,7 @@ class Jobs:
         """Print what the plain, the trained and the merged model cost."""
         if not self.args.repeats:
             return
-        plain = build_model(result.cfg, empty=False).eval()
+        plain = build_model(result.cfg).eval()
         shape = tuple(self.args.shape or test_shape(self.cfg))
         names = ('plain', 'before', 'merged')
         costs = measure(

@@ -1,21 +1,22 @@
 """From a config to a model that can be counted."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-from mmengine.registry import DefaultScope
 from torch import nn
 
-from lors_plugin.registry import MODELS
+from lors_plugin.build import (
+    build_model,
+    image_channels,
+    is_detector,
+    padded_shape,
+    test_shape,
+)
 
 from .model_counts import ModelCounts, count_model
 from .weightless import EmptyWeights, WeightlessModel
-
-DETECTOR_SHAPE = (800, 1333)
-CLASSIFIER_SHAPE = (224, 224)
 
 
 class UncountableError(ValueError):
@@ -62,7 +63,7 @@ def count_config(
     shape = tuple(shape) if shape else test_shape(cfg)
     try:
         if real:
-            model = build_model(cfg, empty=False)
+            model = build_model(cfg)
             counts = count_model(model, make_forward(model, shape, batch))
         else:
             weightless = build_weightless(cfg)
@@ -77,84 +78,14 @@ def count_config(
     return ConfigCounts(counts, shape, padded_shape(model, shape))
 
 
-def build_model(cfg: dict, empty: bool = True) -> nn.Module:
-    """Build the model of a config, untrained.
-
-    Args:
-        cfg (:obj:`Config` or dict): The whole config.
-        empty (bool): Whether weights may be on the meta device.
-
-    Returns:
-        nn.Module: The model.
-    """
-    scope = cfg.get('default_scope') or 'mmengine'
-    with DefaultScope.overwrite_default_scope(scope):
-        if empty:
-            with EmptyWeights():
-                return MODELS.build(deepcopy(cfg['model']))
-        return MODELS.build(deepcopy(cfg['model']))
-
-
 def build_weightless(cfg: dict) -> WeightlessModel:
     """Build the model of a config without memory for its weights."""
     try:
-        return WeightlessModel(build_model(cfg))
+        with EmptyWeights():
+            return WeightlessModel(build_model(cfg))
     except (RuntimeError, NotImplementedError):
         # It looks at values of its weights while it is built.
-        return WeightlessModel(build_model(cfg, empty=False))
-
-
-def test_shape(cfg: dict) -> tuple[int, int]:
-    """Height and width of the images that a config tests on.
-
-    Args:
-        cfg (:obj:`Config` or dict): The whole config.
-
-    Returns:
-        tuple[int]: From the crop or the resizing of the test pipeline, or
-        else what is usual: 800 x 1333 for detectors, 224 x 224 for others.
-    """
-    pipeline = _pipeline(cfg)
-    for step in reversed(pipeline):
-        size = _size_of(step)
-        if size is not None:
-            return size
-    detector = cfg.get('default_scope') == 'mmdet'
-    return DETECTOR_SHAPE if detector else CLASSIFIER_SHAPE
-
-
-# Not a test, whatever its name makes of it.
-test_shape.__test__ = False
-
-
-def _pipeline(cfg: dict) -> list:
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
-    return dataset.get('pipeline') or []
-
-
-def _size_of(step: dict) -> Optional[tuple[int, int]]:
-    kind = str(step.get('type')).rsplit('.', 1)[-1]
-    if kind == 'CenterCrop':
-        crop = step['crop_size']
-        return (crop, crop) if isinstance(crop, int) else tuple(crop)
-    scale = step.get('scale')
-    if kind == 'Resize' and scale:
-        if isinstance(scale, int):
-            return (scale, scale)
-        # (width, height), or in any order where the ratio is kept.
-        if step.get('keep_ratio'):
-            return (min(scale), max(scale))
-        return (scale[1], scale[0])
-    return None
-
-
-def padded_shape(model: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
-    """The shape as the model's data preprocessor pads it."""
-    preprocessor = getattr(model, 'data_preprocessor', None)
-    divisor = getattr(preprocessor, 'pad_size_divisor', 1) or 1
-    return tuple(-(-side // divisor) * divisor for side in shape)
+        return WeightlessModel(build_model(cfg))
 
 
 def make_forward(
@@ -171,23 +102,16 @@ def make_forward(
         Callable: Without arguments; it makes its own input.
     """
     padded = padded_shape(model, shape)
-    detector = is_detector(model)
+    channels, detector = image_channels(model), is_detector(model)
 
     def forward():
-        images = torch.zeros(batch, 3, *padded)
+        images = torch.zeros(batch, channels, *padded)
         samples = None
         if detector:
             samples = [_detection_sample(shape, padded) for _ in range(batch)]
         return model(images, samples, mode='tensor')
 
     return forward
-
-
-def is_detector(model: nn.Module) -> bool:
-    """Whether a model takes what MMDetection's detectors take."""
-    return any(
-        kind.__module__.startswith('mmdet.') for kind in type(model).__mro__
-    )
 
 
 def _detection_sample(shape, padded):

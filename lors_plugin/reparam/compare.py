@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from lors_plugin.analysis.builders import is_detector
+from lors_plugin.build import is_detector
 
 _SAME_BOX = 0.99
 

@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.config import Config
 
 from lors_plugin.adapters.inject import CHILD
-from lors_plugin.engine.preflight import type_name
+from lors_plugin.utils import type_name
 
 from .structure import STRUCTURE_HOOKS
 

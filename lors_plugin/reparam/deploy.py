@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from lors_plugin.analysis.builders import build_model
+from lors_plugin.build import build_model
 
 from .biases import fit_biases
 from .checks import MergeError
@@ -71,9 +71,7 @@ def deploy(
         )
     state = dict(copy.state_dict())
     new_cfg, notes = deployed_config(cfg)
-    host = fit_biases(
-        new_cfg.model, lambda: build_model(new_cfg, empty=False), state
-    )
+    host = fit_biases(new_cfg.model, lambda: build_model(new_cfg), state)
     state = {key: _rounded(key, value, dtype) for key, value in state.items()}
     try:
         host.load_state_dict(state, strict=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lors_plugin.adapters import RepAdapter, adapters_of, inject_adapters
 from lors_plugin.adapters.inject import CHILD, attach
 from lors_plugin.adapters.sites import site_of
-from lors_plugin.analysis.builders import build_model
-from lors_plugin.engine.preflight import type_name
+from lors_plugin.build import build_model
 from lors_plugin.lors import share_stack
+from lors_plugin.utils import type_name
 
 # Hooks that change the model before its weights are loaded.
 STRUCTURE_HOOKS: dict[str, Callable] = {
@@ -55,7 +55,7 @@ def build_base(cfg: dict) -> nn.Module:
     Returns:
         nn.Module: On the CPU; no pretrained weights are looked for.
     """
-    model = build_model(cfg, empty=False)
+    model = build_model(cfg)
     for name, options in structure_hooks(cfg):
         if name != 'RepAdapterHook':
             STRUCTURE_HOOKS[name](model, **options)

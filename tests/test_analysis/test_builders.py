@@ -3,7 +3,7 @@
 import pytest
 
 from lors_plugin.analysis import test_shape as shape_of
-from lors_plugin.analysis.builders import padded_shape
+from lors_plugin.build import padded_shape
 
 
 def config(*steps, scope='mmdet', wrap=False):
