@@ -153,7 +153,7 @@ def load_model(args):
         model.init_weights()
         return cfg, model.eval(), {}
     content = load_checkpoint_file(args.checkpoint, args.trust)
-    weights = weights_of(content)
+    weights = weights_of(content, path=args.checkpoint)
     try:
         missing, unknown = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:

@@ -15,15 +15,16 @@ from lors_plugin.adapters import (
 )
 from lors_plugin.analysis import test_shape
 from lors_plugin.build import build_model
-from lors_plugin.checkpoints import weights_of
+from lors_plugin.checkpoints import read_weights
+from lors_plugin.checkpoints.files import (
+    checkpoint_writer,
+    load_checkpoint_file,
+    weights_of,
+    write_all,
+)
 from lors_plugin.reparam.compare import compare_outputs, own_rounding
 from lors_plugin.reparam.cost import measure
 from lors_plugin.reparam.deploy import deploy
-from lors_plugin.reparam.files import (
-    checkpoint_writer,
-    read_file,
-    write_all,
-)
 from lors_plugin.reparam.structure import (
     CheckpointError,
     adapt,
@@ -79,7 +80,7 @@ class Jobs:
 
     def run(self, job):
         """Merge and write one file; whether outputs are the same."""
-        content = read_file(job.source, self.args.trust)
+        content = load_checkpoint_file(job.source, self.args.trust)
         model = self._adapter_model if self.args.adapter else self._model
         model = model(content, job.source)
         dtype = getattr(torch, self.args.dtype)
@@ -164,8 +165,8 @@ class Jobs:
                 if out.exists() and not args.force:
                     raise ValueError(f'{out} exists; --force overwrites it')
 
-    def _weights(self, content):
-        state = weights_of(content, ema=not self.args.no_ema)
+    def _weights(self, content, path):
+        state = weights_of(content, not self.args.no_ema, path)
         return rename(state, self.args.rename)
 
     def _model(self, content, path):
@@ -175,7 +176,7 @@ class Jobs:
                 f'{path} holds adapters without their base; merge it by '
                 f'CONFIG OUT_DIR --adapter {path} --base BASE'
             )
-        state = self._weights(content)
+        state = self._weights(content, path)
         model = self.base
         hooks = [name for name, _ in structure_hooks(self.cfg)]
         if has_adapters(state) or 'RepAdapterHook' in hooks:
@@ -186,11 +187,12 @@ class Jobs:
     def _adapter_model(self, content, path):
         """The base with the adapters of a file; the base itself stays."""
         args = self.args
-        base = weights_of(read_file(args.base, args.trust), not args.no_ema)
+        base = read_weights(args.base, args.trust, not args.no_ema)
         model = deepcopy(self.base)
         if is_adapter_checkpoint(content):
             if args.no_ema:
-                content = dict(content, state_dict=self._weights(content))
+                state = self._weights(content, path)
+                content = dict(content, state_dict=state)
             replaced = content.get('state_dict') or {}
             check_scale(replaced, args.scale)
             load_base(model, base, list(replaced), args.base)
@@ -200,7 +202,7 @@ class Jobs:
                 # Of several files, which one?
                 raise CheckpointError(f'{path}: {error}') from error
             return model.eval()
-        state = self._weights(content)
+        state = self._weights(content, path)
         if not has_adapters(state):
             raise CheckpointError(
                 f'--adapter {path} holds no adapters; keys have to look like '

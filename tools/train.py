@@ -23,6 +23,7 @@ from tool_utils import (
 
 import lors_plugin  # noqa: F401  (makes mmcv.ops importable)
 from lors_plugin.adapters import AdapterFileError
+from lors_plugin.checkpoints import ConversionError
 from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
@@ -137,7 +138,9 @@ def check_start(runner, cfg, trust=False):
     if not path:
         return
     share = 0.0 if cfg.get('resume') else 0.5
-    fit = check_checkpoint(runner.model, path, share, trust, runner.hooks)
+    fit = check_checkpoint(
+        runner.model, path, share, trust, runner.hooks, bool(cfg.get('resume'))
+    )
     if not fit.complete:
         print_log(
             f'load_from: {fit.describe()}\nThe rest keeps its '
@@ -159,7 +162,7 @@ def main(argv=None):
         runner = build_runner(cfg, args.debug)
         with user_errors('', args.debug):
             check_start(runner, cfg, args.trust)
-        with user_errors('', args.debug, (AdapterFileError,)):
+        with user_errors('', args.debug, (AdapterFileError, ConversionError)):
             runner.train()
     finally:
         finish_distributed()

@@ -14,7 +14,7 @@ from .checks import MergeError
 from .config import comes_from_plugin, deployed_config
 from .merge import reparameterize
 
-_KEPT_OUT_OF_META = ('cfg', 'hook_msgs', 'lors_plugin_adapter')
+_KEPT_OUT_OF_META = ('cfg', 'config', 'hook_msgs', 'lors_plugin_adapter')
 
 
 @dataclass

@@ -6,12 +6,11 @@ from mmengine.model import BaseTTAModel
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from lors_plugin.checkpoints import to_original
+from lors_plugin.checkpoints import read_weights, to_original
 from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
     compare,
-    read_state_dict,
     unwrapped,
 )
 
@@ -128,11 +127,11 @@ def test_averaged_weights_do_not_count_as_unknown(tmp_path):
 def test_files_that_are_no_checkpoints(tmp_path):
     path = tmp_path / 'a.pth'
     path.write_bytes(b'PK\x03\x04 half a download')
-    with pytest.raises(ValueError, match='cannot be read as a checkpoint'):
-        read_state_dict(str(path))
+    with pytest.raises(ValueError, match='cannot be read; it is cut off'):
+        read_weights(str(path))
     torch.save(dict(meta={}), path)
     with pytest.raises(ValueError, match='holds no weights'):
-        read_state_dict(str(path))
+        read_weights(str(path))
 
 
 class Code:
@@ -152,9 +151,9 @@ def test_code_in_a_file_needs_trust(tmp_path, monkeypatch, address):
     save('a.pth', make_model().state_dict(), extra=Code())
     path = address.format('a.pth')
     with pytest.raises(ValueError, match=r'a\.pth holds more than .*--trust'):
-        read_state_dict(path)
+        read_weights(path)
     assert not (tmp_path / 'ran').exists()
-    assert len(read_state_dict(path, trust=True)) == 9
+    assert len(read_weights(path, trust=True)) == 9
     assert (tmp_path / 'ran').exists()
 
 

@@ -25,7 +25,7 @@ from lors_plugin.adapters.fingerprint import (
     unwrapped,
 )
 from lors_plugin.adapters.inject import CHILD, adapters_of
-from lors_plugin.engine.checkpoint_fit import read_state_dict
+from lors_plugin.checkpoints import read_weights
 
 EMA = 'module.'
 
@@ -54,7 +54,7 @@ class AdapterFiles:
             return
         path, self._to_load = self._to_load, None
         model = unwrapped(runner.model)
-        state = read_state_dict(path)
+        state = read_weights(path)
         needed = model.state_dict().keys() - trained_keys(model)
         lacking = sorted(needed - state.keys())
         if lacking:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lors_plugin.reparam.files import checkpoint_writer
+from lors_plugin.checkpoints.files import checkpoint_writer
 
 
 @pytest.fixture
