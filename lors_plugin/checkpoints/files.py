@@ -238,15 +238,78 @@ def torch_policy(trust: bool) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def save_checkpoint_file(content: dict, path: Union[str, Path]) -> None:
-    """Write a checkpoint beside its place, then rename.
+@contextlib.contextmanager
+def replace_file(path: Union[str, Path]) -> Iterator[Path]:
+    """Give a path to write to; what is there then takes the place of a file.
 
-    A crash or a full disk leaves what was there before.
+    It lies beside the file, is flushed to disk and renamed, and the directory
+    is flushed too. Whenever the process or the machine stops, the file is
+    what it was before or what it was to become.
+
+    Args:
+        path (str | Path): The file; missing directories are made.
+
+    Yields:
+        Path: What to write.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If it cannot be written; the file is as it was before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        yield beside
+        _flush(beside)
+        os.replace(beside, path)
+        # Some network file systems cannot flush directories.
+        with contextlib.suppress(OSError):
+            _flush(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def remove_interrupted_writes(directory: Union[str, Path]) -> None:
+    """Remove what killed processes left of :func:`replace_file`.
+
+    Args:
+        directory (str | Path): Files of processes that still run on this
+            machine are left alone.
+    """
+    for path in Path(directory).glob('.*.tmp'):
+        match = re.fullmatch(r'\..+\.(\d+)\.tmp', path.name)
+        if match and path.is_file() and not _runs(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def save_checkpoint_file(content: dict, path: Union[str, Path]) -> None:
+    """Write a checkpoint so that a crash or a full disk cannot damage it.
+
+    Raises:
+        OSError: If it cannot be written; ``path`` is as it was before.
     """
     write_all({Path(path): checkpoint_writer(path, content)})
+
+
+def _flush(path: Path) -> None:
+    """Flush a file or a directory to disk."""
+    mode = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    descriptor = os.open(path, mode)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of that number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # it belongs to another user
+    return True
 
 
 def checkpoint_writer(path: Union[str, Path], content: dict) -> Callable:
@@ -274,34 +337,27 @@ def checkpoint_writer(path: Union[str, Path], content: dict) -> Callable:
 
 
 def write_all(writers: dict[Path, Callable]) -> None:
-    """Write files beside their places, flush them, then rename all.
+    """Write several files, all of them or none; see :func:`replace_file`.
 
     Args:
-        writers (dict[Path, Callable]): What writes a file, by its place.
+        writers (dict[Path, Callable]): Functions that write to a path, by
+            the file to write.
 
     Raises:
-        OSError: If one cannot be written. All are as they were then.
+        OSError: If one cannot be written; all are as they were before.
     """
-    beside = {
-        path: path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-        for path in writers
-    }
-    try:
+    with contextlib.ExitStack() as stack:
         for path, write in writers.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(beside[path])
-            with beside[path].open('rb+') as file:
-                os.fsync(file.fileno())
-        for path, new in beside.items():
-            os.replace(new, path)
-    except OSError:
-        raise
-    except Exception as error:
-        # What torch and safetensors make of a full disk.
-        raise OSError(f'{path} cannot be written: {error}') from error
-    finally:
-        for new in beside.values():
-            new.unlink(missing_ok=True)
+            beside = stack.enter_context(replace_file(path))
+            try:
+                write(beside)
+            except OSError:
+                raise
+            except Exception as error:
+                # What torch and safetensors make of a full disk.
+                raise OSError(
+                    f'{path} cannot be written: {error}'
+                ) from error
 
 
 def _read_torch(path: Union[str, Path], trust: bool, map_location: Any) -> Any:
