@@ -131,6 +131,7 @@ def load_model(args):
     """
     from lors_plugin.build import build_model
     from lors_plugin.checkpoints import load_checkpoint_file, weights_of
+    from lors_plugin.compat import read_safely
 
     if '::' in args.config:
         from mmengine.hub import get_config
@@ -140,6 +141,7 @@ def load_model(args):
         cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
+    read_safely(args.trust)
     if cfg.get('model') is None:
         raise ValueError(f'{args.config} has no model')
     if 'data_preprocessor' in cfg:  # as the Runner does

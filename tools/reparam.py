@@ -33,6 +33,7 @@ from lors_plugin.checkpoints.files import (
     weights_of,
     write_all,
 )
+from lors_plugin.compat import read_safely
 from lors_plugin.reparam.compare import (
     compare_costs,
     compare_outputs,
@@ -434,6 +435,7 @@ def main(argv=None):
         check_paths(jobs, args.config, args.base, args.force)
     with user_errors('the config cannot be read', args.debug, (Exception,)):
         cfg = load_config(args.config, args.cfg_options)
+    read_safely(args.trust)
     with user_errors('the model cannot be built', args.debug, BUILDING):
         base = build_base(cfg)
     with user_errors('', args.debug, RUNNING):

@@ -1,7 +1,9 @@
 import os
 
+import numpy as np
 import pytest
 import torch
+from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseTTAModel
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -10,6 +12,7 @@ from lors_plugin.checkpoints import read_weights, to_original
 from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
+    check_resumable,
     compare,
     unwrapped,
 )
@@ -161,3 +164,71 @@ def test_missing_file_names_the_field():
     with pytest.raises(FileNotFoundError, match=r'load_from: .*none\.pth'):
         check_checkpoint_path('none.pth', 'load_from')
     check_checkpoint_path('torchvision://resnet50', 'load_from')
+
+
+def training_state():
+    """What MMEngine writes beside the weights."""
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    return dict(
+        meta=dict(epoch=1, iter=2, seed=3, dataset_meta=dict(classes=())),
+        state_dict=make_model().state_dict(),
+        message_hub=dict(
+            log_scalars={'loss': history, 'old': 1.0},
+            runtime_info=dict(iter=1),
+            resumed_keys=dict(iter=True),
+        ),
+        optimizer=dict(state={}),
+        param_schedulers=[],
+    )
+
+
+def test_whole_state_of_a_training_is_accepted():
+    content = training_state()
+    check_resumable(content, 'a.pth')
+    for name in ('optimizer', 'param_schedulers'):
+        del content[name]
+    del content['meta']['seed']
+    check_resumable(content, 'a.pth')
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('meta', 3),
+        ('meta', None),
+        ('meta.epoch', 'one'),
+        ('meta.epoch', None),
+        ('meta.iter', -1),
+        ('meta.iter', True),
+        ('meta.seed', [1]),
+        ('meta.dataset_meta', 'abc'),
+        ('message_hub', ['a']),
+        ('message_hub', None),
+        ('message_hub.runtime_info', 7),
+        ('message_hub.log_scalars', None),
+        ('message_hub.resumed_keys', 'iter'),
+        ('optimizer', 'SGD'),
+        ('param_schedulers', 2.5),
+        ('ema_state_dict', 1),
+    ],
+)
+def test_state_of_strange_types_is_refused_by_name(field, value):
+    content = training_state()
+    *parents, name = field.split('.')
+    inner = content
+    for parent in parents:
+        inner = inner[parent]
+    inner[name] = value
+    with pytest.raises(ValueError, match='a.pth') as error:
+        check_resumable(content, 'a.pth')
+    assert field in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'values', [None, np.ones(3), np.ones((2, 1)), np.array(['a', 'b'])]
+)
+def test_log_history_that_is_none_is_refused(values):
+    content = training_state()
+    content['message_hub']['log_scalars']['loss']._log_history = values
+    with pytest.raises(ValueError, match='message_hub.log_scalars.loss'):
+        check_resumable(content, 'a.pth')
