@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Union
 
 import torch
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
 
@@ -61,6 +62,33 @@ def has_own_forward(layer: nn.Module) -> bool:
 def at_least_float32(x: Tensor) -> Tensor:
     """Cast half-precision tensors up; leave float32 and float64 alone."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside parallel, test-time and compiling wrappers."""
+    while True:
+        if is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def part_of(model: nn.Module, name: str) -> nn.Module:
+    """Return a part of a model by its name, '' for the model itself.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        parts = [child for child, _ in model.named_children()]
+        raise ValueError(
+            f'{type(model).__name__} has no part {name!r}; there are {parts}, '
+            "and '' is the model itself"
+        ) from None
 
 
 def type_name(kind: Any) -> str:

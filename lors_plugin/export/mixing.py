@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lors_plugin.adamixer.mixing import AdaptiveMixing, LORSAdaptiveMixing
-from lors_plugin.lors.low_rank import LinearStack, LowRankLinearStack
+from lors_plugin.lors import LinearStack, LowRankLinearStack
 
 EPS = 1e-5
 

@@ -8,7 +8,6 @@ sampled points a group, ``Q`` mixed points a group, ``C`` channels a group,
 from .adaptive_mixing import LowRank, adaptive_mixing, generated_mixing
 from .dynamic_conv import dynamic_conv2d, dynamic_linear
 from .gradient_sum import GradientSum, checkpoint_with_sums
-from .low_rank_linear import low_rank_linear
 from .sampling_3d import sampling_3d, share_levels
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     'dynamic_conv2d',
     'dynamic_linear',
     'generated_mixing',
-    'low_rank_linear',
     'sampling_3d',
     'share_levels',
 ]

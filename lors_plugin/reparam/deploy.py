@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lors_plugin.adapters.inject import CHILD
-from lors_plugin.build import build_model
+from lors_plugin.build import (
+    STRUCTURE_HOOKS,
+    build_model,
+    without_adapters,
+)
 from lors_plugin.utils import type_name
 
 from .reparameterize import MergeError, reparameterize
-from .structure import STRUCTURE_HOOKS
 
 PLUGIN = 'lors_plugin'
 # Hooks for training alone, which would change the model again.
@@ -130,7 +133,8 @@ def deployed_config(cfg: Config) -> tuple[Config, list[str]]:
         tuple: The new config, and its other changes, a line each.
     """
     new = deepcopy(cfg.to_dict() if hasattr(cfg, 'to_dict') else dict(cfg))
-    new['model'] = _without_pretrained(_plain_model(new['model']))
+    model = _plain_model(without_adapters(new['model']))
+    new['model'] = _without_pretrained(model)
     hooks = [
         hook
         for hook in new.get('custom_hooks') or []

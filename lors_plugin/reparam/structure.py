@@ -1,8 +1,7 @@
 """Build a model as it was trained: structure by config, weights by files."""
 
-import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Optional
 
@@ -12,47 +11,21 @@ from lors_plugin.adapters import (
     AdapterFileError,
     RepAdapter,
     adapters_of,
-    inject_adapters,
     is_adapter_checkpoint,
     load_adapter_checkpoint,
 )
+from lors_plugin.adapters.hook import RepAdapterHook
 from lors_plugin.adapters.inject import CHILD, attach
 from lors_plugin.adapters.sites import site_of
-from lors_plugin.build import build_model
-from lors_plugin.lors import share_stack
-from lors_plugin.utils import few, type_name
+from lors_plugin.build import build_model, structure_hooks, without_adapters
+from lors_plugin.utils import few
 
-# Hooks that change the model before its weights are loaded.
-STRUCTURE_HOOKS: dict[str, Callable] = {
-    'RepAdapterHook': inject_adapters,
-    'LORSHook': share_stack,
-}
 # The weight of an adapter that is listed first, in either layout.
 _FIRST = re.compile(rf'(.+)\.{CHILD}\.(?:down_weight|conv_A\.weight)')
 
 
 class CheckpointError(ValueError):
     """A checkpoint does not belong to the model of the config."""
-
-
-def structure_hooks(cfg: dict) -> list[tuple[str, dict]]:
-    """List the hooks of a config that change the model.
-
-    Args:
-        cfg (Config | dict): The whole config.
-
-    Returns:
-        list[tuple]: Name and options, those of the function behind the
-        hook only.
-    """
-    found = []
-    for hook in cfg.get('custom_hooks') or []:
-        name = type_name(hook.get('type'))
-        if name in STRUCTURE_HOOKS:
-            known = inspect.signature(STRUCTURE_HOOKS[name]).parameters
-            options = {k: v for k, v in hook.items() if k in known}
-            found.append((name, options))
-    return found
 
 
 def build_base(cfg: dict) -> nn.Module:
@@ -64,11 +37,7 @@ def build_base(cfg: dict) -> nn.Module:
     Returns:
         nn.Module: On the CPU; no pretrained weights are loaded.
     """
-    model = build_model(cfg)
-    for name, options in structure_hooks(cfg):
-        if name != 'RepAdapterHook':
-            STRUCTURE_HOOKS[name](model, **options)
-    return model.eval()
+    return build_model(cfg, adapters=False).eval()
 
 
 def trained_model(
@@ -97,8 +66,7 @@ def trained_model(
             f'{path} holds adapters without their base; merge it by '
             f'CONFIG OUT_DIR --adapter {path} --base BASE'
         )
-    hooks = [name for name, _ in structure_hooks(cfg)]
-    if has_adapters(state) or 'RepAdapterHook' in hooks:
+    if has_adapters(state) or asks_for_adapters(cfg):
         adapt(base, cfg, state, scale)
     load_whole(base, state, path)
     return base
@@ -172,14 +140,22 @@ def adapt(
             hold none; by default the hook's.
     """
     check_scale(state, scale)
-    for name, options in structure_hooks(cfg):
-        if name == 'RepAdapterHook':
+    for hook in structure_hooks(cfg):
+        if isinstance(hook, RepAdapterHook):
             if scale is not None:
-                options['scale'] = scale
-            inject_adapters(model, **options)
+                hook.options['scale'] = scale
+            hook.change(model)
     if not adapters_of(model):
         attach(model, _adapters_in(state, model, scale))
     model.eval()
+
+
+def asks_for_adapters(cfg: dict) -> bool:
+    """Return whether a hook or the model of a config brings adapters."""
+    hooks = structure_hooks(cfg)
+    return without_adapters(cfg['model']) != cfg['model'] or any(
+        isinstance(hook, RepAdapterHook) for hook in hooks
+    )
 
 
 def _adapters_in(

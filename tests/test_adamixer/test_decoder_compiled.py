@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lors_plugin.ops import GradientSum
 from lors_plugin.ops.sampling_3d import fused, level_gradients
 
 
@@ -61,31 +60,3 @@ def test_levels_are_converted_once(tiny_decoder, decoder_inputs, monkeypatch):
 def test_backend_reaches_the_sampling(tiny_decoder):
     decoder = tiny_decoder('adamixer', backend='reference')
     assert {s.sampling.backend for s in decoder.stages} == {'reference'}
-
-
-def test_shared_weights_get_one_gradient(
-    tiny_decoder, decoder_inputs, monkeypatch
-):
-    """The same as where autograd adds up one a stage."""
-    decoder = tiny_decoder('lors', backend='torch')
-    inputs = decoder_inputs()
-
-    def gradients():
-        decoder.zero_grad()
-        outs = decoder(*inputs)
-        sum(out.square().sum() for out in outs).backward()
-        return {n: p.grad for n, p in decoder.named_parameters()}
-
-    chained = []
-    give = GradientSum.give
-    monkeypatch.setattr(
-        GradientSum,
-        'give',
-        lambda self, token: chained.append(1) or give(self, token),
-    )
-    have = gradients()
-    assert len(chained) == 2 * len(decoder.stages)
-    monkeypatch.setattr(
-        GradientSum, 'fits', staticmethod(lambda *tensors: False)
-    )
-    assert_close(have, gradients(), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The adapter: two small linear maps around nothing, and a way back out."""
+"""RepAdapter: two linear maps that merge into the layer behind them."""
 
 import math
 from typing import Optional, Union
@@ -20,7 +20,7 @@ class RepAdapter(nn.Module):
     (:meth:`affine`). ``up`` starts at zero, so a fresh adapter does nothing.
 
     Weights are plain parameters and not ``nn.Linear``: hosts initialise every
-    ``nn.Linear`` below their blocks anew when training starts.
+    ``nn.Linear`` of their blocks anew when training starts.
 
     Args:
         embed_dims (int): Channels ``d`` of the input.
@@ -43,6 +43,15 @@ class RepAdapter(nn.Module):
         channel_dim: int = -1,
     ) -> None:
         super().__init__()
+        for name, value in (
+            ('embed_dims', embed_dims),
+            ('hidden_dims', hidden_dims),
+            ('groups', groups),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f'{name}={value!r} must be a whole number of at least 1'
+                )
         if channel_dim not in (-1, 1):
             raise ValueError(
                 f'channel_dim={channel_dim} must be -1 (tokens) or 1 (maps)'

@@ -1,4 +1,4 @@
-"""The two low-rank stacks of LORS."""
+"""Adaptive LORS, and what both stacks refuse."""
 
 import math
 
@@ -6,56 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lors_plugin.lors.low_rank import AdaptiveLowRankStack, LowRankLinearStack
+from lors_plugin.lors import AdaptiveLowRankStack, LowRankLinearStack
 from lors_plugin.testing import randomize
-
-
-@pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no_bias'])
-def test_linear_stack_is_w_plus_ba(bias):
-    stack = LowRankLinearStack(6, 5, 3, [2, 0, 3], [1, 1, 2], bias)
-    randomize(stack.double())
-    x = torch.randn(4, 7, 6, dtype=torch.float64)
-    for layer in range(3):
-        weight = stack.weight.clone()
-        for row in range(stack.down[layer].shape[0]):
-            weight += torch.outer(
-                stack.up[layer][:, row], stack.down[layer][row]
-            )
-        assert_close(stack.layer_weight(layer), weight)
-        wanted = x @ weight.T + (stack.bias[layer] if bias else 0)
-        assert_close(stack(x, layer), wanted)
-    assert [len(down) for down in stack.down] == [2, 0, 6]
-
-
-def test_fresh_linear_stack_is_one_shared_layer():
-    stack = LowRankLinearStack(6, 5, 3, 2, bias=False)
-    x = torch.randn(4, 6)
-    for layer in (1, 2):
-        assert_close(stack(x, layer), stack(x, 0), rtol=0, atol=0)
-    randomize(stack)
-    assert (stack(x, 1) - stack(x, 0)).abs().max() > 0.01
-
-
-def test_linear_stack_init():
-    stack = LowRankLinearStack(400, 300, 2, 8)
-    for param, bound in (
-        (stack.weight, 1 / math.sqrt(400)),
-        (stack.bias[0], 1 / math.sqrt(400)),
-        (stack.down[1], math.sqrt(6 / 400)),
-    ):
-        assert 0.95 * bound < param.abs().max() <= bound
-        assert abs(param.mean()) < 0.1 * bound
-    assert not any(up.any() for up in stack.up)
-
-
-def test_all_parameters_of_a_linear_stack_are_trained():
-    """Also without a private part: processes wait for every gradient."""
-    stack = LowRankLinearStack(6, 5, 3, [2, 0, 1])
-    out = sum(stack(torch.randn(4, 6), layer) for layer in range(3))
-    out.sum().backward()
-    for name, param in stack.named_parameters():
-        assert param.grad is not None or not param.requires_grad, name
-        assert param.requires_grad == (param.numel() > 0), name
 
 
 def test_adaptive_stack_is_the_sum_of_products():

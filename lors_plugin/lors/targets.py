@@ -1,4 +1,4 @@
-"""Which layers of a model belong to one stack, by the names they have."""
+"""Find the layers of a model that belong to one stack, by their names."""
 
 import re
 from collections.abc import Sequence

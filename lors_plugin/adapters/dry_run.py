@@ -1,26 +1,28 @@
-"""Are there adapters that no output of a backbone depends on?"""
+"""Run a backbone without values, to see which of its parameters are used."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from .inject import adapters_of
 
+def parameters_without_gradient(
+    host: nn.Module, names: Sequence[str]
+) -> Optional[list[str]]:
+    """Run a backbone forward and backward on the meta device.
 
-def unreached_adapters(host: nn.Module) -> Optional[list[str]]:
-    """Run a backbone forward and backward without values (meta device).
-
-    Takes neither memory nor noticeable time and leaves the backbone as it is.
+    Takes neither memory nor noticeable time, leaves the backbone as it is and
+    draws no random numbers.
 
     Args:
-        host (nn.Module): An adapted backbone for images.
+        host (nn.Module): A backbone for images.
+        names (Sequence[str]): Parameters of it that require gradients.
 
     Returns:
-        list[str], optional: Layers whose adapters get no gradient from any
-        output; None if the backbone cannot run like that.
+        list[str], optional: Those of ``names`` on which no output depends;
+        None if the backbone cannot run like that.
     """
     tensors = [*host.parameters(), *host.buffers()]
     if not tensors:
@@ -28,20 +30,18 @@ def unreached_adapters(host: nn.Module) -> Optional[list[str]]:
     # Instead of copies of the weights, which may be large.
     memo = {id(tensor): _without_values(tensor) for tensor in tensors}
     size = getattr(host, 'img_size', 224)
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
     try:
+        height, width = (size, size) if isinstance(size, int) else size
         twin = copy.deepcopy(host, memo)
         images = tensors[0].new_zeros(2, 3, height, width, device='meta')
-        with torch.enable_grad():
-            outputs = [out.sum() for out in _tensors(twin(images))]
-            sum(out for out in outputs if out.requires_grad).backward()
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            outputs = [o for o in _tensors(twin(images)) if o.requires_grad]
+            if outputs:  # none: not one parameter is used
+                sum(out.sum() for out in outputs).backward()
     except Exception:  # whatever it is that this backbone cannot do so
         return None
-    return [
-        name
-        for name, adapter in adapters_of(twin).items()
-        if adapter.up_bias.requires_grad and adapter.up_bias.grad is None
-    ]
+    params = dict(twin.named_parameters(remove_duplicate=False))
+    return [name for name in names if params[name].grad is None]
 
 
 def _without_values(tensor: Tensor) -> Tensor:

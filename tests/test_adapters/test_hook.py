@@ -76,7 +76,7 @@ def test_a_layer_that_is_never_called(tiny, tmp_path):
 def test_where_it_can_be_told_it_is_an_error_before_anything(tiny, tmp_path):
     adapt = dict(targets=[r'\d\.(used|unused)'])
     runner = tiny.make(tmp_path, adapt=adapt, model=dict(images=True))
-    with pytest.raises(ValueError, match='2 of the .*1.unused among'):
+    with pytest.raises(ValueError, match='2 of the .*: backbone.1.unused, '):
         runner.train()
     assert runner.train_loop.iter == 0
     tiny.make(tmp_path, 'good', model=dict(images=True)).train()

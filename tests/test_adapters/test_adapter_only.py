@@ -13,7 +13,7 @@ from lors_plugin.adapters import (
     is_adapter_checkpoint,
     load_adapter_checkpoint,
 )
-from lors_plugin.adapters.file_checks import META
+from lors_plugin.adapters.checkpoint import META
 from lors_plugin.engine.checkpoint_fit import check_checkpoint
 
 EMA = dict(type='EMAHook', momentum=0.5)

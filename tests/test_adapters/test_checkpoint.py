@@ -16,7 +16,7 @@ from lors_plugin.adapters import (
     load_adapter_checkpoint,
     remove_adapters,
 )
-from lors_plugin.adapters.file_checks import META
+from lors_plugin.adapters.checkpoint import META
 from lors_plugin.checkpoints import (
     ConversionError,
     load_checkpoint_file,
@@ -184,7 +184,10 @@ def refused(model, file, match):
         (base(1), r'another base:\s+\d+ of 18 entries have other values'),
         (base().half(), r'16 have another .*file float32 .*, model float16'),
         (base(depth=3), 'lacks 0 of its entries .* has 9 others'),
-        (base(classes=5), r'head.weight \(file \(3, 8\), model \(5, 8\)\)'),
+        (
+            base(classes=5),
+            r'head.weight \(file float32 \(3, 8\), model float32 \(5, 8\)\)',
+        ),
         (nn.Sequential(base()), r'entries are unknown to it \(head'),
     ],
     ids=['values', 'type', 'depth', 'classes', 'prefix'],
@@ -241,6 +244,70 @@ def empty(file):
     file['meta'][META].pop('adapters')
 
 
+def integers(file):
+    key = 'backbone.1.fc1.rep_adapter.up_weight'
+    file['state_dict'][key] = file['state_dict'][key].long()
+
+
+def integer_head(file):
+    file['state_dict']['head.bias'] = torch.zeros(3, dtype=torch.int64)
+
+
+def numbered(file):
+    file['state_dict'][0] = file['state_dict'].pop('head.bias')
+    file['meta'][META]['keys'] = list(file['state_dict'])
+
+
+def numbered_base(file):
+    file['meta'][META]['base'][7] = 'float32 () 0123456789abcdef'
+
+
+def no_tensor(file):
+    file['state_dict']['head.bias'] = [0.0, 0.0, 0.0]
+
+
+def sparse(file):
+    file['state_dict']['head.bias'] = torch.zeros(3).to_sparse()
+
+
+def no_values(file):
+    file['state_dict']['head.bias'] = torch.zeros(3, device='meta')
+
+
+def no_options(file):
+    file['meta'][META]['adapters']['backbone.0.fc1'] = None
+
+
+def huge(file):
+    """Petabytes, if they were made before they are compared."""
+    options = file['meta'][META]['adapters']['backbone.0.fc1']
+    options.update(embed_dims=10**8, hidden_dims=10**8)
+
+
+def huge_head(file):
+    file['state_dict']['head.bias'] = torch.zeros(1).expand(10**15)
+
+
+def negative(file):
+    file['meta'][META]['adapters']['backbone.0.fc1']['hidden_dims'] = -4
+
+
+def no_meta(file):
+    file['meta'] = None
+
+
+def no_field(file):
+    file['meta'][META] = None
+
+
+def no_state(file):
+    file['state_dict'] = None
+
+
+def vague(file):
+    file['meta'][META]['base']['backbone.0.fc1.weight'] = 'float32'
+
+
 def whole(file):
     del file['meta'][META]
 
@@ -248,7 +315,7 @@ def whole(file):
 @pytest.mark.parametrize(
     'damage, match',
     [
-        (nan, 'head.bias has numbers that are not finite'),
+        (nan, 'head.bias has elements that are not finite'),
         (lost, '1 of its weights are missing.*backbone.1.fc1.rep_adapter'),
         (unlisted, '1 of its weights .* not listed.*backbone.0.fc2.bias'),
         (lost_and_unlisted, 'lacks backbone.1.fc1.rep_adapter.scale'),
@@ -256,6 +323,21 @@ def whole(file):
         (newer, 'format version 2, this lors_plugin reads version 1'),
         (strange, 'adapter of backbone.0.fc1:.*alpha'),
         (empty, 'has no adapters'),
+        (integers, r'1.fc1.rep_adapter.up_weight is torch.int64, not float'),
+        (integer_head, r'head.bias \(file int64 \(3,\), model float32'),
+        (numbered, '0 is not the name of a weight'),
+        (numbered_base, '7 is not the name of a weight'),
+        (no_tensor, 'head.bias is not a dense tensor'),
+        (sparse, 'head.bias is not a dense tensor'),
+        (no_values, 'head.bias is not a dense tensor'),
+        (no_options, 'adapter of backbone.0.fc1'),
+        (huge, 'lacks backbone.0.fc1.rep_adapter.* or in another shape'),
+        (huge_head, r'head.bias \(file float32 \(1000000000000000,\)'),
+        (negative, 'backbone.0.fc1: hidden_dims=-4'),
+        (no_meta, 'no adapter file'),
+        (no_field, 'format version None'),
+        (no_state, 'no state_dict'),
+        (vague, "backbone.0.fc1.weight of the base as 'float32'"),
         (whole, 'no adapter file.*whole models'),
     ],
 )
