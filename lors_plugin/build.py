@@ -139,6 +139,35 @@ def without_adapters(model: Any) -> Any:
     return model
 
 
+def without_pretrained(model: Any) -> Any:
+    """Remove the files of pretrained weights from a config of a model.
+
+    Args:
+        model (dict): Config of a model, or any part of it.
+
+    Returns:
+        dict: A config without them; the given one stays as it is.
+    """
+    if isinstance(model, (list, tuple)):
+        return type(model)(
+            without_pretrained(item) for item in model if not _loads(item)
+        )
+    if not isinstance(model, dict):
+        return model
+    return {
+        key: without_pretrained(value)
+        for key, value in model.items()
+        if not _loads(value)
+        and not (key == 'pretrained' and isinstance(value, str))
+    }
+
+
+def _loads(value: Any) -> bool:
+    """Return whether an ``init_cfg`` loads a file."""
+    kind = value.get('type') if isinstance(value, dict) else None
+    return type_name(kind) in ('Pretrained', 'PretrainedInit')
+
+
 def test_pipeline(cfg: Mapping) -> list[dict]:
     """Return the test pipeline of a config.
 

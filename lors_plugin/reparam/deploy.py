@@ -16,6 +16,7 @@ from lors_plugin.build import (
     STRUCTURE_HOOKS,
     build_model,
     without_adapters,
+    without_pretrained,
 )
 from lors_plugin.utils import type_name
 
@@ -134,7 +135,7 @@ def deployed_config(cfg: Config) -> tuple[Config, list[str]]:
     """
     new = deepcopy(cfg.to_dict() if hasattr(cfg, 'to_dict') else dict(cfg))
     model = _plain_model(without_adapters(new['model']))
-    new['model'] = _without_pretrained(model)
+    new['model'] = without_pretrained(model)
     hooks = [
         hook
         for hook in new.get('custom_hooks') or []
@@ -173,28 +174,6 @@ def _plain_model(model: Any) -> Any:
     if isinstance(conv, dict) and conv.get('type') == f'{PLUGIN}.RepConv2d':
         model['conv_cfg'] = None
     return model
-
-
-def _without_pretrained(model: Any) -> Any:
-    """Return a model's config that names no file of weights."""
-    if isinstance(model, (list, tuple)):
-        return type(model)(
-            _without_pretrained(item) for item in model if not _loads(item)
-        )
-    if not isinstance(model, dict):
-        return model
-    return {
-        key: _without_pretrained(value)
-        for key, value in model.items()
-        if not _loads(value)
-        and not (key == 'pretrained' and isinstance(value, str))
-    }
-
-
-def _loads(value: Any) -> bool:
-    """Return whether an ``init_cfg`` loads a file."""
-    kind = value.get('type') if isinstance(value, dict) else None
-    return type_name(kind) in ('Pretrained', 'PretrainedInit')
 
 
 def _custom_keys(optim: Any) -> dict:

@@ -1,45 +1,35 @@
-"""Operators that an exporter cannot follow while sizes stay open."""
+"""GridSample as gathers.
 
-from typing import Any
+TensorRT was reported to compile GridSample to something else; Gather and
+products every runtime has.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 SAMPLING = ('gather', 'grid_sample')
 
 
-class ExportOperators(TorchFunctionMode):
-    """Replace calls of functions while a model is exported.
-
-    - A layer norm needs to know its sizes, which shapes of traced tensors do
-      not tell; they never depend on the images.
-    - ``grid_sample`` becomes four gathers, unless it is asked for: TensorRT
-      was reported to compile GridSample to something else.
+@contextmanager
+def sampled_by(sampling: str) -> Iterator[None]:
+    """Choose the operators that stand for ``F.grid_sample`` in a trace.
 
     Args:
         sampling (str): 'gather' or 'grid_sample'.
     """
-
-    def __init__(self, sampling: str = 'gather') -> None:
-        super().__init__()
-        if sampling not in SAMPLING:
-            raise ValueError(
-                f'sampling={sampling!r} must be one of {SAMPLING}'
-            )
-        self.sampling = sampling
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.layer_norm:
-            x, sizes, *rest = args
-            return func(x, [int(size) for size in sizes], *rest, **kwargs)
-        if func is F.grid_sample and self.sampling == 'gather':
-            return grid_sample_by_gather(*args, **kwargs)
-        return func(*args, **kwargs)
+    if sampling not in SAMPLING:
+        raise ValueError(f'sampling={sampling!r} must be one of {SAMPLING}')
+    original = F.grid_sample
+    if sampling == 'gather':
+        F.grid_sample = grid_sample_by_gather
+    try:
+        yield
+    finally:
+        F.grid_sample = original
 
 
 def grid_sample_by_gather(
@@ -58,20 +48,17 @@ def grid_sample_by_gather(
     Returns:
         Tensor: Shape (B, C, N, P).
     """
-    if (mode, padding_mode, bool(align_corners)) != (
-        'bilinear',
-        'zeros',
-        False,
-    ):
+    if (mode, padding_mode) != ('bilinear', 'zeros') or align_corners:
         raise NotImplementedError(
             'only a bilinear grid_sample with zeros outside is exported as '
             'gathers; take --sampling grid_sample'
         )
-    batch, _, height, width = maps.shape
+    height, width = maps.shape[-2:]
     rows = maps.permute(0, 2, 3, 1).flatten(0, 2)
-    first = torch.arange(batch, device=maps.device) * (height * width)
     x = ((grid[..., 0] + 1) * width - 1) / 2
     y = ((grid[..., 1] + 1) * height - 1) / 2
+    # Of `arange`, exporters keep the number of images they have seen.
+    image = torch.ones_like(x[:, :1, :1]).cumsum(0).long() - 1
     out = 0.0
     for down in (0, 1):
         row = y.floor() + down
@@ -79,8 +66,8 @@ def grid_sample_by_gather(
         for right in (0, 1):
             column = x.floor() + right
             weight = (1 - (x - column).abs()) * _inside(column, width)
-            index = _cell(row, height) * width + _cell(column, width)
-            found = rows[index + first.view(-1, 1, 1)]
+            index = (image * height + _cell(row, height)) * width
+            found = rows[index + _cell(column, width)]
             out = out + found * (weight * row_weight).unsqueeze(-1)
     return out.permute(0, 3, 1, 2)
 
