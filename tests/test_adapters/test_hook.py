@@ -5,9 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from mmengine.model import BaseTTAModel
+from mmengine.registry import MODEL_WRAPPERS
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lors_plugin.adapters import adapters_of
+from lors_plugin.adapters import adapters_of, inject_adapters
+from lors_plugin.structure import rewrap
 
 
 def weights(model, adapted):
@@ -121,3 +125,75 @@ def test_recomputing_by_the_host(tiny, tmp_path):
     again = runner.train()
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value)
+
+
+def test_described_adapters_are_watched(tiny, tmp_path):
+    """As those of a hook; their norms keep the statistics of the base."""
+    runner = tiny.make(tmp_path, model=dict(norm=True), adapt=dict(scale=9.0))
+    inject_adapters(runner.model, targets=[r'0\.used'], hidden_dims=2)
+    optimizer = dict(runner.optim_wrapper)
+    model = runner.train()
+    assert list(adapters_of(model)) == ['backbone.0.used']
+    assert adapters_of(model)['backbone.0.used'].options()['hidden_dims'] == 2
+    norm = model.backbone[0].norm
+    assert torch.equal(norm.running_mean, torch.zeros(6))
+    assert not norm.training
+    assert model.backbone[0].used.rep_adapter.up_weight.abs().max() > 0
+    assert optimizer['optimizer']['type'] == 'SGD'
+
+
+def test_train_then_test_of_one_runner(tiny, tmp_path):
+    """The second ``before_run`` finds the adapters and keeps them."""
+    runner = tiny.make(
+        tmp_path,
+        test_dataloader=dict(dataset=tiny.Numbers(), **tiny.LOADER),
+        test_cfg=dict(),
+        test_evaluator=[tiny.Distance()],
+    )
+    trained = {k: v.clone() for k, v in runner.train().state_dict().items()}
+    assert runner.test()['distance'] > 0
+    for key, value in runner.model.state_dict().items():
+        assert torch.equal(value, trained[key]), key
+
+
+class Sharded(nn.Module):
+    """A wrapper that a model cannot be taken out of, like FSDP."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def train_step(self, *args):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def sharded():
+    MODEL_WRAPPERS.register_module(module=Sharded)
+    yield Sharded
+    del MODEL_WRAPPERS.module_dict['Sharded']
+
+
+@pytest.mark.parametrize('part', ['model', 'backbone'])
+def test_models_that_cannot_change_any_more(tiny, tmp_path, sharded, part):
+    runner = tiny.make(tmp_path)
+    if part == 'model':
+        runner.model = sharded(runner.model)
+    else:
+        runner.model.backbone = sharded(runner.model.backbone)
+    with pytest.raises(TypeError, match="RepAdapterHook.*'lors_plugin.Adapt"):
+        runner.train()
+
+
+class Averaging(BaseTTAModel):
+    def merge_preds(self, data_samples_list):
+        raise NotImplementedError
+
+
+def test_wrapping_anew_keeps_what_is_inside(tiny, tmp_path):
+    """Several processes wrap the model of test-time augmentation."""
+    runner = tiny.make(tmp_path)
+    inside = Averaging(runner.model)
+    runner.model = nn.DataParallel(inside)
+    rewrap(runner)
+    assert runner.model is inside

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
@@ -9,6 +10,7 @@ from torch.utils.data import Dataset
 
 from lors_plugin.engine.checkpoint_fit import check_checkpoint
 from lors_plugin.lors import share_stack
+from lors_plugin.lors.hook import LORSHook
 
 
 class Numbers(Dataset):
@@ -41,8 +43,28 @@ CONFIG = dict(optim_wrapper=OPTIMIZER, param_scheduler=SCHEDULE)
 TARGETS = [r'layers\.(\d)\.0']
 
 
-def make(tmp_path, name, epochs=2, config=CONFIG, **kwargs):
+class Size(BaseMetric):
+    """Counts what was tested."""
+
+    def process(self, data_batch, data_samples):
+        self.results += data_samples
+
+    def compute_metrics(self, results):
+        return dict(size=len(results))
+
+
+def make(tmp_path, name, epochs=2, config=CONFIG, test=False, **kwargs):
     torch.manual_seed(0)
+    if test:
+        kwargs.update(
+            test_dataloader=dict(
+                dataset=Numbers(),
+                batch_size=4,
+                sampler=dict(type='DefaultSampler', shuffle=False),
+            ),
+            test_cfg=dict(),
+            test_evaluator=[Size()],
+        )
     return Runner(
         Model(),
         str(tmp_path / name),
@@ -101,16 +123,36 @@ def test_resumed_training_goes_on(tmp_path):
         assert torch.equal(resumed.state_dict()[key], value), key
 
 
-def test_starts_from_a_plain_checkpoint(tmp_path):
-    plain = Model()
-    torch.save(dict(state_dict=plain.state_dict()), tmp_path / 'plain.pth')
-    runner = make(
-        tmp_path, 'a', epochs=0, load_from=str(tmp_path / 'plain.pth')
-    )
-    model = runner.train()
+@pytest.mark.parametrize('way', ['load_from', 'Pretrained', 'test', 'strict'])
+def test_every_way_of_loading_plain_weights(tmp_path, way):
+    """They meet the changed model, which maps their keys."""
+    torch.manual_seed(7)
+    plain, path = Model(), str(tmp_path / 'plain.pth')
+    torch.save(dict(state_dict=plain.state_dict()), path)
     share_stack(plain, TARGETS, ranks=2, init='svd')
+    options = dict(epochs=0)
+    if way in ('load_from', 'test'):
+        options['load_from'] = path
+    if way == 'test':
+        options['test'] = True
+    runner = make(tmp_path, 'a', **options)
+    if way == 'Pretrained':
+        runner.model.init_cfg = dict(type='Pretrained', checkpoint=path)
+    runner.test() if way == 'test' else runner.train()
+    if way == 'strict':
+        state = torch.load(path)['state_dict']
+        runner.model.load_state_dict(state, strict=True)
     for key, value in plain.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[key], value)
+        torch.testing.assert_close(runner.model.state_dict()[key], value)
+
+
+def test_only_its_own_part_counts(tmp_path):
+    """Stacks elsewhere in the model do not keep the hook from its part."""
+    model = nn.ModuleDict(dict(a=Model(), b=Model()))
+    hooks = [LORSHook(module=part, targets=TARGETS, ranks=2) for part in 'ab']
+    assert all(hook.change(model) is not None for hook in hooks)
+    assert model['b'].layers[2][0].rank == 2
+    assert all(hook.change(model) is None for hook in hooks)
 
 
 def test_optimizer_without_a_config(tmp_path):
