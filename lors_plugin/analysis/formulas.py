@@ -18,8 +18,6 @@ MIXING = 'lors_plugin::adaptive_mixing_forward'
 GENERATED_MIXING = 'lors_plugin::generated_mixing_forward'
 # Operators of PyTorch that multiply and add and have no formula.
 _UNKNOWN = ('fft', 'linalg', 'cdist', 'lstm', 'gru', 'rnn', 'quantized')
-# Operators of this package that only move numbers.
-_COPIES = ('_pack', '_tokens')
 # Cells that an interpolated value is made from.
 INTERPOLATION = dict(linear1d=2, bilinear2d=4, bicubic2d=16, trilinear3d=8)
 
@@ -163,7 +161,7 @@ def _interpolation(cells: int) -> Callable:
 _OURS: dict[str, Callable] = {
     MIXING: _mixing,
     GENERATED_MIXING: _generated_mixing,
-    'lors_plugin::sampling_3d_table': _sampling,
+    'lors_plugin::sampling_3d': _sampling,
     'lors_plugin::dynamic_conv2d': _dynamic,
     'lors_plugin::dynamic_linear': _dynamic,
     'aten::grid_sampler_2d': _grid_sample,
@@ -262,7 +260,7 @@ def elementwise_results(func: Any, args: tuple, out: Any) -> int:
 def may_multiply(func: Any) -> bool:
     """Whether an operator without a formula might need one."""
     if func.namespace == 'lors_plugin':
-        return not func._schema.name.endswith(_COPIES)
+        return True
     if func.namespace not in ('aten', 'prim'):
         # One that takes no tensor tells something, such as a version.
         return any('Tensor' in str(a.type) for a in func._schema.arguments)
