@@ -1,5 +1,6 @@
 """What a model costs: parameters, multiply-adds, memory for activations."""
 
+from lors_plugin.build import test_shape
 from lors_plugin.parameternet.expert_usage import (
     ExpertUsage,
     LayerUsage,
@@ -7,15 +8,16 @@ from lors_plugin.parameternet.expert_usage import (
     usage_table,
 )
 
-from .builders import (
+from .counts import (
     ConfigCounts,
+    ModelCounts,
+    OperatorCounter,
+    PartCounts,
     UncountableError,
     count_config,
+    count_model,
     make_forward,
-    test_shape,
 )
-from .counter import OperatorCounter
-from .model_counts import ModelCounts, PartCounts, count_model
 from .parts import part_of
 from .weightless import WeightlessModel
 

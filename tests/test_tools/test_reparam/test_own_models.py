@@ -1,9 +1,12 @@
 """tools/reparam.py on models of this package."""
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 
+from lors_plugin.build import image_channels
 from lors_plugin.reparam.structure import build_base
 
 BACKBONE = dict(depth=50, base_channels=4)
@@ -75,8 +78,42 @@ def test_branches_of_convolutions_become_a_ghostnet(run):
         type='lors_plugin.ParameterNet', arch=dict(rows=ROWS, width=0.5)
     )
     cfg, model = run(classifier(dict(plain, conv='rep'), 24))
-    assert cfg.model.backbone == dict(plain, num_experts=1)
+    assert cfg.model.backbone == dict(plain, num_experts=1, deploy=True)
     assert 'RepConv2d' not in {type(m).__name__ for m in model.modules()}
+
+
+@pytest.mark.parametrize('host', ['classifier', 'detector'])
+def test_dynamic_convolutions_are_converted(host, run, tiny_config):
+    """Norms are folded; the written config builds that form."""
+    backbone = dict(
+        type='lors_plugin.ParameterNet',
+        arch=dict(rows=[*ROWS, *ROWS[1:] * 3], width=0.5),
+        out_indices=(1, 2, 3, 4),
+    )
+    content = classifier(dict(backbone, out_indices=(-1,)), 24)
+    if host == 'detector':
+        neck = dict(in_channels=[12] * 4)
+        detector = tiny_config('lors', backbone=BACKBONE, neck=neck)
+        detector['backbone'] = backbone
+        content = dict(default_scope='mmdet', model=detector)
+    cfg, model = run(content, '--batches', '2')
+    assert cfg.model.backbone.deploy
+    names = {type(m).__name__ for m in model.backbone.modules()}
+    assert 'CPUGhostBottleneck' in names and 'BatchNorm2d' not in names
+
+
+def test_gray_images(run, tmp_path):
+    gray = dict(
+        type='lors_plugin.ParameterNet', arch=dict(rows=ROWS, width=0.5),
+        conv='rep', in_channels=1,
+    )  # fmt: skip
+    content = classifier(gray, 24)
+    content['model']['data_preprocessor'] = dict(mean=[33.0], std=[79.0])
+    photo = tmp_path / 'a.png'
+    mmcv.imwrite(np.arange(4096, dtype=np.uint8).reshape(64, 64), str(photo))
+    _, model = run(content)
+    assert image_channels(model) == 1
+    run(content, '--images', str(photo), '--force')
 
 
 SHARED = dict(targets=[r'layers\.(\d+)\.(?:ffn\.layers\.0\.0)'], ranks=4)
