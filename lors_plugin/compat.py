@@ -169,7 +169,7 @@ def read_safely(trust: bool = False) -> None:
     from mmengine.logging import print_log
     from mmengine.runner import CheckpointLoader
 
-    from lors_plugin.checkpoints import files, plain_data
+    from lors_plugin.checkpoints import files, for_host, plain_data
 
     register_safe_globals()
     files.set_torch_policy(trust)
@@ -184,7 +184,7 @@ def read_safely(trust: bool = False) -> None:
             content = files.load_checkpoint_file(
                 os.path.expanduser(filename), trust, map_location or 'cpu'
             )
-        return files.content_for_host(content, filename)
+        return for_host.content_for_host(content, filename)
 
     load_checkpoint.by_host = host_load
     CheckpointLoader.load_checkpoint = classmethod(load_checkpoint)

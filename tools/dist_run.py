@@ -1,4 +1,4 @@
-"""torchrun that passes on the notice to stop and the exit code of training.
+"""torchrun that passes on the notice to stop and the exit code.
 
     python tools/dist_run.py [arguments of torchrun]
 
@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 EXIT_REQUEUE = 75  # as in lors_plugin.engine.hooks.checkpoint_hook
+EXIT_USER_ERROR = 2  # as in tool_utils.py; the message was printed
 
 
 def run():
@@ -26,9 +27,10 @@ def run():
         main()
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        if EXIT_REQUEUE not in codes:
-            raise
-        return EXIT_REQUEUE
+        for code in (EXIT_REQUEUE, EXIT_USER_ERROR):
+            if code in codes:
+                return code
+        raise
     except SignalException as error:
         if error.sigval != signal.SIGTERM:
             raise

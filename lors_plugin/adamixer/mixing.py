@@ -8,7 +8,7 @@ import torch
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
-from lors_plugin.lors.low_rank import (
+from lors_plugin.lors import (
     AdaptiveLowRankStack,
     LinearStack,
     LowRankLinearStack,
@@ -324,8 +324,8 @@ class LORSAdaptiveMixing(BaseModule):
                 nn.init.xavier_uniform_(linear.weight)
 
     def new_sums(self) -> tuple[GradientSum, ...]:
-        """Of the weights of generator and output projection, for one pass."""
-        return GradientSum(), GradientSum()
+        """Of the generator's weight, for one pass."""
+        return (GradientSum(),)
 
     def one_pass(self) -> Callable:
         """What the stages of one forward pass call in place of this module.
@@ -355,9 +355,9 @@ class LORSAdaptiveMixing(BaseModule):
             Tensor: Shape (B, N, D).
         """
         mixed = _run(
-            self.mix, x, query, stage, recompute=self.recompute, sums=sums[:1]
+            self.mix, x, query, stage, recompute=self.recompute, sums=sums
         )
-        return self.out_proj(mixed.flatten(2), stage, *sums[1:])
+        return self.out_proj(mixed.flatten(2), stage)
 
     def mix(
         self,

@@ -16,8 +16,11 @@ from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
 from lors_plugin.adapters import is_adapter_checkpoint
-from lors_plugin.adapters.file_checks import check_base, check_trained, read
-from lors_plugin.adapters.fingerprint import unwrapped
+from lors_plugin.adapters.checkpoint import (
+    check_base,
+    check_trained,
+    read_adapter_file,
+)
 from lors_plugin.adapters.inject import CHILD
 from lors_plugin.checkpoints import (
     ConversionError,
@@ -26,6 +29,7 @@ from lors_plugin.checkpoints import (
     weights_of,
 )
 from lors_plugin.lors.plain_weights import read_plain_weights
+from lors_plugin.utils import unwrapped
 
 
 @dataclasses.dataclass
@@ -354,9 +358,9 @@ def _check_adapter_file(
             'merged adapters'
         )
     try:
-        meta, state, _ = read(content)
-        check_trained(entries, meta, state)
-        check_base(entries, meta, values=False)
+        file = read_adapter_file(content)
+        check_trained(entries, file)
+        check_base(entries, file.meta, values=False)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
     return CheckpointFit([], [], [], len(entries), 0.0)

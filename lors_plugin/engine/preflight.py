@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from lors_plugin.utils import type_name
+
 DOWNLOADABLE = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 HOSTS = {'mmdet': 'mmdet', 'mmpretrain': 'mmpretrain', 'mmcls': 'mmpretrain'}
 
@@ -22,13 +24,6 @@ _NO_CHECKS = (
 )
 
 ClassLookup = Callable[[dict], Optional[Sequence[str]]]
-
-
-def type_name(kind: Any) -> str:
-    """Return the bare name of a ``type``: a text with or without scope, or,
-    in the new style of configs, a class.
-    """
-    return str(getattr(kind, '__name__', kind)).rsplit('.', 1)[-1]
 
 
 def host_of(cfg: dict) -> Optional[str]:

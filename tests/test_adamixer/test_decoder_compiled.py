@@ -4,9 +4,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lors_plugin.ops import GradientSum
-from lors_plugin.ops.sampling_3d import fused, level_gradients
-
 
 def results(function, inputs):
     rng = torch.Generator().manual_seed(3)
@@ -30,62 +27,25 @@ def test_one_graph(kind, tiny_decoder, decoder_inputs):
 
 
 @pytest.mark.parametrize('with_cp', [False, True])
-def test_one_gradient_of_the_levels_for_all_stages(
-    with_cp, tiny_decoder, decoder_inputs, monkeypatch
-):
-    calls = []
-    function = level_gradients.levels_gradient
-    monkeypatch.setattr(
-        level_gradients,
-        'levels_gradient',
-        lambda grads, *args: (
-            calls.append(len(grads)) or function(grads, *args)
-        ),
-    )
+def test_stages_share_the_levels(with_cp, tiny_decoder, decoder_inputs):
+    """One table for all stages, and one gradient of it."""
     decoder = tiny_decoder('lors', with_cp=with_cp, backend='torch')
-    results(decoder, decoder_inputs())
-    assert calls == [3]
-
-
-def test_levels_are_converted_once(tiny_decoder, decoder_inputs, monkeypatch):
-    calls = []
-    function = fused.pack
-    monkeypatch.setattr(
-        fused, 'pack', lambda *args: calls.append(1) or function(*args)
-    )
-    with torch.no_grad():
-        tiny_decoder('adamixer', backend='torch')(*decoder_inputs())
-    assert calls == [1]
+    levels, terms = [], []
+    for stage in decoder.stages:
+        stage.sampling.register_forward_pre_hook(
+            lambda module, args: levels.append(args[0])
+        )
+    inputs = decoder_inputs()
+    for feat in inputs[0]:
+        feat.requires_grad_()
+    out = decoder(*inputs)[1]
+    levels[0].table.register_hook(lambda grad: terms.append(grad.terms))
+    out.sum().backward()
+    assert all(level is levels[0] for level in levels)
+    assert len(levels) == len(decoder.stages) * (1 + with_cp)
+    assert [len(each) for each in terms] == [len(decoder.stages)]
 
 
 def test_backend_reaches_the_sampling(tiny_decoder):
     decoder = tiny_decoder('adamixer', backend='reference')
     assert {s.sampling.backend for s in decoder.stages} == {'reference'}
-
-
-def test_shared_weights_get_one_gradient(
-    tiny_decoder, decoder_inputs, monkeypatch
-):
-    """The same as where autograd adds up one a stage."""
-    decoder = tiny_decoder('lors', backend='torch')
-    inputs = decoder_inputs()
-
-    def gradients():
-        decoder.zero_grad()
-        outs = decoder(*inputs)
-        sum(out.square().sum() for out in outs).backward()
-        return {n: p.grad for n, p in decoder.named_parameters()}
-
-    chained = []
-    give = GradientSum.give
-    monkeypatch.setattr(
-        GradientSum,
-        'give',
-        lambda self, token: chained.append(1) or give(self, token),
-    )
-    have = gradients()
-    assert len(chained) == 2 * len(decoder.stages)
-    monkeypatch.setattr(
-        GradientSum, 'fits', staticmethod(lambda *tensors: False)
-    )
-    assert_close(have, gradients(), rtol=1e-4, atol=1e-5)

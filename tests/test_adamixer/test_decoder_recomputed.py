@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lors_plugin.ops import GradientSum
-
 WAYS = {
     'stages': dict(with_cp=True),
     'mixing': dict(recompute_mixing=True),
@@ -45,25 +43,6 @@ def test_gradients_stay(kind, way, dtype, tiny_decoder, decoder_inputs):
             error = (found.pop(name) - (want := wanted.pop(name))).norm()
             assert error <= 3e-3 * want.norm(), name
     assert_close(found, wanted)
-
-
-@pytest.mark.parametrize('way', WAYS)
-def test_shared_weights_get_one_gradient(
-    way, tiny_decoder, decoder_inputs, monkeypatch
-):
-    """Calls are chained in forward, and no more often than needed later."""
-    decoder = tiny_decoder('lors', backend='torch', **WAYS[way])
-    firsts, fits = [], GradientSum.take
-
-    def take(self, *tensors):
-        firsts.append(self.token is None)
-        return fits(self, *tensors)
-
-    monkeypatch.setattr(GradientSum, 'take', take)
-    outs = decoder(*decoder_inputs())
-    assert sum(firsts) == 2
-    assert len(firsts) == 2 * len(decoder.stages)
-    sum(out.square().sum() for out in outs).backward()
 
 
 @pytest.mark.parametrize('way', WAYS)

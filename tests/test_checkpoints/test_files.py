@@ -20,7 +20,7 @@ from lors_plugin.checkpoints import (
     save_checkpoint_file,
     weights_of,
 )
-from lors_plugin.checkpoints.files import content_for_host
+from lors_plugin.checkpoints.for_host import content_for_host
 
 STATE = {'a.weight': torch.tensor([1.0]), 'a.bias': torch.tensor([2.0])}
 
