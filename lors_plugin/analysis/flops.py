@@ -22,8 +22,6 @@ MIXING = 'lors_plugin::adaptive_mixing_forward'
 GENERATED_MIXING = 'lors_plugin::generated_mixing_forward'
 # Parts of names of operators that multiply and add and have no formula.
 _UNKNOWN = ('fft', 'linalg', 'cdist', 'lstm', 'gru', 'rnn', 'quantized')
-# Operators of this package that only move elements.
-_COPIES = ('_pack', '_tokens')
 
 
 def low_rank_products(
@@ -131,7 +129,6 @@ def _dynamic(weight, attention, out, bias=None, **_):
 _OURS: dict[str, Callable] = {
     MIXING: _mixing,
     GENERATED_MIXING: _generated_mixing,
-    'lors_plugin::sampling_3d_table': _sampling,
     'lors_plugin::sampling_3d': _sampling,
     'lors_plugin::dynamic_conv2d': _dynamic,
     'lors_plugin::dynamic_linear': _dynamic,
@@ -281,7 +278,7 @@ def may_multiply(func: Any) -> bool:
     """Return whether an operator without a formula might need one."""
     name = func._schema.name
     if func.namespace == 'lors_plugin':
-        return not name.endswith(_COPIES)
+        return True
     if func.namespace not in ('aten', 'prim'):
         # One that takes no tensor tells something, such as a version.
         return any('Tensor' in str(a.type) for a in func._schema.arguments)

@@ -44,11 +44,10 @@ def make_lanes(args, decoder, queries, batch):
     leaves.update({f'points {i}': made for i, made in enumerate(points)})
     for leaf in leaves.values():
         leaf.requires_grad_()
-    calls = [tuple(made.shape[1:4]) for made in points]
 
     def ours():
-        levels = share_levels(feats, strides, calls)
-        return [sampling_3d(*pair, strides) for pair in zip(levels, points)]
+        levels = share_levels(feats)
+        return [sampling_3d(levels, made, strides) for made in points]
 
     def theirs():
         return [original.sampling(feats, made, strides) for made in points]
