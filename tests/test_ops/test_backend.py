@@ -152,21 +152,19 @@ def test_sizes_of_tiles(points, width, out_points, groups, rank, fits, side):
     assert (refusal == '') == fits
     assert fits or not groups or f'K r {groups * rank}' in refusal
     if importlib.util.find_spec('triton'):
-        from lors_plugin.ops.adaptive_mixing import triton_kernels
+        from lors_plugin.ops.adaptive_mixing.triton import launch
 
         size = dict(G=1, P=points, C=width, Q=out_points)
         for i, name in enumerate('CS'):
             here = parts[i] is not None
             size[f'K{name}'] = groups if here else 0
             size[f'R{name}'] = rank if here else 1
-        launch = functools.partial(
-            triton_kernels.config, size, HALF, 80, 'forward'
-        )
+        config = functools.partial(launch.config, size, HALF, 80, 'forward')
         if fits:
-            launch()
+            config()
         else:
             with pytest.raises(ValueError, match="backend='torch'"):
-                launch()
+                config()
 
 
 def test_auto_leaves_the_interpreter_alone(machine, monkeypatch, caplog):
