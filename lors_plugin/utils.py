@@ -101,7 +101,30 @@ def type_name(kind: Any) -> str:
     return str(getattr(kind, '__name__', kind)).rsplit('.', 1)[-1]
 
 
-def few(names: Sequence[str], limit: int = 3) -> str:
+def few(names: Sequence, limit: int = 3) -> str:
     """Join the first few names as text; 'none' if there are none."""
-    dots = ', ...' if len(names) > limit else ''
-    return ', '.join(names[:limit]) + dots if names else 'none'
+    text = ', '.join(map(str, names[:limit])) or 'none'
+    return text + (', ...' if len(names) > limit else '')
+
+
+def text_table(rows: Sequence[Sequence], align: str = '<') -> str:
+    """Lay out rows as text in columns.
+
+    Args:
+        rows (Sequence[Sequence]): Cells of each line, the header's first.
+        align (str): ``'<'`` (left) or ``'>'`` (right) per column; the last
+            one holds for all further columns. Defaults to ``'<'``.
+
+    Returns:
+        str: One line per row, two spaces between columns.
+    """
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    align = align.ljust(len(widths), align[-1])
+    return '\n'.join(
+        '  '.join(
+            f'{cell:{side}{width}}'
+            for cell, side, width in zip(row, align, widths)
+        ).rstrip()
+        for row in rows
+    )

@@ -1,4 +1,4 @@
-"""One model, whether hooks make it or the config describes it."""
+"""The model of a config, by hooks or by description, and its images."""
 
 import copy
 
@@ -8,11 +8,21 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner, load_checkpoint
+from torch import nn
 from torch.utils.data import Dataset
 
 from lors_plugin.adapters import adapters_of
 from lors_plugin.analysis.weightless import EmptyWeights
-from lors_plugin.build import build_model, structure_hooks
+from lors_plugin.build import (
+    build_model,
+    image_channels,
+    load_config,
+    padded_shape,
+    structure_hooks,
+    without_pretrained,
+)
+from lors_plugin.build import test_pipeline as pipeline_of
+from lors_plugin.build import test_shape as shape_of
 from lors_plugin.registry import MODELS
 from lors_plugin.testing import randomize
 
@@ -216,3 +226,105 @@ def test_bad_options_of_a_described_model():
     cfg.model.backbone.module.rank = 3
     with pytest.raises(TypeError, match='rank'):
         build_model(cfg)
+
+
+def tested_on(*steps, scope='mmdet', wrap=None):
+    dataset = dict(pipeline=list(steps))
+    if wrap == 'one':
+        dataset = dict(type='RepeatDataset', dataset=dataset)
+    if wrap == 'several':
+        other = dict(type='RepeatDataset', dataset=dataset)
+        dataset = dict(type='ConcatDataset', datasets=[other, dataset])
+    return dict(
+        default_scope=scope, test_dataloader=dict(dataset=dataset), model={}
+    )
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'shape'),
+    [
+        (tested_on(dict(type='Resize', scale=(1333, 800), keep_ratio=True)),
+         (800, 1333)),
+        (tested_on(dict(type='mmdet.Resize', scale=(640, 480))), (480, 640)),
+        (tested_on(dict(type='Resize', scale=96), wrap='one'), (96, 96)),
+        (tested_on(dict(type='Resize', scale=96), wrap='several'), (96, 96)),
+        (tested_on(dict(type='ResizeEdge', scale=256),
+                dict(type='CenterCrop', crop_size=224)), (224, 224)),
+        (tested_on(), (800, 1333)),
+        (tested_on(scope='mmpretrain'), (224, 224)),
+        (dict(model={}), (224, 224)),
+        (dict(model={}, test_dataloader=None), (224, 224)),
+    ],
+)  # fmt: skip
+def test_shape_of_the_test_pipeline(cfg, shape):
+    assert shape_of(cfg) == shape
+
+
+def test_pipeline_inside_wrappers():
+    step = dict(type='Resize', scale=96)
+    assert pipeline_of(tested_on(step, wrap='several')) == [step]
+
+
+def test_padding(tiny_detector):
+    assert padded_shape(tiny_detector(), (33, 64)) == (64, 64)
+
+
+def test_data_preprocessor_as_the_runner_adds_it():
+    cfg = Config(
+        dict(
+            default_scope='mmpretrain',
+            model=dict(
+                type='ImageClassifier',
+                backbone=dict(type='LeNet5', num_classes=10),
+            ),
+            data_preprocessor=dict(mean=[33.0], std=[79.0], num_classes=10),
+        )
+    )
+    model = build_model(cfg)
+    assert model.data_preprocessor.mean.item() == 33
+    assert 'data_preprocessor' not in cfg.model
+    assert image_channels(model) == 1
+
+
+@pytest.mark.parametrize(
+    ('model', 'channels'),
+    [
+        (nn.Sequential(nn.Linear(5, 3), nn.Conv2d(4, 8, 1)), 4),
+        (nn.Linear(5, 3), 3),
+    ],
+)
+def test_channels(model, channels):
+    assert image_channels(model) == channels
+
+
+def test_configs_of_packages_and_options():
+    cfg = load_config(
+        'mmpretrain::lenet/lenet5_mnist.py', {'model.backbone.num_classes': 7}
+    )
+    assert cfg.model.backbone.num_classes == 7
+    logits = build_model(cfg)(torch.zeros(2, 1, 32, 32))
+    assert logits[-1].shape[-1] == 7
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no config .*x.py'):
+        load_config(tmp_path / 'x.py')
+    (tmp_path / 'x.py').write_text('a = 1\n')
+    with pytest.raises(ValueError, match='x.py has no model'):
+        load_config(tmp_path / 'x.py')
+
+
+def test_no_file_of_pretrained_weights_is_named():
+    pretrained = dict(type='Pretrained', checkpoint='a.pth')
+    trunc = dict(type='TruncNormal', layer='Linear', std=0.02)
+    model = dict(
+        pretrained='a.pth',
+        backbone=dict(type='A', init_cfg=pretrained, pretrained=True),
+        head=dict(type='B', init_cfg=[trunc, pretrained]),
+    )
+    before = copy.deepcopy(model)
+    assert without_pretrained(model) == dict(
+        backbone=dict(type='A', pretrained=True),
+        head=dict(type='B', init_cfg=[trunc]),
+    )
+    assert model == before

@@ -202,17 +202,13 @@ class AdaMixerDecoder(BaseModule):
             classes), the corners of the boxes in pixels (L, B, N, 4), both
             in float32 at least, and the contents (L, B, N, D).
         """
-        number = content.shape[1]
-        calls = [(number, *c) for c in zip(self.num_groups, self.in_points)]
-        levels = share_levels(
-            feats, self.strides, calls, self.backend, xyzr.dtype
-        )
+        levels = share_levels(feats, self.backend)
         again = self.with_cp and torch.is_grad_enabled()
         sums = self.mixing.new_sums() if again else ()
         mixing = self.mixing.one_pass()
         scores, boxes, contents = [], [], []
         for index, stage in enumerate(self.stages):
-            inputs = levels[index], content, xyzr.detach()
+            inputs = levels, content, xyzr.detach()
             if again:
                 cls_scores, xyzr, content = checkpoint_with_sums(
                     partial(self._run_stage, index), *inputs, sums=sums

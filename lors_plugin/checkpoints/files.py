@@ -320,9 +320,7 @@ def write_all(writers: dict[Path, Callable]) -> None:
                 raise
             except Exception as error:
                 # What torch and safetensors make of a full disk.
-                raise OSError(
-                    f'{path} cannot be written: {error}'
-                ) from error
+                raise OSError(f'{path} cannot be written: {error}') from error
 
 
 def _read_torch(path: Union[str, Path], trust: bool, map_location: Any) -> Any:

@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lors_plugin.analysis import OperatorCounter
-from lors_plugin.analysis.formulas import (
-    _OURS,
+from lors_plugin.analysis.flops import (
     low_rank_products,
     mixing_multiply_adds,
     sampling_multiply_adds,
 )
+from lors_plugin.ops import adaptive_mixing
 
 # A stage of LORS-AdaMixer: an image, 100 queries.
 B, N, G, P, Q, C, RANK = 1, 100, 2, 64, 128, 128, 16
@@ -21,13 +22,13 @@ def giga(number):
     return f'{number / 1e9:.2f}'
 
 
-def test_operators_with_a_formula_exist():
-    import lors_plugin.ops  # noqa: F401 (registers them)
-
-    names = [key for key in _OURS if key.startswith('lors_plugin::')]
-    assert names
-    for name in names:
-        assert hasattr(torch.ops.lors_plugin, name.split('::')[1]), name
+def test_pytorch_counts_our_operators():
+    """Its counter takes two FLOPs per multiply-add."""
+    x, weights = torch.rand(2, 3, 2, 4, 8), torch.rand(2, 3, 2, 8 * 8 + 5 * 4)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        adaptive_mixing(x, weights, backend='torch')
+    mixing = mixing_multiply_adds(x.shape, weights.shape)['']
+    assert counter.get_total_flops() == 2 * mixing
 
 
 def test_products_of_mixing():
