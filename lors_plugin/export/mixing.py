@@ -5,7 +5,8 @@ from typing import Optional, Union
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lors_plugin.adamixer.mixing import AdaptiveMixing, LORSAdaptiveMixing
+from lors_plugin.adamixer.lors_mixing import LORSAdaptiveMixing
+from lors_plugin.adamixer.mixing import AdaptiveMixing
 from lors_plugin.lors.low_rank import LinearStack, LowRankLinearStack
 
 EPS = 1e-5
@@ -26,10 +27,6 @@ class ExportMixing(nn.Module):
     ) -> None:
         super().__init__()
         self.source = source
-
-    def one_pass(self) -> 'ExportMixing':
-        """What the stages call: without gradients there is nothing to sum."""
-        return self
 
     def forward(
         self, x: Tensor, query: Tensor, stage: Optional[int] = None

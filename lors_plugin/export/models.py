@@ -6,7 +6,8 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
-from lors_plugin.adamixer.mixing import AdaptiveMixing, LORSAdaptiveMixing
+from lors_plugin.adamixer.lors_mixing import LORSAdaptiveMixing
+from lors_plugin.adamixer.mixing import AdaptiveMixing
 from lors_plugin.adamixer.sampling import AdaptiveSampling3D
 from lors_plugin.reparam import reparameterize
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lors_plugin.adamixer.mixing import LORSAdaptiveMixing
+from lors_plugin.adamixer.lors_mixing import LORSAdaptiveMixing
 from lors_plugin.adamixer.self_attention import BoxSelfAttention
 from lors_plugin.analysis import OperatorCounter, count_model
 

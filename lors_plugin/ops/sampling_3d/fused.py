@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..memory import new_large
+from ..backend import new_large
 from .reads import by_point, find_reads
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..memory import new_large
+from ..backend import new_large
 from .fused import by_group
 from .reads import find_reads
 
