@@ -1,7 +1,6 @@
 """AdaMixer's decoder: stages, losses, detections."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Optional, Union
 
 import torch
@@ -205,13 +204,11 @@ class AdaMixerDecoder(BaseModule):
         levels = share_levels(feats, self.backend)
         scores, boxes, contents = [], [], []
         for index, stage in enumerate(self.stages):
-            inputs = (
-                levels,
-                content,
-                xyzr.detach(),
-                self.strides,
-                partial(self.mixing, stage=index),
-            )
+
+            def mix(x: Tensor, query: Tensor, stage: int = index) -> Tensor:
+                return self.mixing(x, query, stage)
+
+            inputs = levels, content, xyzr.detach(), self.strides, mix
             if self.with_cp and torch.is_grad_enabled():
                 outs = checkpoint(stage, *inputs, use_reentrant=False)
             else:

@@ -120,7 +120,7 @@ def _choose(
 _choose._dynamo_marked_constant = True
 
 
-def _requested(requested: str, with_cpu: bool) -> tuple[str, str]:
+def _requested(requested: str, with_cpu: bool = False) -> tuple[str, str]:
     """Return the name that counts and the variable or argument it is from."""
     name, source = requested, 'backend'
     choices = (*BACKENDS, 'cpu') if with_cpu else BACKENDS

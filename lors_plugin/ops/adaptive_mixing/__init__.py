@@ -157,7 +157,11 @@ def generated_mixing(
 def _product_dtype(*tensors: Tensor) -> torch.dtype:
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
     device = tensors[0].device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if (
+        dtype != torch.float64
+        and torch.amp.is_autocast_available(device)  # not so for 'meta'
+        and torch.is_autocast_enabled(device)
+    ):
         return torch.get_autocast_dtype(device)
     return dtype
 
