@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lors_plugin.ops.backend import keep_memory
 from lors_plugin.ops.dynamic_conv import chooses_reference
 from lors_plugin.ops.dynamic_conv.side_by_side import Pair, mean, to_images
-from lors_plugin.ops.memory import keep_memory
 
 from .dynamic_conv import DynamicConv2d
 from .ghost import ConvNorm, GhostBottleneck, GhostModule, SqueezeExcite
