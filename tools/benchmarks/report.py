@@ -13,7 +13,6 @@ COLUMNS = (
     'median', 'p20', 'p80', 'fastest', 'repeats', 'ratio', 'error', 'device',
     'device_name', 'threads', 'torch', 'triton', 'lors_plugin', 'config',
 )  # fmt: skip
-COLORS = ('#555555', '#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee')
 
 
 def device_name(device: torch.device) -> str:
@@ -162,7 +161,7 @@ def plot(rows: list[dict], path: Path) -> None:
         squeeze=False,
         layout='constrained',
     )
-    width = 0.8 / len(bars)
+    width, colors = 0.8 / len(bars), plt.get_cmap('tab20')
     for panel, axis in zip(panels, axes.flat):
         for index, bar in enumerate(bars):
             found = [
@@ -180,7 +179,7 @@ def plot(rows: list[dict], path: Path) -> None:
                     [r['ratio'] * abs(r[end] / r['median'] - 1) for r in found]
                     for end in ('p20', 'p80')
                 ],
-                color=COLORS[names.index(bar[:1]) % len(COLORS)],
+                color=colors(names.index(bar[:1]) % colors.N),
                 hatch='' if bar[1] == 'float32' else '///',
                 edgecolor='white',
                 label=' '.join(bar),
@@ -191,8 +190,9 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.spines[['top', 'right']].set_visible(False)
     ticks = [size.replace(', ', '\n', 1) for (size,) in sizes]
     axes[-1, 0].set_xticks(range(len(sizes)), ticks, fontsize=8)
-    axes[0, 0].legend(
-        fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1, 1)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, fontsize=7, frameon=False, loc='outside right upper'
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -15,9 +15,9 @@ in float32; benchmarks.csv has all of it, with versions and machine.
 
 On a machine with other work, `--clock process --threads 1` counts processor
 time. To compare two commits in one run, check the other one out (`git
-worktree add ../old COMMIT`) and add `--against ../old`: every implementation
-but reference and original then also runs with the package from there, in a
-child process that takes turns with this one.
+worktree add ../old COMMIT`) and add `--against ../old`: all implementations
+but the reference and what is independent of the commit then also run with the
+package from there, in a child process that takes turns with this one.
 """
 
 import argparse
@@ -169,6 +169,8 @@ def make_plan(name: str, args: argparse.Namespace) -> Plan:
     """Implementations to time, with dtypes; says what cannot run here."""
     case, plan = CASES[name], []
     wanted = args.implementations or case.implementations
+    # Its absence is worth a line also where it is not asked for by name.
+    fast = 'triton' if args.device.startswith('cuda') else 'cpu'
     for dtype in args.dtypes if case.memory else ['float32']:
         for each in case.implementations:
             if each not in wanted:
@@ -176,7 +178,9 @@ def make_plan(name: str, args: argparse.Namespace) -> Plan:
             reason = refusal(each, args.device, dtype)
             if not reason:
                 plan.append((each, dtype))
-            elif args.implementations and not args.list:
+            elif not args.list and (
+                args.implementations or (each, dtype) == (fast, 'float32')
+            ):
                 print(f'{name}: {each} in {dtype} left out: {reason}')
     return plan
 
@@ -277,7 +281,8 @@ def measure(name, size, args, report, other) -> None:
                 print(each.profile())
         return
     if other:
-        shared = [p for p in plan if p[0] not in ('reference', 'original')]
+        same = 'original', 'products', case.implementations[0]
+        shared = [pair for pair in plan if pair[0] not in same]
         there, more = other.prepare(name, size, shared, modes)
         here, errors = here + there, {**errors, **more}
     times = time_in_turns(
