@@ -103,14 +103,21 @@ class BuildLibrary(build_ext):
         """One name for all versions of Python."""
         return str(Path(*fullname.split('.'))) + '.so'
 
+    def build_extension(self, ext):
+        """Compile, and let the loader know a whole file and its sources."""
+        super().build_extension(ext)
+        digest = LOADER['hash_sources'](ROOT / PACKAGE / 'csrc')
+        LOADER['seal'](Path(self.get_ext_fullpath(ext.name)), digest)
+
+
+# What knows the library's flags and file format, without importing torch.
+LOADER = runpy.run_path(str(ROOT / PACKAGE / 'ops' / 'cpu_library.py'))
+
 
 def describe_library():
-    """Say how the compiled code is built, and from which sources."""
+    """Say how the compiled code is built."""
     # Relative, as setuptools wants them.
     sources = Path(PACKAGE, 'csrc')
-    loader = ROOT / PACKAGE / 'ops' / 'compiled_library.py'
-    names = runpy.run_path(str(loader))
-    digest = names['hash_sources'](ROOT / sources)
     return Extension(
         f'{PACKAGE}._cpu',
         [str(sources / 'mixing.cpp')],
@@ -118,8 +125,7 @@ def describe_library():
             'setup.py',
             *(str(p.relative_to(ROOT)) for p in (ROOT / sources).iterdir()),
         ],
-        define_macros=[('LORS_SOURCES', digest)],
-        extra_compile_args=names['FLAGS'],
+        extra_compile_args=LOADER['FLAGS'],
         extra_link_args=['-fopenmp'],
         language='c++',
         optional=True,

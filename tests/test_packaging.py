@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lors_plugin.ops.cpu_library import hash_sources, read_seal
+
 setuptools = pytest.importorskip('setuptools')
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +124,12 @@ def test_wheel(tmp_path, compiler):
         assert any(n.startswith('lors_plugin/.mim/configs/') for n in names)
     compiled = not compiler and shutil.which('g++') is not None
     assert ('lors_plugin/_cpu.so' in names) == compiled
+    if compiled:
+        library = zipfile.ZipFile(wheel).extract(
+            'lors_plugin/_cpu.so', tmp_path / 'wheel'
+        )
+        digest = hash_sources(ROOT / 'lors_plugin' / 'csrc')
+        assert read_seal(Path(library)) == (digest, '')
     # The checkout is left as it was.
     assert not (source / 'lors_plugin' / '_cpu.so').exists()
     assert not (source / 'lors_plugin' / '.mim').exists()

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lors_plugin.ops.adaptive_mixing import triton_kernels as mixing
+from lors_plugin.ops.adaptive_mixing.triton import launch as mixing
 from lors_plugin.ops.sampling_3d import triton_kernels as sampling
 
 # P, C, Q, parameter groups, rank; two groups of channels, four levels.

@@ -11,11 +11,11 @@ fixed order. There are no atomics: the result is deterministic.
 import triton
 import triton.language as tl
 
-from .triton_kernels_low_rank import (
+from .forward_steps import channel_step, matmul, spatial_step, store
+from .low_rank_backward import (
     channel_low_rank_bwd,
     spatial_low_rank_bwd,
 )
-from .triton_kernels_steps import channel_step, matmul, spatial_step, store
 
 
 @triton.jit

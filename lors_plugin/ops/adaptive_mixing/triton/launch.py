@@ -1,8 +1,8 @@
 """Launchers of the Triton kernels of adaptive mixing.
 
-``forward`` and ``backward`` have the signature of the plain PyTorch ones in
-``fused.py``. The choice of tiles and warps is a table, not an autotuner: a
-run is the same everywhere, and what runs is what the compile gate has seen.
+``forward`` and ``backward`` have the signature of those in ``torch_impl.py``.
+The choice of tiles and warps is a table, not an autotuner: a run is the same
+everywhere, and what runs is what the compile gate has seen.
 """
 
 from typing import Optional
@@ -10,8 +10,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..backend import triton_version
-from ..triton_kernels_launch import (
+from ...backend import triton_version
+from ...triton_utils import (
     block,
     capability,
     contiguous,
@@ -20,11 +20,12 @@ from ..triton_kernels_launch import (
     on,
     precision,
 )
-from . import LARGEST_TILE
-from .triton_kernels_backward import adaptive_mixing_bwd_kernel
-from .triton_kernels_forward import adaptive_mixing_fwd_kernel
-from .triton_kernels_steps import adaptive_mixing_fwd_kernel_steps
+from .. import LARGEST_TILE
+from .backward import adaptive_mixing_bwd_kernel
+from .forward import adaptive_mixing_fwd_kernel
+from .forward_steps import adaptive_mixing_fwd_kernel_steps
 
+Factors = tuple[Optional[Tensor], ...]
 PROGRAMS_PER_PROCESSOR = 2
 # Whether float32 products take slices of 8 numbers; 3.7 does not.
 SHORT_SLICES = triton_version() >= (3, 8)
@@ -141,22 +142,10 @@ def rows_first(left: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def forward(
-    x: Tensor,
-    weights: Tensor,
-    c_left: Optional[Tensor],
-    c_core: Optional[Tensor],
-    c_right: Optional[Tensor],
-    s_left: Optional[Tensor],
-    s_core: Optional[Tensor],
-    s_right: Optional[Tensor],
-    eps: float,
-) -> tuple:
-    """See :func:`lors_plugin.ops.adaptive_mixing`.
-
-    Returns:
-        tuple[Tensor]: The result, shape (B, N, G, Q, C), and mean and
-        reciprocal deviation of both norms, shape (B, N, G, 4), float32.
-    """
+    x: Tensor, weights: Tensor, factors: Factors, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See :func:`..op.mixing_forward`."""
+    c_left, c_core, c_right, s_left, s_core, s_right = factors
     size = sizes(x, weights, c_core, s_core)
     cap = capability(x.device)
     lead = x.shape[:3]
@@ -197,16 +186,12 @@ def backward(
     grad_out: Tensor,
     x: Tensor,
     weights: Tensor,
-    c_left: Optional[Tensor],
-    c_core: Optional[Tensor],
-    c_right: Optional[Tensor],
-    s_left: Optional[Tensor],
-    s_core: Optional[Tensor],
-    s_right: Optional[Tensor],
+    factors: Factors,
     stats: Tensor,
     eps: float,
-) -> tuple:
-    """Gradients of the eight inputs; None for absent ones."""
+) -> tuple[Optional[Tensor], ...]:
+    """See :func:`..op.mixing_backward`; None for absent factors."""
+    c_left, c_core, c_right, s_left, s_core, s_right = factors
     size = sizes(x, weights, c_core, s_core)
     cap = capability(x.device)
     num = x.shape[:3].numel()

@@ -7,7 +7,7 @@ written for them is the share of this query.
 import triton
 import triton.language as tl
 
-from .triton_kernels_steps import matmul, store
+from .forward_steps import matmul, store
 
 
 @triton.jit
