@@ -7,6 +7,7 @@ import codecs
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 
 _EXT_NAME = 'mmcv._ext'
@@ -147,3 +148,48 @@ def register_safe_globals() -> None:
             *dtypes,
         ]
     )
+
+
+def read_safely(trust: bool = False) -> None:
+    """Let the hosts read checkpoints and data files by our readers.
+
+    MMEngine executes the text of a config that a checkpoint holds when it
+    resumes, and so do inferencers that get no config; its fork reads a file
+    all the same that PyTorch refused as unsafe; pickles and YAML files of a
+    data set may run code. For the whole process. Every tool calls it; call
+    it yourself before ``init_detector``, an inferencer or a runner of your
+    own reads a file of somebody else.
+
+    Args:
+        trust (bool): Allow files to run code of their own while they are
+            read; texts of configs are left out all the same. Defaults to
+            False.
+    """
+    from mmengine.fileio import PickleHandler, YamlHandler, register_handler
+    from mmengine.logging import print_log
+    from mmengine.runner import CheckpointLoader
+
+    from lors_plugin.checkpoints import files, for_host, plain_data
+
+    register_safe_globals()
+    files.set_torch_policy(trust)
+    host_load = CheckpointLoader.load_checkpoint
+    host_load = getattr(host_load, 'by_host', host_load)
+
+    def load_checkpoint(cls, filename, map_location=None, logger='current'):
+        if '://' in str(filename):
+            content = host_load(filename, map_location, logger)
+        else:
+            print_log(f'Loads the checkpoint {filename}', logger=logger)
+            content = files.load_checkpoint_file(
+                os.path.expanduser(filename), trust, map_location or 'cpu'
+            )
+        return for_host.content_for_host(content, filename)
+
+    load_checkpoint.by_host = host_load
+    CheckpointLoader.load_checkpoint = classmethod(load_checkpoint)
+
+    pickles = PickleHandler if trust else plain_data.PlainPickleHandler
+    yaml = YamlHandler if trust else plain_data.PlainYamlHandler
+    register_handler(['pkl', 'pickle'])(pickles)
+    register_handler(['yaml', 'yml'])(yaml)

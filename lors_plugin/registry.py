@@ -29,7 +29,11 @@ HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='lors_plugin',
-    locations=['lors_plugin.engine.hooks'],
+    locations=[
+        'lors_plugin.engine.hooks',
+        'lors_plugin.adapters.hook',
+        'lors_plugin.lors.hook',
+    ],
 )
 
 METRICS = Registry(

@@ -1,9 +1,10 @@
 """Small helpers that several parts of the package need."""
 
 from collections.abc import Sequence
-from typing import Union
+from typing import Any, Union
 
 import torch
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
 
@@ -61,3 +62,69 @@ def has_own_forward(layer: nn.Module) -> bool:
 def at_least_float32(x: Tensor) -> Tensor:
     """Cast half-precision tensors up; leave float32 and float64 alone."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside parallel, test-time and compiling wrappers."""
+    while True:
+        if is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def part_of(model: nn.Module, name: str) -> nn.Module:
+    """Return a part of a model by its name, '' for the model itself.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        parts = [child for child, _ in model.named_children()]
+        raise ValueError(
+            f'{type(model).__name__} has no part {name!r}; there are {parts}, '
+            "and '' is the model itself"
+        ) from None
+
+
+def type_name(kind: Any) -> str:
+    """Return the name of a ``type`` in a config without its scope.
+
+    Args:
+        kind (str | type): A name, with or without scope, or in the new style
+            of configs a class.
+    """
+    return str(getattr(kind, '__name__', kind)).rsplit('.', 1)[-1]
+
+
+def few(names: Sequence, limit: int = 3) -> str:
+    """Join the first few names as text; 'none' if there are none."""
+    text = ', '.join(map(str, names[:limit])) or 'none'
+    return text + (', ...' if len(names) > limit else '')
+
+
+def text_table(rows: Sequence[Sequence], align: str = '<') -> str:
+    """Lay out rows as text in columns.
+
+    Args:
+        rows (Sequence[Sequence]): Cells of each line, the header's first.
+        align (str): ``'<'`` (left) or ``'>'`` (right) per column; the last
+            one holds for all further columns. Defaults to ``'<'``.
+
+    Returns:
+        str: One line per row, two spaces between columns.
+    """
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    align = align.ljust(len(widths), align[-1])
+    return '\n'.join(
+        '  '.join(
+            f'{cell:{side}{width}}'
+            for cell, side, width in zip(row, align, widths)
+        ).rstrip()
+        for row in rows
+    )

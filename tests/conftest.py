@@ -7,8 +7,10 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from mmengine.fileio.handlers.registry_utils import file_handlers
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
+from mmengine.runner import CheckpointLoader
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, FULL_SIZE = {}, {}
@@ -34,17 +36,22 @@ def compiled_here(tmp_path_factory):
 @pytest.fixture(autouse=True, scope='module')
 def nothing_left_behind():
     """Scopes and loggers of runners, the rank that tools put into the
-    environment, and the silence that they ask for."""
-    known = [k._instance_dict for k in (DefaultScope, MMLogger, MessageHub)]
-    before = [dict(instances) for instances in known]
+    environment, the readers that they set, and the silence they ask for."""
+    known = (DefaultScope, MMLogger, MessageHub)
+    before = [dict(kind._instance_dict) for kind in known]
     environment = dict(os.environ)
+    reader = vars(CheckpointLoader)['load_checkpoint']
+    handlers = dict(file_handlers)
     yield
+    CheckpointLoader.load_checkpoint = reader
+    file_handlers.update(handlers)
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
-    for instances, former in zip(known, before):
-        instances.clear()
-        instances.update(former)
+    for kind, former in zip(known, before):
+        # Another dict by now, where a scope was overwritten.
+        kind._instance_dict.clear()
+        kind._instance_dict.update(former)
     logging.disable(logging.NOTSET)
 
 

@@ -106,10 +106,12 @@ def test_triton_is_imported_lazily():
 # What each room may import of the package, beside itself. What is not
 # listed (engine, reparam, export, ...) may import
 # these rooms, never the reverse.
-LOWER = ('ops', 'registry', 'utils')
+LOWER = ('ops', 'registry', 'structure', 'utils')
 ROOMS = dict(
     ops=(),
+    checkpoints=('compat',),
     lors=LOWER,
+    adapters=(*LOWER, 'checkpoints'),
     adamixer=(*LOWER, 'lors'),
     parameternet=LOWER,
     language=LOWER,

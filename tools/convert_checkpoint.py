@@ -114,7 +114,7 @@ def convert(args):
     )
 
     content = load_checkpoint_file(args.src, args.trust)
-    state = weights_of(content, ema=not args.no_ema)
+    state = weights_of(content, not args.no_ema, args.src)
     source = args.source
     if source == 'auto':
         source = guess_source(state)

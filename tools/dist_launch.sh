@@ -32,7 +32,7 @@ print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
     fi
     # The checkout itself, for those who have not installed it.
     PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" \
-        -m torch.distributed.run \
+        "$TOOLS/dist_run.py" \
         --nnodes="$NNODES" \
         --node_rank="$NODE_RANK" \
         --master_addr="$MASTER_ADDR" \

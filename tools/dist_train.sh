@@ -8,6 +8,9 @@ Usage: bash tools/dist_train.sh CONFIG GPUS [arguments of tools/train.py]
 
 Environment: NNODES (1), NODE_RANK (0), MASTER_ADDR (127.0.0.1), PORT (a free
 one; 29500 with several nodes), PYTHON (python).
+
+Exit code 75: SIGTERM or SIGUSR1 asked the training to stop and it saved its
+state; start it again with --resume.
 USAGE
     exit 2
 fi

@@ -2,12 +2,13 @@
 
     python tools/export_onnx.py CONFIG CHECKPOINT OUT.onnx [--images *.jpg]
 
-The file takes RGB images from 0 to 255 (normalising is part of it) and any
-number of them, of any size. Before it is written, ONNX Runtime runs it at
-other numbers and sizes than it was made with, and what comes out is compared
-with PyTorch, on real images too where they are given. Above the tolerance
-nothing is written and the exit code is 1; 2 means a mistake in the command or
-the config. docs/en/user_guides/export.md describes inputs and outputs.
+The file takes RGB images from 0 to 255 (normalising is part of it), any
+number of them and, unless the model is a Swin, of any size. Before it is
+written, ONNX Runtime runs it at other numbers and sizes than it was made
+with, and the outputs are compared with PyTorch, on real images too where they
+are given. Above the tolerance nothing is written and the exit code is 1; 2
+means a mistake in the command or the config. docs/en/user_guides/export.md
+describes inputs and outputs.
 """
 
 import argparse
@@ -18,11 +19,41 @@ import sys
 import warnings
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+import torch
+from mmengine.config import DictAction
 
-import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
+import lors_plugin  # first: it makes mmcv.ops importable
+from lors_plugin.adamixer import AdaMixer
+from lors_plugin.build import (
+    build_model,
+    image_channels,
+    is_detector,
+    load_config,
+    padded_shape,
+    test_pipeline,
+    test_shape,
+    without_pretrained,
+)
+from lors_plugin.checkpoints import load_checkpoint_file, weights_of
+from lors_plugin.compat import read_safely
+from lors_plugin.export import (
+    ClassifierForExport,
+    DetectorForExport,
+    ExportError,
+    check_file,
+    export_file,
+    for_export,
+    takes_one_size,
+    write_file,
+)
+from lors_plugin.export.cases import (
+    classifier_case,
+    detector_case,
+    random_images,
+)
+from lors_plugin.export.grid_sample import SAMPLING
 from lors_plugin.export.models import INPUTS
-from lors_plugin.export.sampling import KINDS
+from lors_plugin.utils import type_name
 
 EXIT_DIFFERENT, EXIT_USER_ERROR = 1, 2
 RANDOM = 'none'
@@ -70,7 +101,7 @@ def parse_args(argv=None):
     )
     add(
         '--sampling',
-        choices=KINDS,
+        choices=SAMPLING,
         default='gather',
         help='how AdaMixer reads features (default: %(default)s); '
         'grid_sample needs a runtime that is right there, TensorRT was not',
@@ -85,8 +116,8 @@ def parse_args(argv=None):
         '--tolerance',
         type=float,
         default=1e-3,
-        help='largest error, relative to the longest side and the best score '
-        'of detections, or to the spread of logits (default: %(default)s)',
+        help='largest error, relative to the largest coordinate and the best '
+        'score of detections, or to the largest logit (default: %(default)s)',
     )
     add(
         '--images',
@@ -115,119 +146,76 @@ def parse_args(argv=None):
     return args
 
 
-def unfit(args, why):
-    """An error that names what does not fit what."""
-    return ValueError(
-        f'{args.checkpoint} does not fit {args.config}: {why}; adapters: '
-        'merge first by tools/reparam.py'
-    )
-
-
-def load_model(args):
+def load_model(cfg, args):
     """Build the model and load its weights, strictly.
 
     Returns:
-        tuple: The config, the model and the meta data of the checkpoint.
+        tuple: The model and the meta data of the checkpoint.
     """
-    from lors_plugin.analysis.builders import build_model
-    from lors_plugin.checkpoints import load_checkpoint_file, weights_of
-
-    if '::' in args.config:
-        from mmengine.hub import get_config
-
-        cfg = get_config(args.config)
-    else:
-        cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
-    if cfg.get('model') is None:
-        raise ValueError(f'{args.config} has no model')
-    if 'data_preprocessor' in cfg:  # as the Runner does
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    if 'pretrained' in cfg.model:
-        cfg.model.pretrained = None
-    backbone = cfg.model.get('backbone') or {}
-    backbone['init_cfg'] = None
-    model = build_model(cfg, empty=False)
+    cfg.model = without_pretrained(cfg.model)
+    model = build_model(cfg)
     if args.checkpoint == RANDOM:
         model.init_weights()
-        return cfg, model.eval(), {}
+        return model.eval(), {}
     content = load_checkpoint_file(args.checkpoint, args.trust)
-    weights = weights_of(content)
+    weights = weights_of(content, path=args.checkpoint)
+    why = ''
     try:
         missing, unknown = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).strip().split('\n')]
-        raise unfit(args, ' '.join(lines[1:3])) from error
-    # Hosts take out of a checkpoint what they compute anew, as Swin V2 does.
-    missing = [name for name in missing if name not in weights]
-    if missing or unknown:
-        kind, name = ('has no', missing) if missing else ('has', unknown)
-        raise unfit(args, f'it {kind} {name[0]}')
-    return cfg, model.eval(), content.get('meta') or {}
-
-
-def wrap(model, args):
-    """The module to export, and what makes cases for it."""
-    from lors_plugin.adamixer.detector import AdaMixer
-    from lors_plugin.analysis.builders import is_detector
-    from lors_plugin.export import (
-        ClassifierForExport,
-        DetectorForExport,
-        for_export,
-    )
-    from lors_plugin.export.cases import classifier_case, detector_case
-
-    name = type(model).__name__
-    if isinstance(model, AdaMixer):
-        module = DetectorForExport(
-            for_export(model, args.sampling), args.input
+        why = ' '.join(lines[1:3])
+    else:
+        # Hosts take out of a checkpoint what they compute anew, as Swin V2.
+        missing = [name for name in missing if name not in weights]
+        if missing or unknown:
+            kind = 'has no' if missing else 'has'
+            why = f'it {kind} {(missing or unknown)[0]}'
+    if why:
+        raise ValueError(
+            f'{args.checkpoint} does not fit {args.config}: {why}; adapters '
+            'in files of their own: merge first by tools/reparam.py'
         )
-        return module, lambda images: detector_case(model, images, args.input)
+    return model.eval(), content.get('meta') or {}
+
+
+def wrap(model, kind):
+    """Return the module to export, and a function that makes cases for it."""
+    if isinstance(model, AdaMixer):
+        module = DetectorForExport(for_export(model), kind)
+        return module, lambda images: detector_case(model, images, kind)
     if is_detector(model) or not hasattr(model, 'head'):
         raise ValueError(
-            f'{name} is neither a classifier nor an AdaMixer; other detectors '
-            'of MMDetection are not exported by this tool'
+            f'{type(model).__name__} is neither a classifier nor an AdaMixer; '
+            'other detectors of MMDetection are not exported by this tool'
         )
-    module = ClassifierForExport(for_export(model), args.input)
+    module = ClassifierForExport(for_export(model), kind)
     return module, lambda images: classifier_case(
-        model, images, args.input, module.several
+        model, images, kind, module.several
     )
-
-
-def channels_of(model):
-    """Channels of the images: 1 for gray ones."""
-    for module in model.backbone.modules():
-        if hasattr(module, 'in_channels') and hasattr(module, 'kernel_size'):
-            return module.in_channels
-    return 3
 
 
 def read_image(path, cfg):
-    """An image as the test pipeline makes it: BGR, uint8, (3, H, W)."""
-    import torch
+    """Read an image by the test pipeline: BGR, uint8, (channels, H, W)."""
     from mmcv.transforms import Compose
     from mmengine.registry import DefaultScope
 
-    from lors_plugin.engine.preflight import type_name
-
     if not Path(path).is_file():
         raise FileNotFoundError(f'the image {path} does not exist')
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
     steps = [
         step
-        for step in dataset.pipeline
+        for step in test_pipeline(cfg)
         if 'Annotations' not in type_name(step['type'])
     ]
+    if not steps:
+        raise ValueError('--images: the config has no test pipeline')
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         packed = Compose(steps)(dict(img_path=str(path), img_id=0))
     return packed['inputs'].to(torch.uint8)
 
 
 def run_case(make_case, images):
-    """A case, or what the model has against the images in PyTorch."""
+    """Make a case; explain why the model does not take the images."""
     try:
         return make_case(images)
     except (AssertionError, RuntimeError) as error:
@@ -240,9 +228,7 @@ def run_case(make_case, images):
 
 
 def random_case(make_case, number, shapes, channels):
-    """A case of the first size that the model takes in PyTorch."""
-    from lors_plugin.export.cases import random_images
-
+    """Make a case of the first size that the model takes in PyTorch."""
     for shape in shapes:
         images = random_images(number, shape, number, channels)
         try:
@@ -252,23 +238,19 @@ def random_case(make_case, number, shapes, channels):
                 raise
 
 
-def make_cases(make_case, cfg, model, shape, smallest, args):
-    """What to compare: other numbers, other sizes, real images."""
-    from lors_plugin.analysis.builders import padded_shape
-
+def make_cases(make_case, cfg, model, shape, args):
+    """Make what to compare: other numbers, other sizes, real images."""
     height, width = shape
     wanted = [(1, [shape])]
     if not args.static:
         wanted.append((3, [shape]))
-    if not (args.static or args.fixed_size):
+    if not args.fixed_size:
         # Odd ones, unless the model itself takes only round ones.
         wanted += [
             (2, [(height + 33, width + 95), (height + 32, width + 96)]),
             (3, [(width + 63, height + 1), (width + 64, height)]),
         ]
-        if smallest is not None:
-            wanted.append((2, [smallest]))
-    channels = channels_of(model)
+    channels = image_channels(model)
     try:
         cases = [random_case(make_case, *case, channels) for case in wanted]
     except ValueError as error:
@@ -278,7 +260,7 @@ def make_cases(make_case, cfg, model, shape, smallest, args):
     for path in args.images:
         image = read_image(path, cfg)
         size = padded_shape(model, tuple(image.shape[1:]))
-        if size != shape and (args.static or args.fixed_size):
+        if size != shape and args.fixed_size:
             raise ValueError(
                 f'{path} becomes {size} by the test pipeline, but the file '
                 f'is for {shape}; set --shape'
@@ -287,8 +269,8 @@ def make_cases(make_case, cfg, model, shape, smallest, args):
     return cases
 
 
-def describe(cfg, module, meta, shape, smallest, args):
-    """What the file says about itself."""
+def describe(cfg, module, meta, shape, args):
+    """Collect the meta data of the file."""
     dataset_meta = meta.get('dataset_meta') or cfg.get('metainfo') or {}
     normalize = module.normalize
     flat = {
@@ -307,64 +289,52 @@ def describe(cfg, module, meta, shape, smallest, args):
         mean=flat.get('mean'),
         std=flat.get('std'),
         shape=list(shape),
-        smallest_shape=list(smallest or ()),
         size_divisor=getattr(preprocessor, 'pad_size_divisor', 1),
         sampling=args.sampling if 'boxes' in module.outputs else '',
     )
 
 
 def export(args):
-    """Do what the arguments say; return a sentence about it."""
-    from lors_plugin.analysis.builders import padded_shape, test_shape
-    from lors_plugin.export import (
-        check_file,
-        export_file,
-        smallest_shape,
-        write_file,
-    )
-
-    cfg, model, meta = load_model(args)
-    module, make_case = wrap(model, args)
-    shape = tuple(args.shape or test_shape(cfg))
-    shape = padded_shape(model, shape * 2 if len(shape) == 1 else shape)
-    smallest = smallest_shape(module)
-    if smallest and (shape[0] < smallest[0] or shape[1] < smallest[1]):
-        raise ValueError(
-            f'images of {shape[0]} x {shape[1]} are too small for the '
-            f'windows of the model, which take {smallest[0]} x {smallest[1]} '
-            'and larger; set --shape'
-        )
-    open_size = not (args.static or args.fixed_size)
-    smallest = smallest if open_size else None
+    """Export as the arguments say; return a sentence about it."""
+    cfg = load_config(args.config, args.cfg_options)
+    read_safely(args.trust)
+    model, meta = load_model(cfg, args)
+    one_size = takes_one_size(model)
+    args.fixed_size |= args.static or one_size
+    module, make_case = wrap(model, args.input)
+    shape = tuple((args.shape * 2)[:2]) if args.shape else test_shape(cfg)
+    shape = padded_shape(model, shape)
     number = 1 if args.static else 2
-    inputs, _ = random_case(make_case, number, [shape], channels_of(model))
+    channels = image_channels(model)
+    inputs, _ = random_case(make_case, number, [shape], channels)
     content = export_file(
         module.eval(),
         inputs,
         args.opset,
         not args.static,
-        open_size,
-        describe(cfg, module, meta, shape, smallest, args),
+        not args.fixed_size,
+        describe(cfg, module, meta, shape, args),
+        args.sampling,
     )
     text = 'not compared with PyTorch'
     if args.check:
-        cases = make_cases(make_case, cfg, model, shape, smallest, args)
+        cases = make_cases(make_case, cfg, model, shape, args)
         error = check_file(content, cases, args.tolerance)
         text = f'largest error {error:.1e} in {len(cases)} comparisons'
     write_file(content, args.out)
-    if smallest and max(smallest) > 1:
-        text += f', for images of {smallest[0]} x {smallest[1]} and larger'
+    if one_size:
+        text += (
+            f', for images of {shape[0]} x {shape[1]} alone: the windows of '
+            'Swin are exported for one size'
+        )
     return f'{args.out}: {len(content) / 1e6:.1f} MB, {text}'
 
 
 def main(argv=None):
-    """Export; say what is wrong, and write nothing then."""
+    """Export; after an error nothing is written."""
     args = parse_args(argv)
     warnings.filterwarnings('ignore')
     logging.disable(logging.WARNING)
-    from lors_plugin.checkpoints import ConversionError
-    from lors_plugin.export import ExportError
-
     try:
         # PyTorch prints the whole program where it cannot go on.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -384,9 +354,7 @@ def main(argv=None):
             )
         sys.stderr.write(f'error: {error}{hint}\nnothing was written\n')
         return EXIT_DIFFERENT
-    except (
-        ConversionError, ValueError, TypeError, KeyError, OSError, ImportError
-    ) as error:  # fmt: skip
+    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
         sys.stderr.write(f'error: {error}\nnothing was written\n')
         return EXIT_USER_ERROR
     return 0

@@ -128,7 +128,13 @@ show_progress() {
 run_logged() {
     local log="$1"
     shift
-    if ! "$@" 2>&1 | tee "$log" | show_progress; then
+    local codes
+    "$@" 2>&1 | tee "$log" | show_progress && codes=(0) ||
+        codes=("${PIPESTATUS[@]}")
+    if [ "${codes[0]}" = 75 ]; then
+        printf '\nstopped by a signal; the same command goes on from here\n' >&2
+        exit 75
+    elif [ "${codes[*]}" != 0 ]; then
         printf '\nLast lines of %s:\n' "$log" >&2
         tail -n 15 "$log" >&2
         fail "step $step of $steps failed: $2" "The whole log: $log" \
@@ -182,8 +188,8 @@ train() {
         fi
     done
     if [ $retrain = 0 ] && [ ! -f "$finished" ] &&
-        [ -n "$(last_checkpoint)" ]; then
-        say "going on from $(last_checkpoint)"
+        [ -f "$work_dir/last_checkpoint" ]; then
+        say "going on with the training in $work_dir"
         arguments+=(--resume)
     else
         rm -f "$finished" "$work_dir/last_checkpoint"

@@ -14,13 +14,39 @@ the files; nothing is written then. docs/en/user_guides/reparam.md says more.
 import argparse
 import sys
 import warnings
+from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from tool_utils import user_errors
 
 import lors_plugin  # noqa: F401  (makes mmcv.ops importable)
+from lors_plugin.adapters import is_adapter_checkpoint
+from lors_plugin.build import image_channels, load_config, test_shape
+from lors_plugin.checkpoints.files import (
+    checkpoint_writer,
+    load_checkpoint_file,
+    read_weights,
+    weights_of,
+    write_all,
+)
+from lors_plugin.compat import read_safely
+from lors_plugin.reparam.compare import (
+    compare_costs,
+    compare_outputs,
+    own_rounding,
+)
+from lors_plugin.reparam.deploy import deploy
+from lors_plugin.reparam.structure import (
+    adapted_model,
+    build_base,
+    rename,
+    trained_model,
+)
+from lors_plugin.utils import text_table
 
 EXIT_DIFFERENT = 1
 TOLERANCES = dict(float32=1e-4, float16=2e-2, bfloat16=1e-1)
@@ -28,6 +54,7 @@ MISTAKES = (ValueError, OSError)
 # Also what models raise that cannot run: without compiled operators, say.
 RUNNING = (*MISTAKES, RuntimeError)
 BUILDING = (*MISTAKES, TypeError, KeyError, AssertionError, ImportError)
+MEGA, GIGA = 1e6, 1e9
 
 
 def parse_args(argv=None):
@@ -101,7 +128,7 @@ def parse_args(argv=None):
 
 
 def add_adapter_arguments(parser):
-    """What concerns files of adapters."""
+    """Add the options about files of adapters."""
     group = parser.add_argument_group('adapters in files of their own')
     group.add_argument(
         '--adapter',
@@ -132,7 +159,7 @@ def add_adapter_arguments(parser):
 
 
 def add_comparing_arguments(parser):
-    """What concerns the comparison of outputs and costs."""
+    """Add the options about the comparison of outputs and costs."""
     group = parser.add_argument_group('comparison')
     group.add_argument(
         '--images', nargs='+', metavar='FILE', help='default: random ones'
@@ -172,62 +199,264 @@ def add_comparing_arguments(parser):
     )
 
 
-def load_config(args):
-    """Read the config of the training."""
-    if '::' in args.config:
-        from mmengine.hub import get_config
+@dataclass
+class Job:
+    """One file to read and two to write.
 
-        cfg = get_config(args.config)
-    else:
-        if not Path(args.config).is_file():
-            raise FileNotFoundError(f'there is no config {args.config}')
-        cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
-    if cfg.get('model') is None:
-        raise ValueError(f'{args.config} has no model')
-    return cfg
+    Attributes:
+        source (str): The checkpoint or the adapter file.
+        out (Path): Where the weights go.
+        out_config (Path): Where the config goes.
+    """
+
+    source: str
+    out: Path
+    out_config: Path
 
 
-def load_images(args, cfg):
-    """Images as uint8 tensors (3, H, W), all of one shape."""
-    from lors_plugin.analysis import test_shape
+def adapter_jobs(sources, out_dir):
+    """List a job per adapter file, named after it.
 
-    height, width = args.shape or test_shape(cfg)
-    if args.images is None:
-        rng = torch.Generator().manual_seed(args.seed)
-        shape = (args.num_images, 3, height, width)
-        return list(
-            torch.randint(256, shape, generator=rng, dtype=torch.uint8)
+    Files of equal names get the names of their directories too.
+    """
+    paths = [Path(path) for path in sources]
+    counts = Counter(path.stem for path in paths)
+    jobs = []
+    for path in paths:
+        name = path.stem
+        if counts[name] > 1:
+            name = f'{path.resolve().parent.name}_{name}'
+        out = Path(out_dir) / f'{name}{path.suffix}'
+        jobs.append(Job(str(path), out, out.with_suffix('.py')))
+    if len({job.out_config for job in jobs}) < len(jobs):
+        raise ValueError(
+            f'--adapter: two of {sources} have the same name and directory; '
+            'merge them in separate calls'
         )
+    return jobs
+
+
+def check_paths(jobs, config, base=None, force=False):
+    """Check all paths before anything that takes time."""
+    checkpoints = [job.source for job in jobs] + ([base] if base else [])
+    for path in checkpoints:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f'the checkpoint {path} is not there')
+    inputs = {Path(path).resolve() for path in (config, *checkpoints)}
+    for job in jobs:
+        if job.out == job.out_config:
+            raise ValueError(
+                f'{job.out} would be both weights and config; name the '
+                'weights .pth or .safetensors, or give --out-config'
+            )
+        if job.out.parent.is_file():
+            raise ValueError(
+                f'{job.out.parent} is a file; OUT needs a directory'
+            )
+        for out in (job.out, job.out_config):
+            if out.resolve() in inputs:
+                raise ValueError(
+                    f'{out} is read too; write somewhere else (OUT, '
+                    '--out-config)'
+                )
+            if out.is_dir():
+                raise ValueError(f'{out} is a directory; name a file')
+            if out.exists() and not force:
+                raise ValueError(f'{out} exists; --force overwrites it')
+
+
+def load_images(paths, shape, channels, number=2, seed=0):
+    """Read images, or make random ones.
+
+    Args:
+        paths (list[str], optional): Files; None for random images.
+        shape (tuple[int]): Height and width of all images.
+        channels (int): 1 or 3 for files.
+        number (int): Of random images.
+        seed (int): Of random images.
+
+    Returns:
+        list[Tensor]: Of shape (channels, H, W), uint8.
+    """
+    height, width = shape
+    if paths is None:
+        rng = torch.Generator().manual_seed(seed)
+        size = (number, channels, height, width)
+        return list(torch.randint(256, size, generator=rng, dtype=torch.uint8))
     import mmcv
 
+    if channels not in (1, 3):
+        raise ValueError(f'--images: the model takes {channels} channels')
     images = []
-    for path in args.images:
+    for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f'--images: there is no {path}')
-        image = mmcv.imread(path)
+        flag = 'color' if channels == 3 else 'grayscale'
+        image = mmcv.imread(path, flag=flag)
         if image is None:
             raise ValueError(f'--images: {path} is no image')
         image = mmcv.imresize(image, (width, height))
-        images.append(torch.from_numpy(image).permute(2, 0, 1).contiguous())
+        image = torch.from_numpy(image).view(height, width, channels)
+        images.append(image.permute(2, 0, 1).contiguous())
     return images
+
+
+def load_model(
+    source, cfg, base, base_file=None, trust=False, ema=True, renamed=(),
+    scale=None,
+):  # fmt: skip
+    """Load a trained model.
+
+    Args:
+        source (str): A checkpoint, or with ``base_file`` an adapter file.
+        cfg (Config): Of the training.
+        base (nn.Module): From ``build_base``; not changed.
+        base_file (str, optional): Weights that the adapters belong to.
+        trust (bool): Allow files to run code of their own.
+        ema (bool): Take averaged weights where there are any.
+        renamed (list[tuple]): Keys to rename, expressions and replacements.
+        scale (float, optional): Of adapters in the original layout.
+
+    Returns:
+        tuple: The model, and the meta data of the file.
+    """
+    content = load_checkpoint_file(source, trust)
+    state = weights_of(content, ema, source)
+    if not is_adapter_checkpoint(content):
+        state = rename(state, renamed)
+    if base_file is None:
+        model = trained_model(
+            deepcopy(base), cfg, content, state, source, scale
+        )
+    else:
+        weights = read_weights(base_file, trust, ema)
+        model, proven = adapted_model(
+            base, cfg, content, state, source, weights, base_file, scale
+        )
+        if not proven:
+            print(
+                f'{source} does not say which base it was trained on: it is '
+                'not checked'
+            )
+    return model, content.get('meta') or {}
+
+
+def differences(before, after, images, tolerance):
+    """Compare outputs and print the differences.
+
+    Returns:
+        str: Why the models are not the same, '' if they are.
+    """
+    found = compare_outputs(before, after, images)
+    for item in found:
+        print(f'  {item}')
+    if all(item.within(tolerance) for item in found):
+        return ''
+    text = f'the merged model is not the same (tolerance {tolerance:g})'
+    if hasattr(before, 'extract_feat'):
+        share = own_rounding(before, images).relative
+        text += (
+            '; without merging, its features in float32 are '
+            f'{share:.2g} of the largest value from those in float64'
+        )
+    return text
+
+
+def report_costs(before, after, shape, batches, repeats):
+    """Print the costs of the trained and the merged model."""
+    rows = [('', 'parameters', 'mult-adds', *(f'batch {n}' for n in batches))]
+    costs = compare_costs([before, after], shape, batches, repeats)
+    for name, cost in zip(('before', 'merged'), costs):
+        times = (f'{1000 * s:.1f} ms' for s in cost.seconds.values())
+        rows.append(
+            (
+                name,
+                f'{cost.parameters / MEGA:.3f} M',
+                f'{cost.multiply_adds / GIGA:.3f} G',
+                *times,
+            )
+        )
+    for line in text_table(rows, '<>').split('\n'):
+        print(f'  {line}')
+
+
+def merge(
+    job, model, meta, cfg, images, dtype, tolerance, batches=(1,), repeats=0
+):
+    """Merge a model, compare it and write it.
+
+    Args:
+        job (Job): The job.
+        model (nn.Module): The trained model; not changed.
+        meta (dict): Meta data of its file.
+        cfg (Config): Of the training.
+        images (list[Tensor]): To compare outputs with.
+        dtype (torch.dtype): Of the written weights.
+        tolerance (float): Largest difference that is allowed.
+        batches (list[int]): Batch sizes to time.
+        repeats (int): Passes to time; 0 for no costs.
+
+    Returns:
+        bool: False if outputs differ; nothing is written then.
+    """
+    result = deploy(model, cfg, dtype)
+    print(f'{job.source}: {result.merged} modules merged')
+    text = differences(model, result.model, images, tolerance)
+    if text:
+        sys.stderr.write(f'error: {job.source}: {text}; nothing was written\n')
+        return False
+    if repeats:
+        shape = tuple(images[0].shape[1:])
+        report_costs(model, result.model, shape, batches, repeats)
+    for note in result.notes:
+        print(f'  config: {note}')
+    text = result.cfg.pretty_text
+    write_all(
+        {
+            job.out: checkpoint_writer(job.out, result.content(meta)),
+            job.out_config: lambda path: path.write_text(text, 'utf-8'),
+        }
+    )
+    print(f'  written: {job.out}, {job.out_config}')
+    return True
 
 
 def main(argv=None):
     """Merge; a mistake of the user's ends with exit code 2."""
     args = parse_args(argv)
     warnings.filterwarnings('ignore')
-    from reparam_jobs import Jobs
-
-    with user_errors('the config cannot be read', args.debug, (Exception,)):
-        cfg = load_config(args)
     with user_errors('', args.debug, MISTAKES):
-        jobs = Jobs(args, cfg, load_images(args, cfg))
+        if args.adapter:
+            jobs = adapter_jobs(args.adapter, args.out)
+        else:
+            out = Path(args.out)
+            config = Path(args.out_config or out.with_suffix('.py'))
+            jobs = [Job(args.checkpoint, out, config)]
+        check_paths(jobs, args.config, args.base, args.force)
+    with user_errors('the config cannot be read', args.debug, (Exception,)):
+        cfg = load_config(args.config, args.cfg_options)
+    read_safely(args.trust)
     with user_errors('the model cannot be built', args.debug, BUILDING):
-        jobs.build()
+        base = build_base(cfg)
     with user_errors('', args.debug, RUNNING):
-        same = [jobs.run(job) for job in jobs.all()]
+        shape = args.shape or test_shape(cfg)
+        channels = image_channels(base)
+        images = load_images(
+            args.images, shape, channels, args.num_images, args.seed
+        )
+        same = []
+        for job in jobs:
+            model, meta = load_model(
+                job.source, cfg, base, args.base, args.trust, not args.no_ema,
+                args.rename, args.scale,
+            )  # fmt: skip
+            dtype = getattr(torch, args.dtype)
+            same.append(
+                merge(
+                    job, model, meta, cfg, images, dtype, args.tolerance,
+                    args.batches, args.repeats,
+                )
+            )  # fmt: skip
     return 0 if all(same) else EXIT_DIFFERENT
 
 

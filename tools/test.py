@@ -21,6 +21,7 @@ from tool_utils import (
 
 import lors_plugin  # noqa: F401  (makes mmcv.ops importable)
 from lors_plugin.adapters import AdapterFileError
+from lors_plugin.checkpoints import ConversionError
 from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
@@ -137,7 +138,7 @@ def main(argv=None):
             )
         if args.out:
             runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
-        with user_errors('', args.debug, (AdapterFileError,)):
+        with user_errors('', args.debug, (AdapterFileError, ConversionError)):
             runner.test()
     finally:
         finish_distributed()

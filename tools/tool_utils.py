@@ -14,7 +14,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from lors_plugin.compat import register_safe_globals
+from lors_plugin.compat import read_safely
 from lors_plugin.engine.preflight import (
     check_classes,
     check_data_paths,
@@ -126,9 +126,7 @@ def load_config(args):
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = f'./work_dirs/{Path(args.config).stem}'
-    register_safe_globals()
-    if args.trust:  # where the Runner reads the file again
-        os.environ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'] = '1'
+    read_safely(args.trust)  # where the Runner reads files
     set_host_defaults(cfg)
     return cfg
 

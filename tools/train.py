@@ -2,15 +2,19 @@
 
     python tools/train.py CONFIG [--amp] [--resume] [--cfg-options ...]
 
-Exit code 2 means a mistake in the command, the config or the data.
+Exit code 2 means a mistake in the command, the config or the data, or that a
+checkpoint could not be written. Exit code 75 means that SIGTERM or SIGUSR1
+asked the training to stop and that it saved its state: start it again with
+--resume.
 """
 
 import argparse
+import contextlib
+import os
 import sys
 
 import torch
 from mmengine.logging import print_log
-from mmengine.runner import find_latest_checkpoint
 from tool_utils import (
     add_common_arguments,
     build_runner,
@@ -23,11 +27,18 @@ from tool_utils import (
 
 import lors_plugin  # noqa: F401  (makes mmcv.ops importable)
 from lors_plugin.adapters import AdapterFileError
+from lors_plugin.checkpoints import ConversionError
 from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
 )
+from lors_plugin.engine.hooks.checkpoint_hook import (
+    CheckpointWriteError,
+    ResumeError,
+)
 from lors_plugin.engine.preflight import type_name
+from lors_plugin.engine.resume import checkpoint_to_resume
+from lors_plugin.engine.run_lock import WorkDirInUseError, run_lock
 
 AUTOCAST = 'lors_plugin.AutocastOptimWrapper'
 
@@ -52,7 +63,13 @@ def parse_args(argv=None):
         const='auto',
         metavar='CHECKPOINT',
         help='go on from that checkpoint, or without a value from the '
-        'newest one in the working directory',
+        'newest whole one in the working directory',
+    )
+    parser.add_argument(
+        '--ignore-lock',
+        action='store_true',
+        help='train although another process trains in the same working '
+        'directory',
     )
     parser.add_argument(
         '--auto-scale-lr',
@@ -125,7 +142,7 @@ def check_start(runner, cfg, trust=False):
     """Check that the checkpoint to start from belongs to the model."""
     path = cfg.get('load_from')
     if cfg.get('resume') and not path:
-        path = find_latest_checkpoint(cfg.work_dir)
+        path = checkpoint_to_resume(cfg.work_dir, trust)
         if path is None:
             print_log(
                 f'--resume: no checkpoint in {cfg.work_dir}; training starts '
@@ -133,11 +150,14 @@ def check_start(runner, cfg, trust=False):
                 logger='current',
             )
             return
-        check_checkpoint_path(path, f'{cfg.work_dir}/last_checkpoint')
+        # Else the runner would take what `last_checkpoint` names, unseen.
+        runner._load_from = path
     if not path:
         return
     share = 0.0 if cfg.get('resume') else 0.5
-    fit = check_checkpoint(runner.model, path, share, trust, runner.hooks)
+    fit = check_checkpoint(
+        runner.model, path, share, trust, runner.hooks, bool(cfg.get('resume'))
+    )
     if not fit.complete:
         print_log(
             f'load_from: {fit.describe()}\nThe rest keeps its '
@@ -154,16 +174,38 @@ def main(argv=None):
         apply_args(cfg, args)
     phases = ['train', 'val'] if cfg.get('val_cfg') is not None else ['train']
     check_config(cfg, phases, args)
+    with user_errors('', args.debug, (WorkDirInUseError,)), lock(cfg, args):
+        train(cfg, args)
+    return 0
+
+
+def lock(cfg, args):
+    """Lock the work directory, on the rank that writes."""
+    ranks = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
+    if cfg.launcher != 'none' and any(
+        os.environ.get(name, '0') != '0' for name in ranks
+    ):
+        return contextlib.nullcontext()
+    return run_lock(cfg.work_dir, args.ignore_lock)
+
+
+def train(cfg, args):
+    """Train what a config describes."""
     prepare_distributed(cfg, args.debug)
     try:
         runner = build_runner(cfg, args.debug)
         with user_errors('', args.debug):
             check_start(runner, cfg, args.trust)
-        with user_errors('', args.debug, (AdapterFileError,)):
+        kinds = (
+            AdapterFileError,
+            CheckpointWriteError,
+            ConversionError,
+            ResumeError,
+        )
+        with user_errors('', args.debug, kinds):
             runner.train()
     finally:
         finish_distributed()
-    return 0
 
 
 if __name__ == '__main__':

@@ -3,5 +3,9 @@ _base_ = 'mmdet::_base_/default_runtime.py'
 # Lets other launchers than ours import MMDetection without compiled operators.
 custom_imports = dict(imports=['lors_plugin'], allow_failed_imports=False)
 
-# A resumed training goes on exactly as if it had not stopped.
-default_hooks = dict(epoch_seed=dict(type='lors_plugin.EpochSeedHook'))
+default_hooks = dict(
+    # A resumed training goes on exactly as if it had not stopped.
+    epoch_seed=dict(type='lors_plugin.EpochSeedHook'),
+    # Neither a kill nor a full disk loses a run.
+    checkpoint=dict(type='lors_plugin.CheckpointHook'),
+)

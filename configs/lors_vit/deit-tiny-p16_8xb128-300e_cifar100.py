@@ -4,7 +4,9 @@ _base_ = 'mmpretrain::deit/deit-tiny_4xb256_in1k.py'
 # Lets other launchers than ours import the host without compiled operators.
 custom_imports = dict(imports=['lors_plugin'], allow_failed_imports=False)
 default_hooks = dict(
-    checkpoint=dict(max_keep_ckpts=2, save_best='auto'),
+    checkpoint=dict(
+        type='lors_plugin.CheckpointHook', max_keep_ckpts=2, save_best='auto'
+    ),
     epoch_seed=dict(type='lors_plugin.EpochSeedHook'),
 )
 

@@ -3,6 +3,10 @@
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 
 custom_imports = dict(imports=['lors_plugin'], allow_failed_imports=False)
+default_hooks = dict(
+    epoch_seed=dict(type='lors_plugin.EpochSeedHook'),
+    checkpoint=dict(type='lors_plugin.CheckpointHook'),
+)
 
 model = dict(
     backbone=dict(

@@ -201,18 +201,14 @@ class AdaMixerDecoder(BaseModule):
             classes), the corners of the boxes in pixels (L, B, N, 4), both
             in float32 at least, and the contents (L, B, N, D).
         """
-        number = content.shape[1]
-        calls = [(number, *c) for c in zip(self.num_groups, self.in_points)]
-        levels = share_levels(
-            feats, self.strides, calls, self.backend, xyzr.dtype
-        )
+        levels = share_levels(feats, self.backend)
         scores, boxes, contents = [], [], []
         for index, stage in enumerate(self.stages):
 
             def mix(x: Tensor, query: Tensor, stage: int = index) -> Tensor:
                 return self.mixing(x, query, stage)
 
-            inputs = levels[index], content, xyzr.detach(), self.strides, mix
+            inputs = levels, content, xyzr.detach(), self.strides, mix
             if self.with_cp and torch.is_grad_enabled():
                 outs = checkpoint(stage, *inputs, use_reentrant=False)
             else:

@@ -7,7 +7,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from lors_plugin.lors.low_rank import (
+from lors_plugin.lors import (
     AdaptiveLowRankStack,
     LinearStack,
     LowRankLinearStack,

@@ -8,7 +8,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from lors_plugin.ops import sampling_3d
+from lors_plugin.ops import SharedLevels, sampling_3d
 from lors_plugin.registry import MODELS
 
 from .box_geometry import box_sizes
@@ -16,14 +16,14 @@ from .box_geometry import box_sizes
 
 @MODELS.register_module()
 class AdaptiveSampling3D(BaseModule):
-    """Each query chooses where it looks, in the plane and in scale.
+    """Sample features at points that each query chooses, in plane and scale.
 
     Paper: `AdaMixer <https://arxiv.org/abs/2203.16507>`_, section 3.1.
 
     Args:
         embed_dims (int): Query width ``D``.
         num_groups (int): Groups ``G``, each with points of its own.
-        num_points (int): Points a group ``P``.
+        num_points (int): Points per group ``P``.
         backend (str): Of :func:`lors_plugin.ops.sampling_3d`.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
@@ -43,8 +43,8 @@ class AdaptiveSampling3D(BaseModule):
         self.offsets = nn.Linear(embed_dims, num_groups * num_points * 3)
 
     def init_weights(self) -> None:
-        """Start at a grid of cell centres, or at random where P is no
-        square, one level finer than the box."""
+        """Start from a grid of cell centres, or at random where P is not a
+        square number, one level finer than the box."""
         super().init_weights()
         nn.init.zeros_(self.offsets.weight)
         bias = self.offsets.bias.data.view(self.num_groups, self.num_points, 3)
@@ -85,15 +85,30 @@ class AdaptiveSampling3D(BaseModule):
         """Sample all levels.
 
         Args:
-            feats (Sequence[Tensor] | PackedLevels): Levels of shape
-                (B, G C, H_l, W_l), or from
-                :func:`lors_plugin.ops.share_levels`.
+            feats (Sequence[Tensor] | SharedLevels): Levels of shape
+                (B, G C, H_l, W_l), or what
+                :func:`lors_plugin.ops.share_levels` returns for them.
             content (Tensor): Content of the queries, shape (B, N, D).
             xyzr (Tensor): Boxes of the queries, shape (B, N, 4).
-            strides (Sequence[int]): Pixels a cell of each level.
+            strides (Sequence[int]): Pixels per cell of each level.
 
         Returns:
             Tensor: Shape (B, N, G, P, C).
+
+        Raises:
+            RuntimeError: If a stage runs under a checkpoint that goes back
+                through the levels by itself.
         """
+        if (
+            isinstance(feats, SharedLevels)
+            and feats.table.requires_grad
+            and not torch.is_grad_enabled()
+        ):
+            raise RuntimeError(
+                'levels that need a gradient are sampled without one, as in '
+                "MMEngine's activation_checkpointing of a stage, which would "
+                'run backward through the neck once per stage; set '
+                'with_cp=True in the decoder instead'
+            )
         points = self.points(content, xyzr)
         return sampling_3d(feats, points, strides, self.backend)

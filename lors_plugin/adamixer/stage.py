@@ -114,9 +114,9 @@ class AdaMixerStage(BaseModule):
         """Refine the queries once.
 
         Args:
-            feats (Sequence[Tensor] | PackedLevels): Levels of shape
-                (B, G C, H_l, W_l), or from
-                :func:`lors_plugin.ops.share_levels`.
+            feats (Sequence[Tensor] | SharedLevels): Levels of shape
+                (B, G C, H_l, W_l), or what
+                :func:`lors_plugin.ops.share_levels` returns for them.
             content (Tensor): Content of the queries, shape (B, N, D).
             xyzr (Tensor): Boxes of the queries, shape (B, N, 4), detached.
             strides (Sequence[int]): Pixels a cell of each level.

@@ -1,14 +1,20 @@
-"""RepAdapter: adapters that vanish into the layers behind them."""
+"""RepAdapter: adapters that merge into the layers behind them."""
 
-from .file_checks import AdapterFileError, is_adapter_checkpoint
-from .files import (
+from .adapter import RepAdapter
+from .checkpoint import (
+    AdapterFileError,
     adapter_checkpoint,
+    fingerprint,
+    is_adapter_checkpoint,
     load_adapter_checkpoint,
     remove_adapters,
 )
-from .fingerprint import fingerprint
-from .inject import AdapterReport, adapters_of, inject_adapters
-from .rep_adapter import RepAdapter
+from .inject import (
+    AdapterReport,
+    adapters_of,
+    build_adapted_model,
+    inject_adapters,
+)
 from .sites import SiteError
 
 __all__ = [
@@ -18,6 +24,7 @@ __all__ = [
     'SiteError',
     'adapter_checkpoint',
     'adapters_of',
+    'build_adapted_model',
     'fingerprint',
     'inject_adapters',
     'is_adapter_checkpoint',

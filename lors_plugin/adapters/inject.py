@@ -1,22 +1,29 @@
-"""Put adapters into a model, freeze the rest, and say what was done."""
+"""Put adapters into a model and freeze the rest."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
+from mmengine.logging import print_log
+from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from lors_plugin.registry import MODELS
+from lors_plugin.structure import build_module
+from lors_plugin.utils import few, part_of
+
+from .adapter import RepAdapter
+from .dry_run import parameters_without_gradient
 from .presets import as_patterns, match, patterns_of
-from .rep_adapter import RepAdapter
-from .sites import SiteError, site_of
+from .sites import SiteError, site_at
 
 CHILD = 'rep_adapter'
 
 
 @dataclass
 class AdapterReport:
-    """What an injection did.
+    """Adapted layers of a model, and counts of its parameters.
 
     Attributes:
         adapted (list[str]): Names of the adapted layers in the model.
@@ -30,7 +37,7 @@ class AdapterReport:
     frozen: dict
 
     def table(self) -> str:
-        """Counts of each part as text, one line a part."""
+        """Format the counts as text, one line per part."""
         rows = [('part', 'trained', 'frozen')]
         for part in dict.fromkeys([*self.trained, *self.frozen]):
             rows.append(
@@ -53,7 +60,7 @@ class AdapterReport:
 
 
 def adapters_of(model: nn.Module) -> dict[str, RepAdapter]:
-    """Adapters of a model by the name of the layer that they adapt."""
+    """Return the adapters of a model by the names of their layers."""
     return {
         name.removesuffix(f'.{CHILD}'): module
         for name, module in model.named_modules()
@@ -73,14 +80,14 @@ def inject_adapters(
     scale: float = 1.0,
     dropout: float = 0.1,
 ) -> AdapterReport:
-    """Adapt the layers of a backbone and freeze what they were.
+    """Adapt the layers of a backbone and freeze its other weights.
 
     RepAdapter, section 3.3. Keys of the weights that were there do not
-    change, so pretrained checkpoints load as before. Everything is checked
-    before the model is touched.
+    change, so pretrained checkpoints load as before. A model is either
+    changed or, after an error, as it was.
 
     Args:
-        model (nn.Module): A detector, a classifier, or a bare backbone.
+        model (nn.Module): A detector, a classifier, or a backbone.
         module (str): Name of the part to adapt and freeze; '' for the whole
             model. Defaults to 'backbone'.
         targets (Sequence[str], optional): Patterns (full match) of the layers
@@ -97,10 +104,11 @@ def inject_adapters(
         AdapterReport: Layers and counts.
 
     Raises:
-        ValueError: If nothing fits, a layer cannot be adapted exactly, or
-            the model has adapters already.
+        SiteError: If a layer cannot be adapted exactly, or its adapter would
+            never run; a ``ValueError``.
+        ValueError: If nothing fits or the model has adapters already.
     """
-    host = _submodule(model, module)
+    host = part_of(model, module)
     if adapters_of(host):
         raise ValueError(
             f'{module or "the model"} has adapters already; merge them '
@@ -113,7 +121,7 @@ def inject_adapters(
     adapters = {}
     for name in names:
         try:
-            site = site_of(host.get_submodule(name))
+            site = site_at(host, name)
         except SiteError as error:
             raise SiteError(f'{_join(module, name)}: {error}') from None
         adapters[name] = RepAdapter(
@@ -125,10 +133,87 @@ def inject_adapters(
             site.channel_dim,
         )
 
+    trained = {p for p in host.parameters() if p.requires_grad}
     for key, param in host.named_parameters():
         param.requires_grad_(key in kept and param.requires_grad)
     attach(host, adapters)
+    idle = idle_adapters(host)
+    if idle:
+        detach(host, list(adapters))
+        for param in trained:
+            param.requires_grad_(True)
+        raise SiteError(
+            f'no output of {module or "the model"} depends on {len(idle)} of '
+            f'the adapted layers: {few([_join(module, n) for n in idle])}. '
+            'Their weights are read without a call, or they lie behind the '
+            'outputs that are used (out_indices?); exclude them or give '
+            'other targets'
+        )
     return report_of(model)
+
+
+@MODELS.register_module(name='AdaptedModel')
+def build_adapted_model(
+    module: dict,
+    part: str = '',
+    data_preprocessor: Optional[dict] = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a module with adapters in it.
+
+    The result is the module itself, not a wrapper: its class is the one that
+    its host expects, and keys have no further prefix. Unlike a hook, the
+    entry holds wherever a model is built. Train it with a
+    ``RepAdapterHook`` beside it, which then keeps frozen statistics and
+    watches gradients.
+
+    Args:
+        module (dict): Config of any module, such as a backbone.
+        part (str): Name of the part of it to adapt and freeze. Defaults to
+            the module itself.
+        data_preprocessor (dict, optional): Of a whole model; the runner
+            gives it.
+        **options: Of :func:`inject_adapters`.
+
+    Returns:
+        nn.Module: The module that ``module`` describes, changed.
+
+    Examples:
+        >>> backbone = dict(
+        ...     type='lors_plugin.AdaptedModel',
+        ...     module=dict(type='VisionTransformer', arch='deit-tiny'),
+        ...     scale=0.5,
+        ... )
+    """
+    built = build_module(module, data_preprocessor)
+    report = inject_adapters(built, module=part, **options)
+    print_log(f'RepAdapter\n{report.table()}', logger='current')
+    return built
+
+
+def idle_adapters(host: nn.Module) -> list[str]:
+    """Find adapters on which no output depends.
+
+    Args:
+        host (nn.Module): Adapted. A backbone for images is run without
+            values; of a whole model of MMEngine its backbone, since
+            ``mode='tensor'`` leaves out what only a loss runs.
+
+    Returns:
+        list[str]: Names of their layers; none if the host cannot run so.
+    """
+    part = ''
+    if isinstance(host, BaseModel):
+        part = 'backbone'
+        if not isinstance(getattr(host, part, None), nn.Module):
+            return []
+    biases = {
+        f'{name}.{CHILD}.up_bias': _join(part, name)
+        for name, adapter in adapters_of(part_of(host, part)).items()
+        if adapter.up_bias.requires_grad
+    }
+    idle = parameters_without_gradient(part_of(host, part), list(biases))
+    return [biases[name] for name in idle or ()]
 
 
 def attach(model: nn.Module, adapters: dict[str, RepAdapter]) -> None:
@@ -160,7 +245,7 @@ def detach(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def adapt_input(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
-    """Forward pre-hook: the first input goes through the adapter.
+    """Adapt the first input of a layer (a forward pre-hook).
 
     A function of the module, with no state of its own, so that copies of a
     model (EMA) use their own adapters.
@@ -180,19 +265,8 @@ def remove_hook(layer: nn.Module) -> None:
             layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        parts = [child for child, _ in model.named_children()]
-        raise ValueError(
-            f'{type(model).__name__} has no part {name!r}; there are {parts}, '
-            "and module='' adapts the model itself"
-        ) from None
-
-
 def _placed(host: nn.Module, name: str) -> str:
-    """The layer in whose forward the tokens really arrive.
+    """Find the layer whose forward gets the tokens.
 
     BEiT's attention with ``q_bias`` and ``v_bias`` uses the weights of its
     ``qkv`` without calling it; without them it calls it. That of Swin V2
@@ -211,7 +285,7 @@ def _placed(host: nn.Module, name: str) -> str:
 def _without(
     host: nn.Module, names: Sequence[str], exclude: Sequence[str]
 ) -> list:
-    """Layers to adapt, without those that are excluded by any name."""
+    """Return the layers to adapt without those excluded by any name."""
     known = {}  # all names by which a layer can be meant
     for name in names:
         layer = _placed(host, name)
@@ -244,7 +318,7 @@ def _reads_weights(attention: nn.Module) -> bool:
 
 
 def _parameters(host: nn.Module, patterns: Sequence[str]) -> set:
-    """Names of the parameters that patterns of modules or names choose."""
+    """Return the parameters that patterns of modules or names choose."""
     if not patterns:
         return set()
     modules = {name for name, _ in host.named_modules()}
@@ -271,7 +345,7 @@ def _full_matches(pattern: str, names: Sequence[str]) -> set:
 
 
 def report_of(model: nn.Module) -> AdapterReport:
-    """Adapted layers of a model, and what of it is trained."""
+    """Report the adapted layers of a model, and what of it is trained."""
     trained, frozen = {}, {}
     for name, param in model.named_parameters():
         parts = name.split('.')

@@ -1,11 +1,16 @@
-"""Where an adapter can sit: layers whose weights can swallow an affine map.
+"""Check where an adapter can sit, and merge it into the weights there.
 
 A site is a module that gets the adapter as a child and adapts its input. It
-must be able to take ``x @ matrix + offset`` into its own weights exactly;
-anything else is refused here, with the reason, before a model is touched.
+must be called, not only read, by the module around it, and must be able to
+take ``x @ matrix + offset`` into its own weights exactly. Anything else is
+refused here, with the reason, before a model is touched.
 """
 
-from typing import NamedTuple
+import ast
+import functools
+import inspect
+import textwrap
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +19,7 @@ from lors_plugin.utils import has_own_forward
 
 
 class SiteError(ValueError):
-    """An adapter cannot be placed before this module, and why."""
+    """An adapter cannot be placed before this module."""
 
 
 class Site(NamedTuple):
@@ -29,8 +34,81 @@ class Site(NamedTuple):
     channel_dim: int
 
 
+def site_at(model: nn.Module, name: str) -> Site:
+    """Describe the adapter that a layer of a model can have.
+
+    Args:
+        model (nn.Module): Any part of a model.
+        name (str): Of the layer in it.
+
+    Returns:
+        Site: Channels and layout of its input.
+
+    Raises:
+        SiteError: If the layer cannot have one, see :func:`site_of`, or the
+            module around it reads its weights instead of calling it.
+    """
+    parent_name, _, own = name.rpartition('.')
+    parent = model.get_submodule(parent_name)
+    if own in read_only_layers(type(parent)):
+        raise SiteError(
+            f'{type(parent).__name__} reads the weights of {own} and never '
+            'calls it, so an adapter there would never run; adapt another '
+            'layer, such as the first of the FFN'
+        )
+    return site_of(model.get_submodule(name))
+
+
+@functools.cache
+def read_only_layers(kind: type) -> frozenset[str]:
+    """Find the layers of a module whose weights are read without a call.
+
+    As ``nn.MultiheadAttention`` does with ``out_proj``, and the attention of
+    torchvision's Swin with ``qkv``. By the source of the class, if there is
+    one: layers that appear as ``self.name.weight`` or ``self.name.bias`` and
+    never as ``self.name`` otherwise. Code that initialises does not count.
+
+    Args:
+        kind (type): Class of the module.
+
+    Returns:
+        frozenset[str]: Names of the layers in the module.
+    """
+    read, used = set(), set()
+    for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError, SyntaxError):
+            return frozenset()
+        for function in tree.body[0].body:
+            name = getattr(function, 'name', '')
+            if not any(word in name for word in ('init', 'reset', 'load')):
+                _collect_uses(function, read, used)
+    return frozenset(read - used)
+
+
+def _collect_uses(node: ast.AST, read: set[str], used: set[str]) -> None:
+    """Sort uses of ``self.name`` into reads of its weights and others."""
+    name = _name_of_self(getattr(node, 'value', None))
+    if isinstance(node, ast.Attribute) and name is not None:
+        (read if node.attr in ('weight', 'bias') else used).add(name)
+        return
+    own = _name_of_self(node)
+    if own is not None:
+        used.add(own)
+        return
+    for child in ast.iter_child_nodes(node):
+        _collect_uses(child, read, used)
+
+
+def _name_of_self(node: Optional[ast.AST]) -> Optional[str]:
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.attr if node.value.id == 'self' else None
+    return None
+
+
 def site_of(module: nn.Module) -> Site:
-    """Say what an adapter before ``module`` must look like.
+    """Describe the adapter that a module can have.
 
     Args:
         module (nn.Module): ``nn.Linear``, ``nn.Conv2d`` or the attention of
@@ -76,6 +154,11 @@ def _check_affine(layer: nn.Module) -> None:
         raise SiteError(
             'its weight is computed from others (a parametrization?), which '
             'could not take the adapter; adapt another layer'
+        )
+    if not layer.weight.is_floating_point():
+        raise SiteError(
+            f'its weights are {layer.weight.dtype}, which cannot take the '
+            'adapter; adapt the model before it is quantized'
         )
     if has_own_forward(layer) and not _pads_by_size(layer):
         raise SiteError(

@@ -1,20 +1,23 @@
 """What a model costs: parameters, multiply-adds, memory for activations."""
 
-from .builders import (
+from lors_plugin.build import test_shape
+
+from .counts import (
     ConfigCounts,
+    ModelCounts,
+    OperatorCounter,
+    PartCounts,
     UncountableError,
     count_config,
+    count_model,
     make_forward,
-    test_shape,
 )
-from .counter import OperatorCounter
 from .expert_usage import (
     ExpertUsage,
     LayerUsage,
     collapsed_layers,
     usage_table,
 )
-from .model_counts import ModelCounts, PartCounts, count_model
 from .parts import part_of
 from .weightless import WeightlessModel
 

@@ -8,14 +8,24 @@ from .convert import (
     to_lors_plugin,
     to_original,
 )
-from .files import load_checkpoint_file, save_checkpoint_file, weights_of
+from .files import (
+    MissingCheckpointError,
+    load_checkpoint_file,
+    read_weights,
+    save_checkpoint_file,
+    weights_of,
+)
+from .plain_data import load_pickle_file
 
 __all__ = [
     'ConversionError',
+    'MissingCheckpointError',
     'backbone_keys',
     'backbone_problems',
     'guess_source',
     'load_checkpoint_file',
+    'load_pickle_file',
+    'read_weights',
     'save_checkpoint_file',
     'to_lors_plugin',
     'to_original',

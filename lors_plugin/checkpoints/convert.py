@@ -20,7 +20,7 @@ BACKBONE = 'backbone.'
 
 
 class ConversionError(ValueError):
-    """A state dict does not fit the key map; nothing was converted."""
+    """A checkpoint cannot be read or converted; nothing was written."""
 
 
 def guess_source(state: StateDict) -> str:

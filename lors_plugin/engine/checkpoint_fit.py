@@ -4,32 +4,32 @@ MMEngine loads what fits and logs the rest, so a model that was loaded with
 the weights of another architecture runs, and its results look like a bug.
 """
 
-import contextlib
 import dataclasses
 import math
-import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Optional
-from unittest import mock
 
+import numpy as np
 from mmengine.hooks import Hook
-from mmengine.runner import CheckpointLoader
+from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
 from lors_plugin.adapters import is_adapter_checkpoint
-from lors_plugin.adapters.file_checks import check_base, check_trained, read
-from lors_plugin.adapters.fingerprint import unwrapped
+from lors_plugin.adapters.checkpoint import (
+    check_base,
+    check_trained,
+    read_adapter_file,
+)
 from lors_plugin.adapters.inject import CHILD
 from lors_plugin.checkpoints import (
     ConversionError,
     guess_source,
     load_checkpoint_file,
+    weights_of,
 )
-from lors_plugin.compat import register_safe_globals
 from lors_plugin.lors.plain_weights import read_plain_weights
+from lors_plugin.utils import few, unwrapped
 
 
 @dataclasses.dataclass
@@ -70,111 +70,8 @@ class CheckpointFit:
             ('unknown', self.unexpected),
         ):
             if names:
-                dots = ', ...' if len(names) > limit else ''
-                lines.append(f'  {title}: {", ".join(names[:limit])}{dots}')
+                lines.append(f'  {title}: {few(names, limit)}')
         return '\n'.join(lines)
-
-
-@contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
-    """Forbid every ``torch.load`` to run code of a file."""
-    with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD='1'):
-        os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)
-        yield
-
-
-def _read_checkpoint(path: str, trust: bool) -> dict:
-    """Read a file or, by MMEngine, what an address names.
-
-    MMEngine reads an unsafe file all the same, with a warning.
-    """
-    if '://' not in path:
-        return load_checkpoint_file(path, trust)
-    register_safe_globals()
-    with contextlib.nullcontext() if trust else _weights_only():
-        return CheckpointLoader.load_checkpoint(
-            path, map_location='cpu', logger='silent'
-        )
-
-
-def read_content(path: str, trust: bool = False) -> Any:
-    """Read all that a checkpoint file holds.
-
-    Args:
-        path (str): A file or an address that MMEngine loads from.
-        trust (bool): Allow the file to run code of its own while it is
-            read. Defaults to False.
-
-    Raises:
-        ValueError: If the file cannot be read or not without ``trust``.
-    """
-    try:
-        return _read_checkpoint(path, trust)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        if not trust and UnpicklingError in map(
-            type, (error, error.__cause__)
-        ):
-            raise ValueError(
-                f'{path} holds more than weights and plain values, or is '
-                'damaged; nothing was loaded. If you trust where it comes '
-                'from, add --trust: the file may then run code of its own\n'
-                f'({error})'
-            ) from error
-        raise ValueError(
-            f'{path} cannot be read as a checkpoint '
-            f'({type(error).__name__}: {error}); was its download or its '
-            'training interrupted?'
-        ) from error
-
-
-def read_state_dict(path: str, trust: bool = False) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint file.
-
-    Args:
-        path (str): A file or an address that MMEngine loads from.
-        trust (bool): Allow the file to run code of its own while it is
-            read. Defaults to False.
-
-    Returns:
-        dict[str, Tensor]: The weights, without the prefix of a parallel
-        wrapper.
-
-    Raises:
-        ValueError: If there is none, or the file cannot be read or not
-            without ``trust``.
-    """
-    return weights_in(read_content(path, trust), path)
-
-
-def weights_in(content: Any, path: str) -> dict[str, Tensor]:
-    """Take the weights out of what a checkpoint file holds.
-
-    With an EMA, MMEngine stores the averaged weights as ``state_dict``.
-
-    Args:
-        content (Any): What was read.
-        path (str): The file, for the error message.
-
-    Returns:
-        dict[str, Tensor]: The weights, without the prefix of a parallel
-        wrapper.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    state = content
-    if isinstance(content, dict) and 'state_dict' in content:
-        state = content['state_dict']
-    weights = {
-        re.sub(r'^module\.', '', name): value
-        for name, value in (state.items() if isinstance(state, dict) else ())
-        if isinstance(value, Tensor)
-    }
-    if not weights:
-        raise ValueError(f'{path} holds no weights (no `state_dict`)')
-    return weights
 
 
 def compare(
@@ -249,6 +146,7 @@ def check_checkpoint(
     max_unmatched: float = 0.0,
     trust: bool = False,
     hooks: Optional[Sequence[Hook]] = None,
+    resume: bool = False,
 ) -> CheckpointFit:
     """Check that a checkpoint belongs to a model.
 
@@ -265,6 +163,8 @@ def check_checkpoint(
             read. Defaults to False.
         hooks (Sequence[Hook], optional): The runner's; without the one that
             reads adapter files, these are refused.
+        resume (bool): Whether training goes on from it, which needs its
+            counters too. Defaults to False.
 
     Returns:
         CheckpointFit: The comparison, for the log.
@@ -272,7 +172,9 @@ def check_checkpoint(
     Raises:
         ValueError: If it does not.
     """
-    content = read_content(path, trust)
+    content = load_checkpoint_file(path, trust)
+    if resume:
+        check_resumable(content, path)
     model = unwrapped(model)
     for hook in hooks or ():
         # Some change the model, but only once the run starts.
@@ -281,11 +183,36 @@ def check_checkpoint(
     entries = model.state_dict()
     if is_adapter_checkpoint(content):
         return _check_adapter_file(entries, content, path, hooks)
-    file = weights_in(content, path)
+    file = weights_of(content, path=path)
     _check_no_adapters_lost(entries, file, path, hooks)
+    return check_weights(model, file, path, max_unmatched)
+
+
+def check_weights(
+    model: nn.Module,
+    file: dict[str, Tensor],
+    path: str,
+    max_unmatched: float = 0.0,
+) -> CheckpointFit:
+    """Check that weights belong to a model.
+
+    Args:
+        model (:obj:`nn.Module`): The model, not wrapped, with its adapters
+            and shared stacks.
+        file (dict[str, Tensor]): The weights.
+        path (str): Where they come from, for the message.
+        max_unmatched (float): See :func:`check_checkpoint`. Defaults to 0.
+
+    Returns:
+        CheckpointFit: The comparison.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    file = dict(file)
     # A model with shared stacks takes plain weights too.
     read_plain_weights(model, file)
-    fit = compare(entries, file)
+    fit = compare(model.state_dict(), file)
     original = is_original(file)
     enough = 0 < fit.unmatched_share <= max_unmatched and not original
     if fit.complete or enough:
@@ -305,6 +232,96 @@ def check_checkpoint(
         f'{path} does not fit the model of this config: {fit.describe()}\n'
         f'{remedy}'
     )
+
+
+def check_resumable(content: dict, path: str) -> None:
+    """Check that a checkpoint holds what training needs to go on.
+
+    MMEngine takes all of it as it is.
+
+    Args:
+        content (dict): The checkpoint.
+        path (str): The file, for the message.
+
+    Raises:
+        ValueError: If something is missing or of another type.
+    """
+    meta, hub = content.get('meta'), content.get('message_hub')
+    if meta is None or hub is None:
+        raise ValueError(
+            f'{path} holds weights without the state of a training (no '
+            'meta or message_hub), so nothing can be resumed. To start from '
+            'its weights, use load_from without --resume'
+        )
+    log = hub.get('log_scalars') if isinstance(hub, dict) else None
+    wrong = [
+        *_of_other_types('', content, _STATE),
+        *_of_other_types('meta.', meta, _META),
+        *_of_other_types('message_hub.', hub, _HUB),
+        *(
+            f'message_hub.log_scalars.{name}'
+            for name, value in (log if isinstance(log, dict) else {}).items()
+            if isinstance(value, HistoryBuffer) and not _is_history(value)
+        ),
+    ]
+    if wrong:
+        raise ValueError(
+            f'{path} is no checkpoint that training can go on from: '
+            f'{"; ".join(wrong[:4])}. Use one that train.py wrote'
+        )
+
+
+# Types of what MMEngine writes: whether it must be there, and its types.
+_STATE = dict(
+    meta=(True, dict),
+    message_hub=(True, dict),
+    optimizer=(False, dict),
+    param_schedulers=(False, (list, dict)),
+    ema_state_dict=(False, dict),
+)
+_META = dict(
+    epoch=(True, int),
+    iter=(True, int),
+    seed=(False, int),
+    dataset_meta=(False, dict),
+)
+_HUB = dict(
+    log_scalars=(True, dict),
+    runtime_info=(True, dict),
+    resumed_keys=(True, dict),
+)
+
+
+def _of_other_types(
+    prefix: str, values: Any, types: dict[str, tuple]
+) -> list[str]:
+    """Describe the entries whose types are not the expected ones."""
+    if not isinstance(values, dict):
+        return []
+    wrong = []
+    for name, (needed, kinds) in types.items():
+        value = values.get(name)
+        if value is None and not needed:
+            continue
+        good = isinstance(value, kinds) and not isinstance(value, bool)
+        if not good or (kinds is int and value < 0):
+            shown = 'missing' if name not in values else repr(value)[:40]
+            wrong.append(f'{prefix}{name} is {shown}')
+    return wrong
+
+
+def _is_history(buffer: HistoryBuffer) -> bool:
+    """Whether a log history has the arrays that it is made of."""
+    try:
+        values, counts = buffer.data
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return all(
+        isinstance(array, np.ndarray)
+        and array.ndim == 1
+        and array.dtype.kind in 'fiu'
+        for array in (values, counts)
+    ) and len(values) == len(counts)
 
 
 def _check_no_adapters_lost(
@@ -340,9 +357,9 @@ def _check_adapter_file(
             'merged adapters'
         )
     try:
-        meta, state, _ = read(content)
-        check_trained(entries, meta, state)
-        check_base(entries, meta, values=False)
+        file = read_adapter_file(content)
+        check_trained(entries, file)
+        check_base(entries, file.meta, values=False)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
     return CheckpointFit([], [], [], len(entries), 0.0)

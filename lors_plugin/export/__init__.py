@@ -1,28 +1,30 @@
-"""Models as ONNX files: rewritten for export, written, and compared.
+"""Export models as ONNX files, and compare those with PyTorch.
 
 ``onnx`` and ``onnxruntime`` are optional and imported where they are used.
 """
 
-from .models import ClassifierForExport, DetectorForExport, for_export
+from .models import (
+    ClassifierForExport,
+    DetectorForExport,
+    for_export,
+    takes_one_size,
+)
 from .onnx_file import (
     ExportError,
     check_file,
-    compare,
     export_file,
     new_session,
     write_file,
 )
-from .windows import smallest_shape
 
 __all__ = [
     'ClassifierForExport',
     'DetectorForExport',
     'ExportError',
     'check_file',
-    'compare',
     'export_file',
     'for_export',
     'new_session',
-    'smallest_shape',
+    'takes_one_size',
     'write_file',
 ]

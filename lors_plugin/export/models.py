@@ -1,56 +1,82 @@
 """Whole models as functions from images to results, ready for export."""
 
 import copy
+from functools import partial
 
 import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
-from lors_plugin.adamixer.lors_mixing import LORSAdaptiveMixing
-from lors_plugin.adamixer.mixing import AdaptiveMixing
-from lors_plugin.adamixer.sampling import AdaptiveSampling3D
 from lors_plugin.reparam import reparameterize
 
 from .dynamic_layers import replace_dynamic
-from .mixing import ExportMixing
-from .sampling import ExportSampling
-from .windows import replace_windows
 
 INPUTS = ('float', 'uint8', 'normalized')
 
 
-def for_export(model: nn.Module, sampling: str = 'gather') -> nn.Module:
-    """A copy of a model that exporters can follow.
+def for_export(model: nn.Module) -> nn.Module:
+    """Copy a model into a form that exporters can follow.
 
     Branches and adapters are merged, dynamic layers become batched products,
-    windows of any map are laid out in tensors, and operators of this package
-    give way to plain ones.
+    operators of this package run by their reference implementation, and
+    windows of Swin leave the number of images open.
 
     Args:
-        model (nn.Module): Left as it is.
-        sampling (str): How AdaMixer reads features: 'gather' or
-            'grid_sample'. Defaults to 'gather'.
+        model (nn.Module): Not changed.
 
     Returns:
-        nn.Module: In evaluation mode.
+        nn.Module: In evaluation mode, without gradients.
     """
     model = revert_sync_batchnorm(copy.deepcopy(model)).eval()
     reparameterize(model)
     replace_dynamic(model)
-    replace_windows(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, AdaptiveSampling3D):
-                setattr(parent, name, ExportSampling(child, sampling))
-            elif isinstance(child, (AdaptiveMixing, LORSAdaptiveMixing)):
-                setattr(parent, name, ExportMixing(child))
-        if isinstance(getattr(parent, 'backend', None), str):
-            parent.backend = 'reference'
+    for module in model.modules():
+        if isinstance(getattr(module, 'backend', None), str):
+            module.backend = 'reference'
+        if _has_windows(module):
+            module.window_reverse = partial(_join_windows, module.window_size)
     return model.requires_grad_(False)
 
 
+def takes_one_size(model: nn.Module) -> bool:
+    """Return whether the exported model takes images of one size only.
+
+    Swin of MMPretrain and MMDetection computes padding, shifts and masks of
+    its windows with Python numbers, which an exporter writes into the file.
+
+    Args:
+        model (nn.Module): A detector or a classifier.
+    """
+    return any(map(_has_windows, model.modules()))
+
+
+def _has_windows(module: nn.Module) -> bool:
+    return any(
+        kind.__name__ == 'ShiftWindowMSA' for kind in type(module).__mro__
+    )
+
+
+def _join_windows(
+    side: int, windows: Tensor, height: int, width: int, *_
+) -> Tensor:
+    """Join windows without counting the images, as the hosts do by ``int``.
+
+    Args:
+        side (int): Of a window.
+        windows (Tensor): Shape (B windows, side, side, C).
+        height (int): Of the map.
+        width (int): Of the map.
+
+    Returns:
+        Tensor: Shape (B, height, width, C).
+    """
+    grid = (height // side, width // side, side, side, windows.shape[-1])
+    x = windows.reshape(-1, *grid).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, height, width, windows.shape[-1])
+
+
 class Normalize(nn.Module):
-    """From pixels to what the model's data preprocessor would give.
+    """Normalise images as the model's data preprocessor does.
 
     Args:
         preprocessor (nn.Module): Of a detector or a classifier.
@@ -82,13 +108,13 @@ class Normalize(nn.Module):
 
 
 def order_of(preprocessor: nn.Module) -> str:
-    """'RGB' or 'BGR': what the model sees; files are read as BGR."""
-    converts = getattr(preprocessor, '_channel_conversion', False)
-    return (
-        'RGB'
-        if converts or getattr(preprocessor, 'to_rgb', False)
-        else ('BGR')
-    )
+    """Return the order of channels that the model sees, 'RGB' or 'BGR'.
+
+    Files are read as BGR.
+    """
+    flags = ('_channel_conversion', 'to_rgb')
+    converts = any(getattr(preprocessor, flag, False) for flag in flags)
+    return 'RGB' if converts else 'BGR'
 
 
 class ClassifierForExport(nn.Module):
@@ -143,7 +169,7 @@ class DetectorForExport(nn.Module):
 
     @property
     def known_sizes(self) -> dict:
-        """dict: What exporters do not find out, by output and dimension."""
+        """dict: Sizes that exporters do not infer, by output and axis."""
         number = {1: self.number}
         return dict(boxes={**number, 2: 4}, scores=number, labels=number)
 
@@ -185,7 +211,7 @@ class DetectorForExport(nn.Module):
         return boxes, scores, index % self.num_classes
 
     def _cover_padding(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Give padding the value that it has in training and testing.
+        """Set padding to its value in training and testing.
 
         The preprocessor pads behind normalising; raw pixels are padded
         before, with anything.

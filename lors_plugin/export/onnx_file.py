@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lors_plugin.checkpoints.files import replace_file
+from lors_plugin.reparam.compare import detections_difference, difference
+
+from .grid_sample import sampled_by
+
 OLDEST_OPSET, OPSET = 16, 17
-FLOOR = 1e-6  # of pixels and scores
-FLOAT_FLOOR, TINY = 1e-3, 1e-30
 
 
 class ExportError(RuntimeError):
@@ -28,21 +30,24 @@ def export_file(
     dynamic_batch: bool = True,
     dynamic_size: bool = True,
     metadata: Optional[dict] = None,
+    sampling: str = 'gather',
 ) -> bytes:
     """Export a module; nothing is written to a disk.
 
-    By TorchScript, which is what PyTorch 2.4 to 2.14 do alike; the newer
-    exporter took a minute and more for a decoder of six stages.
+    By TorchScript, which PyTorch 2.4 to 2.14 do alike; the newer exporter
+    took a minute and more for a decoder of six stages.
 
     Args:
         module (nn.Module): :class:`ClassifierForExport` or
             :class:`DetectorForExport`, in evaluation mode.
-        inputs (Sequence[Tensor]): What it is traced with.
+        inputs (Sequence[Tensor]): It is traced with these.
         opset (int): Of ONNX. Defaults to 17.
         dynamic_batch (bool): Whether the number of images stays open.
         dynamic_size (bool): Whether their height and width stay open.
         metadata (dict, optional): Written into the file; values that are no
             strings as JSON.
+        sampling (str): How AdaMixer reads features: 'gather' or
+            'grid_sample'. Defaults to 'gather'.
 
     Returns:
         bytes: The file.
@@ -59,7 +64,7 @@ def export_file(
     if dynamic_size:
         axes['images'] = {**axes['images'], 2: 'height', 3: 'width'}
     file = io.BytesIO()
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), sampled_by(sampling):
         # Of the checks of shapes, which hold for all images or for none.
         warnings.simplefilter('ignore')
         try:
@@ -92,15 +97,9 @@ def export_file(
 
 
 def write_file(content: bytes, path: Union[str, Path]) -> None:
-    """Write beside the place, then rename; a crash leaves what was there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
+    """Write a file whole or not at all."""
+    with replace_file(path) as beside:
         beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def new_session(
@@ -145,7 +144,9 @@ def check_file(
         content (bytes | str | Path): A file or what is in it.
         cases (Sequence[tuple]): Inputs and wanted outputs, two sequences of
             tensors each.
-        tolerance (float): Largest allowed error, see :func:`compare`.
+        tolerance (float): Largest allowed error, as a share of the largest
+            value of an output; of detections see
+            :func:`lors_plugin.reparam.compare.detections_difference`.
 
     Returns:
         float: The largest error of all cases.
@@ -166,8 +167,8 @@ def check_file(
             raise ExportError(
                 f'ONNX Runtime cannot run images {shape}: {text}'
             ) from error
-        wanted = [tensor.numpy() for tensor in wanted]
-        error = compare(dict(zip(names, found)), dict(zip(names, wanted)))
+        found = [torch.from_numpy(array) for array in found]
+        error = _error(dict(zip(names, found)), dict(zip(names, wanted)))
         if not error <= tolerance:
             raise ExportError(
                 f'images {shape}: results differ from PyTorch by {error:.1e}, '
@@ -177,70 +178,18 @@ def check_file(
     return worst
 
 
-def compare(found: dict, wanted: dict) -> float:
-    """The largest error of any output, infinite where it is of another kind.
-
-    Detections are compared as sets, since those of the same score have no
-    order: errors of boxes are relative to the largest coordinate, those of
-    scores to the best score. The last detection may be another one, if its
-    score is the same. Other outputs are
-    compared relative to how much they differ among themselves.
-
-    Args:
-        found, wanted (dict[str, np.ndarray]): Outputs by name.
-
-    Returns:
-        float: The error.
-    """
-    for name, value in wanted.items():
-        if name not in found or found[name].shape != value.shape:
-            return float('inf')
-        if not np.isfinite(found[name]).all():
-            return float('inf')
+def _error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Measure the largest error of any output."""
     if 'boxes' in wanted:
-        images = range(len(wanted['boxes']))
-        return max(
-            (
-                _detections(
-                    {k: v[i] for k, v in found.items()},
-                    {k: v[i] for k, v in wanted.items()},
-                )
-                for i in images
-            ),
-            default=0.0,
-        )
-    return max(_spread(found[name], value) for name, value in wanted.items())
-
-
-def _spread(found: np.ndarray, wanted: np.ndarray) -> float:
-    wanted = wanted.astype(np.float64)
-    scale = np.abs(wanted - wanted.mean()).max(initial=0.0)
-    # Values that are nearly alike differ by rounding, however little.
-    scale += FLOAT_FLOOR * np.abs(wanted).max(initial=0.0) + TINY
-    return float(np.abs(found - wanted).max(initial=0.0) / scale)
-
-
-def _detections(found: dict, wanted: dict) -> float:
-    """Match each detection with the nearest of its label, both ways."""
-    if not len(wanted['scores']):
-        return 0.0
-    scale = np.abs(wanted['boxes']).max() + FLOOR
-    best = wanted['scores'].max() + FLOOR
-    boxes = np.abs(found['boxes'][:, None] - wanted['boxes'][None]).max(-1)
-    scores = np.abs(found['scores'][:, None] - wanted['scores'][None])
-    errors = np.maximum(boxes / scale, scores / best)
-    errors[found['labels'][:, None] != wanted['labels'][None]] = np.inf
-    worst = 0.0
-    for axis, side in ((0, wanted), (1, found)):
-        nearest = errors.min(axis=axis)
-        # Which of two with nearly the same score came last is nobody's
-        # choice: there the difference of scores counts.
-        last = side['scores'].argmin()
-        lowest = min(found['scores'].min(), wanted['scores'].min())
-        excess = (side['scores'][last] - lowest) / best
-        nearest[last] = min(nearest[last], excess)
-        worst = max(worst, nearest.max())
-    return float(worst)
+        pair = [
+            [dict(zip(side, image)) for image in zip(*side.values())]
+            for side in (wanted, found)
+        ]
+        return detections_difference(*pair).relative
+    return max(
+        difference(name, value, found.get(name)).relative
+        for name, value in wanted.items()
+    )
 
 
 def _imported(name: str) -> Any:

@@ -1,14 +1,14 @@
-"""LORS for any stack of linear layers, in any model."""
+"""LORS: layers of a stack share most of their weights."""
 
-from .entry import build_lors_stack
-from .factors import Factors, factorize
-from .linear import LowRankResidualLinear
-from .low_rank import AdaptiveLowRankStack, LowRankLinearStack
-from .share import SharedStack, ShareReport, share_stack
+from .adaptive_stack import AdaptiveLowRankStack
+from .linear import LinearStack, LowRankLinearStack, LowRankResidualLinear
+from .plain_weights import Factors, factorize
+from .share import SharedStack, ShareReport, build_lors_stack, share_stack
 
 __all__ = [
     'AdaptiveLowRankStack',
     'Factors',
+    'LinearStack',
     'LowRankLinearStack',
     'LowRankResidualLinear',
     'ShareReport',

@@ -1,31 +1,35 @@
-"""Any stack of linear layers as one shared weight and low-rank parts."""
+"""Let the linear layers of a stack share their weight, in any model."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
+from mmengine.logging import print_log
 from torch import nn
 
-from .factors import factorize
+from lors_plugin.registry import MODELS
+from lors_plugin.structure import build_module
+from lors_plugin.utils import part_of
+
 from .linear import LowRankResidualLinear
-from .plain_weights import read_plain_weights
-from .stacks import Stack, find_stacks
+from .plain_weights import factorize, read_plain_weights
+from .targets import Stack, find_stacks
 
 INITS = ('kaiming', 'svd')
 
 
 @dataclass
 class SharedStack:
-    """What became of one stack.
+    """Counts of one stack.
 
     Attributes:
         names (list[str]): Of its layers in the model.
-        before (int): Parameters of the weights before.
-        after (int): Parameters of what stands for them.
+        before (int): Parameters of its weights before.
+        after (int): Parameters of the shared weight and the low-rank parts.
         error (float, optional): Share of the norm of the weights that is
-            lost, where they were kept.
+            lost, with ``init='svd'``.
     """
 
     names: list
@@ -36,7 +40,7 @@ class SharedStack:
 
 @dataclass
 class ShareReport:
-    """What :func:`share_stack` did.
+    """Counts of all stacks that :func:`share_stack` changed.
 
     Attributes:
         stacks (list[SharedStack]): Each stack, in the order of the targets.
@@ -51,11 +55,11 @@ class ShareReport:
 
     @property
     def after(self) -> int:
-        """int: Parameters of what stands for them."""
+        """int: Parameters of shared weights and low-rank parts."""
         return sum(stack.after for stack in self.stacks)
 
     def table(self) -> str:
-        """Counts as text, one line a stack."""
+        """Format the counts as text, one line per stack."""
         rows = [('stack', 'layers', 'before', 'after', 'lost')]
         for stack in self.stacks:
             rows.append(
@@ -101,10 +105,10 @@ def share_stack(
             stacks apart. A dict has the ``pattern`` and ``ranks`` or
             ``groups`` of its own.
         ranks (int | Sequence[int]): Rank of a parameter group, one value or
-            one a layer. 0 leaves a layer without a private part. Defaults
+            one per layer. 0 leaves a layer without a private part. Defaults
             to 32.
         groups (int | Sequence[int]): Parameter groups ``K``, one value or
-            one a layer. Defaults to 1.
+            one per layer. Defaults to 1.
         init (str): 'kaiming' draws weights as for a new model, all layers
             of a stack alike; 'svd' keeps what the layers have, as far as the
             ranks allow. Biases stay. Defaults to 'kaiming'.
@@ -126,13 +130,7 @@ def share_stack(
     """
     if init not in INITS:
         raise ValueError(f'init={init!r} must be one of {INITS}')
-    try:
-        host = model.get_submodule(module)
-    except AttributeError:
-        parts = [child for child, _ in model.named_children()]
-        raise ValueError(
-            f'{type(model).__name__} has no part {module!r}; there are {parts}'
-        ) from None
+    host = part_of(model, module)
     stacks = find_stacks(host, targets, ranks=ranks, groups=groups)
     for stack in stacks:
         if init == 'svd' and stack.layers[0].weight.is_meta:
@@ -148,6 +146,43 @@ def share_stack(
             read_plain_weights, with_module=True
         )
     return ShareReport(shared)
+
+
+@MODELS.register_module(name='LORSStack')
+def build_lors_stack(
+    module: dict,
+    part: str = '',
+    data_preprocessor: Optional[dict] = None,
+    **options: Any,
+) -> nn.Module:
+    r"""Build a module and let its stacks of linear layers share weights.
+
+    The result is the module itself, not a wrapper: its class is the one that
+    its host expects, and keys have no further prefix.
+
+    Args:
+        module (dict): Config of any module, such as a backbone.
+        part (str): Name of the part of it to which patterns refer. Defaults
+            to the module itself.
+        data_preprocessor (dict, optional): Of a whole model; the runner
+            gives it.
+        **options: Of :func:`share_stack`.
+
+    Returns:
+        nn.Module: The module that ``module`` describes, changed.
+
+    Examples:
+        >>> backbone = dict(
+        ...     type='lors_plugin.LORSStack',
+        ...     module=dict(type='VisionTransformer', arch='deit-tiny'),
+        ...     targets=[r'layers\.(\d+)\.ffn\.layers\.(?:0\.0)'],
+        ...     ranks=32,
+        ... )
+    """
+    built = build_module(module, data_preprocessor)
+    report = share_stack(built, module=part, **options)
+    print_log(f'LORS\n{report.table()}', logger='current')
+    return built
 
 
 @torch.no_grad()
@@ -183,7 +218,7 @@ def _share(model: nn.Module, stack: Stack, init: str) -> SharedStack:
                 layer.up.copy_(up)
         error = factors.error
 
-    # Some hosts hold a layer at several places.
+    # Some hosts register a layer under several names.
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in new:
@@ -198,7 +233,7 @@ def _share(model: nn.Module, stack: Stack, init: str) -> SharedStack:
 
 
 def _holder(model: nn.Module, stack: Stack) -> nn.Module:
-    """The innermost module below which all layers are, by all their names."""
+    """Find the innermost module that holds all layers, by all their names."""
     names = [
         name.split('.')[:-1]
         for name, module in model.named_modules(remove_duplicate=False)

@@ -12,6 +12,7 @@ from lors_plugin.adamixer import (
     LORSAdaptiveMixing,
     SharedNormChannelMapping,
 )
+from lors_plugin.adapters import build_adapted_model
 from lors_plugin.compat import register_safe_globals
 from lors_plugin.lors import (
     AdaptiveLowRankStack,
@@ -30,6 +31,7 @@ from lors_plugin.parameternet import (
 register_safe_globals()
 
 # Functions that build, under the names that configs have for them.
+AdaptedModel = build_adapted_model
 DynamicSwinTransformer = dynamic_swin_transformer
 LORSStack = build_lors_stack
 
@@ -37,6 +39,7 @@ __all__ = [
     'AdaMixer',
     'AdaMixerDecoder',
     'AdaMixerStage',
+    'AdaptedModel',
     'AdaptiveLowRankStack',
     'AdaptiveMixing',
     'AdaptiveSampling3D',

@@ -7,10 +7,11 @@ sampled points a group, ``Q`` mixed points a group, ``C`` channels a group,
 
 from .adaptive_mixing import LowRank, adaptive_mixing, generated_mixing
 from .dynamic_conv import dynamic_conv2d, dynamic_linear
-from .sampling_3d import sampling_3d, share_levels
+from .sampling_3d import SharedLevels, sampling_3d, share_levels
 
 __all__ = [
     'LowRank',
+    'SharedLevels',
     'adaptive_mixing',
     'dynamic_conv2d',
     'dynamic_linear',

@@ -1,6 +1,5 @@
-"""Everything that merges for inference, behind one function."""
+"""Merge a trained model for inference, and take it back."""
 
-from .checks import MergeError
-from .merge import reparameterize, unmerge
+from .reparameterize import MergeError, reparameterize, unmerge
 
 __all__ = ['MergeError', 'reparameterize', 'unmerge']

@@ -1,24 +1,26 @@
-"""A model as it was trained: what hooks add to it, and its weights."""
+"""Build a model as it was trained: structure by config, weights by files."""
 
-import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, Optional
 
 from torch import Tensor, nn
 
-from lors_plugin.adapters import RepAdapter, adapters_of, inject_adapters
+from lors_plugin.adapters import (
+    AdapterFileError,
+    RepAdapter,
+    adapters_of,
+    is_adapter_checkpoint,
+    load_adapter_checkpoint,
+)
+from lors_plugin.adapters.hook import RepAdapterHook
 from lors_plugin.adapters.inject import CHILD, attach
 from lors_plugin.adapters.sites import site_of
-from lors_plugin.analysis.builders import build_model
-from lors_plugin.engine.preflight import type_name
-from lors_plugin.lors import share_stack
+from lors_plugin.build import build_model, structure_hooks, without_adapters
+from lors_plugin.utils import few
 
-# Hooks that change the model before its weights are loaded.
-STRUCTURE_HOOKS: dict[str, Callable] = {
-    'RepAdapterHook': inject_adapters,
-    'LORSHook': share_stack,
-}
+# The weight of an adapter that is listed first, in either layout.
 _FIRST = re.compile(rf'(.+)\.{CHILD}\.(?:down_weight|conv_A\.weight)')
 
 
@@ -26,40 +28,99 @@ class CheckpointError(ValueError):
     """A checkpoint does not belong to the model of the config."""
 
 
-def structure_hooks(cfg: dict) -> list[tuple[str, dict]]:
-    """Hooks of a config that change the model.
-
-    Args:
-        cfg (:obj:`Config` or dict): The whole config.
-
-    Returns:
-        list[tuple]: Name and options, those of the function behind the
-        hook only.
-    """
-    found = []
-    for hook in cfg.get('custom_hooks') or []:
-        name = type_name(hook.get('type'))
-        if name in STRUCTURE_HOOKS:
-            known = inspect.signature(STRUCTURE_HOOKS[name]).parameters
-            options = {k: v for k, v in hook.items() if k in known}
-            found.append((name, options))
-    return found
-
-
 def build_base(cfg: dict) -> nn.Module:
-    """The model of a config without adapters, in evaluation mode.
+    """Build the model of a config without adapters, in evaluation mode.
 
     Args:
-        cfg (:obj:`Config` or dict): The whole config.
+        cfg (Config | dict): The whole config.
 
     Returns:
-        nn.Module: On the CPU; no pretrained weights are looked for.
+        nn.Module: On the CPU; no pretrained weights are loaded.
     """
-    model = build_model(cfg, empty=False)
-    for name, options in structure_hooks(cfg):
-        if name != 'RepAdapterHook':
-            STRUCTURE_HOOKS[name](model, **options)
-    return model.eval()
+    return build_model(cfg, adapters=False).eval()
+
+
+def trained_model(
+    base: nn.Module,
+    cfg: dict,
+    content: dict,
+    state: dict[str, Tensor],
+    path: Any,
+    scale: Optional[float] = None,
+) -> nn.Module:
+    """Load a whole checkpoint.
+
+    Args:
+        base (nn.Module): From :func:`build_base`; changed in place.
+        cfg (Config | dict): The config of the training.
+        content (dict): The checkpoint.
+        state (dict[str, Tensor]): Its weights.
+        path (Any): Its file, for messages.
+        scale (float, optional): See :func:`adapt`.
+
+    Returns:
+        nn.Module: The base with adapters, if it was trained with them.
+    """
+    if is_adapter_checkpoint(content):
+        raise CheckpointError(
+            f'{path} holds adapters without their base; merge it by '
+            f'CONFIG OUT_DIR --adapter {path} --base BASE'
+        )
+    if has_adapters(state) or asks_for_adapters(cfg):
+        adapt(base, cfg, state, scale)
+    load_whole(base, state, path)
+    return base
+
+
+def adapted_model(
+    base: nn.Module,
+    cfg: dict,
+    content: dict,
+    state: dict[str, Tensor],
+    path: Any,
+    base_state: dict[str, Tensor],
+    base_path: Any,
+    scale: Optional[float] = None,
+) -> tuple[nn.Module, bool]:
+    """Load adapters from a file of their own, and the base they belong to.
+
+    Args:
+        base (nn.Module): From :func:`build_base`; not changed.
+        cfg (Config | dict): The config of the training.
+        content (dict): The adapter file.
+        state (dict[str, Tensor]): Its weights.
+        path (Any): Its name, for messages.
+        base_state (dict[str, Tensor]): Weights of the base.
+        base_path (Any): Their file, for messages.
+        scale (float, optional): See :func:`adapt`.
+
+    Returns:
+        tuple: The adapted model, and whether the file proves that it was
+        trained on this base.
+    """
+    model = deepcopy(base)
+    if is_adapter_checkpoint(content):
+        check_scale(state, scale)
+        load_base(model, base_state, list(state), base_path)
+        try:
+            load_adapter_checkpoint(model, dict(content, state_dict=state))
+        except AdapterFileError as error:
+            # Of several files, which one?
+            raise CheckpointError(f'{path}: {error}') from error
+        return model.eval(), True
+    if not has_adapters(state):
+        raise CheckpointError(
+            f'--adapter {path} holds no adapters; keys have to look like '
+            'LAYER.rep_adapter.conv_A.weight (--rename helps), and are '
+            f'like {list(state)[:2]}'
+        )
+    load_base(model, base_state, list(state), base_path)
+    adapt(model, cfg, state, scale)
+    own = model.state_dict()
+    # The original layout splits differently; loading reads it.
+    lacking = {k: v for k, v in own.items() if CHILD not in k}
+    load_whole(model, {**lacking, **state}, path)
+    return model, False
 
 
 def adapt(
@@ -68,31 +129,39 @@ def adapt(
     state: dict[str, Tensor],
     scale: Optional[float] = None,
 ) -> None:
-    """Give a model the adapters that a config or else a file has.
+    """Inject the adapters that a config or else a file has.
 
     Args:
         model (nn.Module): Without adapters.
-        cfg (:obj:`Config` or dict): Its ``RepAdapterHook`` is followed where
-            there is one.
-        state (dict[str, Tensor]): Weights that have some.
+        cfg (Config | dict): Its ``RepAdapterHook`` is followed where there
+            is one.
+        state (dict[str, Tensor]): Weights with adapters.
         scale (float, optional): For files of the original layout, which
             hold none; by default the hook's.
     """
     check_scale(state, scale)
-    for name, options in structure_hooks(cfg):
-        if name == 'RepAdapterHook':
+    for hook in structure_hooks(cfg):
+        if isinstance(hook, RepAdapterHook):
             if scale is not None:
-                options['scale'] = scale
-            inject_adapters(model, **options)
+                hook.options['scale'] = scale
+            hook.change(model)
     if not adapters_of(model):
         attach(model, _adapters_in(state, model, scale))
     model.eval()
 
 
+def asks_for_adapters(cfg: dict) -> bool:
+    """Return whether a hook or the model of a config brings adapters."""
+    hooks = structure_hooks(cfg)
+    return without_adapters(cfg['model']) != cfg['model'] or any(
+        isinstance(hook, RepAdapterHook) for hook in hooks
+    )
+
+
 def _adapters_in(
     state: dict[str, Tensor], model: nn.Module, scale: Optional[float]
 ) -> dict[str, RepAdapter]:
-    """Adapters, told from the shapes of their weights."""
+    """Build adapters from the shapes of their weights."""
     adapters = {}
     for match in filter(None, map(_FIRST.fullmatch, state)):
         name = match[1]
@@ -133,14 +202,14 @@ def check_scale(state: dict[str, Tensor], scale: Optional[float]) -> None:
 
 
 def has_adapters(state: dict[str, Tensor]) -> bool:
-    """Whether a state dict has weights of adapters."""
+    """Return whether a state dict has weights of adapters."""
     return any(map(_FIRST.fullmatch, state))
 
 
 def rename(
     state: dict[str, Tensor], pairs: Sequence[tuple[str, str]]
 ) -> dict[str, Tensor]:
-    """Rename keys of a foreign program.
+    """Rename the keys of another program.
 
     Args:
         state (dict[str, Tensor]): A state dict.
@@ -161,7 +230,7 @@ def rename(
 
 
 def load_whole(model: nn.Module, state: dict[str, Tensor], path: Any) -> None:
-    """Load weights that must be all of the model's, and finite.
+    """Load weights that must be complete and finite.
 
     Args:
         model (nn.Module): Any model.
@@ -171,8 +240,8 @@ def load_whole(model: nn.Module, state: dict[str, Tensor], path: Any) -> None:
     broken = [k for k, v in state.items() if not _finite(v)]
     if broken:
         raise CheckpointError(
-            f'{path}: {len(broken)} weights have numbers that are not '
-            f'finite, {broken[0]} among them; was the training broken off?'
+            f'{path}: {len(broken)} weights have values that are not finite, '
+            f'{broken[0]} among them; did the training diverge?'
         )
     try:
         found = model.load_state_dict(dict(state), strict=False)
@@ -183,9 +252,9 @@ def load_whole(model: nn.Module, state: dict[str, Tensor], path: Any) -> None:
     if found.missing_keys or found.unexpected_keys:
         raise CheckpointError(
             f'{path} does not fit the model of the config: it lacks '
-            f'{_few(found.missing_keys)}, and the model does not know '
-            f'{_few(found.unexpected_keys)} of it. Use the config that it '
-            'was trained with'
+            f'{_numbered(found.missing_keys)}, and the model does not know '
+            f'{_numbered(found.unexpected_keys)} of it. Use the config that '
+            'it was trained with'
         )
 
 
@@ -201,7 +270,7 @@ def load_base(
         model (nn.Module): Without adapters.
         state (dict[str, Tensor]): Of the whole model, or of its backbone
             alone as files of pretrained weights have it.
-        replaced (Sequence[str]): What the adapter file brings itself.
+        replaced (Sequence[str]): Keys that the adapter file brings itself.
         path (Any): Where the weights come from, for messages.
     """
     names = model.state_dict().keys()
@@ -215,8 +284,8 @@ def load_base(
     missing = sorted(names - wanted.keys() - set(replaced))
     if missing:
         raise CheckpointError(
-            f'--base {path} lacks {_few(missing)} of the model, which the '
-            'adapter file does not bring either'
+            f'--base {path} lacks {_numbered(missing)} of the model, which '
+            'the adapter file does not bring either'
         )
     own = model.state_dict()
     load_whole(
@@ -230,8 +299,5 @@ def _finite(value: Any) -> bool:
     return bool(value.isfinite().all())
 
 
-def _few(names: Sequence[str], limit: int = 3) -> str:
-    if not names:
-        return 'nothing'
-    dots = ', ...' if len(names) > limit else ''
-    return f'{len(names)} ({", ".join(names[:limit])}{dots})'
+def _numbered(names: Sequence[str]) -> str:
+    return f'{len(names)} ({few(names)})' if names else 'nothing'

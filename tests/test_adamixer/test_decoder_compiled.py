@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lors_plugin.ops.sampling_3d import fused, level_gradients
-
 
 def results(function, inputs):
     rng = torch.Generator().manual_seed(3)
@@ -29,32 +27,23 @@ def test_one_graph(kind, tiny_decoder, decoder_inputs):
 
 
 @pytest.mark.parametrize('with_cp', [False, True])
-def test_one_gradient_of_the_levels_for_all_stages(
-    with_cp, tiny_decoder, decoder_inputs, monkeypatch
-):
-    calls = []
-    function = level_gradients.levels_gradient
-    monkeypatch.setattr(
-        level_gradients,
-        'levels_gradient',
-        lambda grads, *args: (
-            calls.append(len(grads)) or function(grads, *args)
-        ),
-    )
+def test_stages_share_the_levels(with_cp, tiny_decoder, decoder_inputs):
+    """One table for all stages, and one gradient of it."""
     decoder = tiny_decoder('lors', with_cp=with_cp, backend='torch')
-    results(decoder, decoder_inputs())
-    assert calls == [3]
-
-
-def test_levels_are_converted_once(tiny_decoder, decoder_inputs, monkeypatch):
-    calls = []
-    function = fused.pack
-    monkeypatch.setattr(
-        fused, 'pack', lambda *args: calls.append(1) or function(*args)
-    )
-    with torch.no_grad():
-        tiny_decoder('adamixer', backend='torch')(*decoder_inputs())
-    assert calls == [1]
+    levels, terms = [], []
+    for stage in decoder.stages:
+        stage.sampling.register_forward_pre_hook(
+            lambda module, args: levels.append(args[0])
+        )
+    inputs = decoder_inputs()
+    for feat in inputs[0]:
+        feat.requires_grad_()
+    out = decoder(*inputs)[1]
+    levels[0].table.register_hook(lambda grad: terms.append(grad.terms))
+    out.sum().backward()
+    assert all(level is levels[0] for level in levels)
+    assert len(levels) == len(decoder.stages) * (1 + with_cp)
+    assert [len(each) for each in terms] == [len(decoder.stages)]
 
 
 def test_backend_reaches_the_sampling(tiny_decoder):

@@ -5,11 +5,8 @@ import torch
 from torch import nn
 
 from lors_plugin.adapters import fingerprint, inject_adapters
-from lors_plugin.adapters.fingerprint import (
-    base_entries,
-    trained_keys,
-    unwrapped,
-)
+from lors_plugin.adapters.checkpoint import base_entries, trained_keys
+from lors_plugin.utils import unwrapped
 
 
 class Host(nn.Module):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lors_plugin.adapters import SiteError, adapters_of, inject_adapters
-from lors_plugin.adapters.reach import unreached_adapters
+from lors_plugin.adapters.dry_run import parameters_without_gradient
+from lors_plugin.adapters.inject import idle_adapters
 from lors_plugin.reparam import reparameterize
 from lors_plugin.testing import randomize
 
@@ -104,7 +105,6 @@ def gradients(model, x):
 def test_presets_are_reached_and_merge(adapted, host):
     model, x = adapted(host)
     model.eval()
-    assert unreached_adapters(model) == []
     assert all(param.grad is None for param in model.parameters())
     grads = gradients(model, x)
     assert len(adapters_of(model)) == FOUND[host]
@@ -118,23 +118,114 @@ def test_presets_are_reached_and_merge(adapted, host):
     assert error < 1e-5
 
 
-def test_layers_behind_the_outputs(adapted):
-    model, _ = adapted('swin', out_indices=(0,))
-    names = unreached_adapters(model)
-    assert len(names) == 4
-    assert all(name.startswith('stages.1.') for name in names)
-    assert unreached_adapters(model) == names
+def test_layers_behind_the_outputs_are_refused(adapted):
+    """Those of the second stage, which no output needs."""
+    with pytest.raises(SiteError, match=r'on 4 of .*: stages\.1\.blocks\.0'):
+        adapted('swin', out_indices=(0,))
+    model, _ = adapted(
+        'swin', out_indices=(0,), options=dict(exclude='stages.1')
+    )
+    assert idle_adapters(model) == []
 
 
-def test_what_cannot_run_without_values(adapted):
+def test_a_refused_model_is_as_it_was():
+    from mmpretrain.registry import MODELS
+
+    model = MODELS.build({**HOSTS['swin'], 'out_indices': (0,)})
+    model.stages[0].blocks[0].norm1.requires_grad_(False)
+    before = {k: p.requires_grad for k, p in model.named_parameters()}
+    with pytest.raises(SiteError):
+        inject_adapters(model, '')
+    assert not adapters_of(model)
+    for key, param in model.named_parameters():
+        assert param.requires_grad == before[key], key
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_cannot_run_without_values():
     class Odd(nn.Module):
         def forward(self, x):
             return x * x.max().item()
 
     model = nn.Sequential(nn.Linear(32, 4), Odd())
-    inject_adapters(model, '', targets=['0'])
-    assert unreached_adapters(model) is None
-    assert unreached_adapters(nn.Identity()) is None
+    assert parameters_without_gradient(model, ['0.bias']) is None
+    assert parameters_without_gradient(nn.Identity(), []) is None
+    assert inject_adapters(model, '', targets=['0']).adapted == ['0']
+
+
+class Reading(nn.Module):
+    """Reads the weights of one layer and calls the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+        nn.init.zeros_(self.called.bias)
+
+    def forward(self, x):
+        read = nn.functional.linear(x, self.read.weight, self.read.bias)
+        return self.called(read.to(self.called.weight.dtype))
+
+
+class ReadingByHand(nn.Module):
+    """A convolution of images whose source does not tell it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)])
+
+    def forward(self, x):
+        first, second = self.layers
+        return nn.functional.conv2d(first(x), second.weight, second.bias)
+
+
+def torchvision_swin(version):
+    from torchvision.models import swin_transformer
+
+    name = 'SwinTransformerBlock' + ('V2' if version == 2 else '')
+    return swin_transformer.SwinTransformer(
+        [4, 4],
+        8,
+        [1, 1],
+        [1, 2],
+        [4, 4],
+        block=getattr(swin_transformer, name),
+        downsample_layer=getattr(
+            swin_transformer, 'PatchMerging' + ('V2' if version == 2 else '')
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ('make', 'target', 'match'),
+    [
+        (lambda: torchvision_swin(1), r'.*\.attn\.qkv', 'ShiftedWindowAtt'),
+        (lambda: torchvision_swin(1), r'.*\.attn\.proj', 'ShiftedWindowAtt'),
+        (lambda: torchvision_swin(2), r'.*\.attn\.qkv', 'ShiftedWindowAtt'),
+        (lambda: nn.MultiheadAttention(8, 2), 'out_proj', 'MultiheadAttent'),
+        (
+            lambda: nn.Transformer(8, 2, 1, 1, 8),
+            r'decoder\..*\.multihead_attn\.out_proj',
+            'MultiheadAttention reads the weights of out_proj',
+        ),
+        (Reading, 'read', 'Reading reads the weights of read and never calls'),
+        (ReadingByHand, r'layers\.1', r'no output .* on 1 of .*: layers\.1'),
+    ],
+)
+def test_layers_that_are_never_called_are_refused(make, target, match):
+    model = make()
+    with pytest.raises(SiteError, match=match):
+        inject_adapters(model, '', targets=[target], hidden_dims=4)
+    assert not adapters_of(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_layers_beside_them_are_adapted():
+    model = torchvision_swin(1)
+    targets = [r'.*\.mlp\.0']
+    assert len(inject_adapters(model, '', targets).adapted) == 2
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    assert inject_adapters(model, '', ['linear1']).adapted == ['linear1']
+    assert inject_adapters(Reading(), '', ['called']).adapted == ['called']
 
 
 @pytest.mark.parametrize('attn_cfgs', [dict(), dict(qkv_bias=False)])

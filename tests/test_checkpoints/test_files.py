@@ -1,7 +1,9 @@
 """Checkpoint files: what is read, what is refused, what a crash leaves."""
 
+import io
 import os
 import pickle
+import tarfile
 import zipfile
 from collections import OrderedDict
 
@@ -14,9 +16,11 @@ from torch.testing import assert_close
 from lors_plugin.checkpoints import (
     ConversionError,
     load_checkpoint_file,
+    read_weights,
     save_checkpoint_file,
     weights_of,
 )
+from lors_plugin.checkpoints.for_host import content_for_host
 
 STATE = {'a.weight': torch.tensor([1.0]), 'a.bias': torch.tensor([2.0])}
 
@@ -48,6 +52,40 @@ def test_code_runs_only_with_trust(tmp_path):
     assert not mark.exists()
     load_checkpoint_file(path, trust=True)
     assert mark.exists()
+
+
+def script(path):
+    torch.jit.script(torch.nn.Linear(1, 1)).save(path)
+
+
+def archive(path):
+    with tarfile.open(path, 'w') as file:
+        file.addfile(tarfile.TarInfo('../storages'), io.BytesIO())
+
+
+@pytest.mark.parametrize('write', [script, archive])
+def test_formats_that_old_pytorch_reads_unsafely(tmp_path, write):
+    write(tmp_path / 'a.pth')
+    with pytest.raises(ConversionError, match='--trust'):
+        load_checkpoint_file(tmp_path / 'a.pth')
+
+
+def test_damage_of_any_kind_is_named_in_one_line(tmp_path):
+    """Each byte of a small file turned, one after the other."""
+    path = tmp_path / 'a.pth'
+    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    seen = 0
+    for place in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x55
+        path.write_bytes(damaged)
+        try:
+            load_checkpoint_file(path)
+        except ConversionError as error:
+            seen += 1
+            assert str(path) in str(error) and '\n' not in str(error)
+    assert seen > 20
 
 
 def test_history_of_mmengine_needs_no_trust(tmp_path):
@@ -142,6 +180,57 @@ def test_failure_while_renaming_leaves_the_old_file(tmp_path, monkeypatch):
 )
 def test_weights_wherever_they_are(content):
     assert_close(weights_of(content), STATE)
+
+
+@pytest.mark.parametrize(
+    ('key', 'expected'),
+    [
+        ('a.weight', 'a.weight'),
+        ('module.a.weight', 'a.weight'),
+        ('_orig_mod.a.weight', 'a.weight'),
+        ('_orig_mod.module.a.weight', 'a.weight'),
+        ('module._orig_mod.a.weight', 'a.weight'),
+        ('a._orig_mod.b._orig_mod.weight', 'a.b.weight'),
+        ('a.module.weight', 'a.module.weight'),
+        ('my_orig_mod.weight', 'my_orig_mod.weight'),
+    ],
+)
+def test_names_without_wrappers(key, expected):
+    assert list(weights_of({key: torch.zeros(1)})) == [expected]
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ({}, 'holds no weights'),
+        (dict(state_dict=3), 'its state_dict is a int'),
+        (dict(state_dict=STATE, meta=[1]), 'its meta is a list'),
+        (dict(state_dict={1: torch.zeros(1)}), 'is 1, not a name'),
+        (dict(STATE, **{'module.a.bias': torch.zeros(1)}), 'a.bias twice'),
+    ],
+)
+def test_strange_contents_are_named(tmp_path, content, message):
+    path = tmp_path / 'odd.pth'
+    torch.save(content, path)
+    with pytest.raises(ConversionError, match=rf'odd.pth.*{message}'):
+        read_weights(path)
+
+
+def test_content_for_host_keeps_versions_and_the_file():
+    """PyTorch finds by them what old versions named otherwise."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    state = model.state_dict()
+    wrapped = OrderedDict((f'module.{k}', v) for k, v in state.items())
+    wrapped._metadata = OrderedDict(
+        (f'module.{key}'.rstrip('.'), value)
+        for key, value in state._metadata.items()
+    )
+    content = dict(state_dict=wrapped, meta=dict(cfg='text', epoch=1))
+    ready = content_for_host(content, 'a.pth')
+    assert ready['meta'] == dict(epoch=1)
+    assert content['meta'] == dict(cfg='text', epoch=1)
+    assert list(ready['state_dict']) == list(state)
+    assert ready['state_dict']._metadata == state._metadata
 
 
 def test_prefix_of_wrappers_goes():

@@ -1,17 +1,19 @@
 import os
 
+import numpy as np
 import pytest
 import torch
+from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseTTAModel
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from lors_plugin.checkpoints import to_original
+from lors_plugin.checkpoints import read_weights, to_original
 from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
+    check_resumable,
     compare,
-    read_state_dict,
     unwrapped,
 )
 
@@ -128,11 +130,11 @@ def test_averaged_weights_do_not_count_as_unknown(tmp_path):
 def test_files_that_are_no_checkpoints(tmp_path):
     path = tmp_path / 'a.pth'
     path.write_bytes(b'PK\x03\x04 half a download')
-    with pytest.raises(ValueError, match='cannot be read as a checkpoint'):
-        read_state_dict(str(path))
+    with pytest.raises(ValueError, match='cannot be read; it is cut off'):
+        read_weights(str(path))
     torch.save(dict(meta={}), path)
     with pytest.raises(ValueError, match='holds no weights'):
-        read_state_dict(str(path))
+        read_weights(str(path))
 
 
 class Code:
@@ -152,9 +154,9 @@ def test_code_in_a_file_needs_trust(tmp_path, monkeypatch, address):
     save('a.pth', make_model().state_dict(), extra=Code())
     path = address.format('a.pth')
     with pytest.raises(ValueError, match=r'a\.pth holds more than .*--trust'):
-        read_state_dict(path)
+        read_weights(path)
     assert not (tmp_path / 'ran').exists()
-    assert len(read_state_dict(path, trust=True)) == 9
+    assert len(read_weights(path, trust=True)) == 9
     assert (tmp_path / 'ran').exists()
 
 
@@ -162,3 +164,71 @@ def test_missing_file_names_the_field():
     with pytest.raises(FileNotFoundError, match=r'load_from: .*none\.pth'):
         check_checkpoint_path('none.pth', 'load_from')
     check_checkpoint_path('torchvision://resnet50', 'load_from')
+
+
+def training_state():
+    """What MMEngine writes beside the weights."""
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    return dict(
+        meta=dict(epoch=1, iter=2, seed=3, dataset_meta=dict(classes=())),
+        state_dict=make_model().state_dict(),
+        message_hub=dict(
+            log_scalars={'loss': history, 'old': 1.0},
+            runtime_info=dict(iter=1),
+            resumed_keys=dict(iter=True),
+        ),
+        optimizer=dict(state={}),
+        param_schedulers=[],
+    )
+
+
+def test_whole_state_of_a_training_is_accepted():
+    content = training_state()
+    check_resumable(content, 'a.pth')
+    for name in ('optimizer', 'param_schedulers'):
+        del content[name]
+    del content['meta']['seed']
+    check_resumable(content, 'a.pth')
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('meta', 3),
+        ('meta', None),
+        ('meta.epoch', 'one'),
+        ('meta.epoch', None),
+        ('meta.iter', -1),
+        ('meta.iter', True),
+        ('meta.seed', [1]),
+        ('meta.dataset_meta', 'abc'),
+        ('message_hub', ['a']),
+        ('message_hub', None),
+        ('message_hub.runtime_info', 7),
+        ('message_hub.log_scalars', None),
+        ('message_hub.resumed_keys', 'iter'),
+        ('optimizer', 'SGD'),
+        ('param_schedulers', 2.5),
+        ('ema_state_dict', 1),
+    ],
+)
+def test_state_of_strange_types_is_refused_by_name(field, value):
+    content = training_state()
+    *parents, name = field.split('.')
+    inner = content
+    for parent in parents:
+        inner = inner[parent]
+    inner[name] = value
+    with pytest.raises(ValueError, match='a.pth') as error:
+        check_resumable(content, 'a.pth')
+    assert field in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'values', [None, np.ones(3), np.ones((2, 1)), np.array(['a', 'b'])]
+)
+def test_log_history_that_is_none_is_refused(values):
+    content = training_state()
+    content['message_hub']['log_scalars']['loss']._log_history = values
+    with pytest.raises(ValueError, match='message_hub.log_scalars.loss'):
+        check_resumable(content, 'a.pth')

@@ -3,51 +3,34 @@
 import pytest
 import torch
 
-from lors_plugin.adamixer.sampling import AdaptiveSampling3D
-from lors_plugin.export import DetectorForExport, compare, for_export
+from lors_plugin.export import DetectorForExport, for_export
 from lors_plugin.export.cases import detector_case, random_images
 from lors_plugin.export.models import Normalize, order_of
-from lors_plugin.export.sampling import KINDS, by_gather, by_grid_sample
-from lors_plugin.ops import sampling_3d
+from lors_plugin.reparam.compare import detections_difference
 
 
-@pytest.mark.parametrize('read', [by_gather, by_grid_sample])
-def test_levels_are_read_as_by_the_operator(read):
-    feat = torch.randn(2, 6, 5, 7)
-    points = torch.rand(2, 4, 3, 8, 3) * torch.tensor([80.0, 60.0, 1.0]) - 12
-    points[0, 0, 0, 0, :2] = 0.0
-    points[0, 0, 0, 1, :2] = torch.tensor([56.0, 40.0])  # the far corner
-    wanted = sampling_3d([feat], points, (8,), backend='reference')
-    cells = points[..., :2] / 8 - 0.5
-    found = read(feat, cells, torch.ones(points.shape[:-1]))
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
-
-
-def named(outputs):
-    names = DetectorForExport.outputs
-    return dict(zip(names, (tensor.numpy() for tensor in outputs)))
+def per_image(outputs):
+    return [
+        dict(zip(DetectorForExport.outputs, image)) for image in zip(*outputs)
+    ]
 
 
 @pytest.mark.parametrize(
-    'kind, decoder, sampling',
+    'kind, decoder',
     [
-        ('adamixer', dict(), 'gather'),
-        ('lors', dict(), 'grid_sample'),
-        ('lors', dict(static_ranks=0, adaptive_ranks=0), 'gather'),
-        ('lors', dict(adaptive_weights='private'), 'gather'),
-        ('lors', dict(static_weights='private'), 'gather'),
-        (
-            'lors',
-            dict(adaptive_weights='full', static_weights='full'),
-            'gather',
-        ),
+        ('adamixer', dict()),
+        ('lors', dict()),
+        ('lors', dict(static_ranks=0, adaptive_ranks=0)),
+        ('lors', dict(adaptive_weights='private', static_weights='private')),
+        ('lors', dict(adaptive_weights='full', static_weights='full')),
     ],
 )
 @pytest.mark.parametrize('pixels', ['uint8', 'normalized'])
-def test_detectors(tiny_detector, kind, decoder, sampling, pixels):
+def test_detectors(tiny_detector, kind, decoder, pixels):
     model = tiny_detector(kind, decoder=decoder).eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    module = DetectorForExport(for_export(model, sampling), pixels).eval()
+    backend = model.decoder.stages[0].sampling.backend
+    trained = [p.requires_grad for p in model.parameters()]
+    module = DetectorForExport(for_export(model), pixels).eval()
     images = [
         random_images(1, shape, seed)[0]
         for seed, shape in enumerate([(64, 96), (50, 70), (33, 96)])
@@ -55,16 +38,15 @@ def test_detectors(tiny_detector, kind, decoder, sampling, pixels):
     inputs, wanted = detector_case(model, images, pixels)
     with torch.no_grad():
         found = module(*inputs)
-    assert compare(named(found), named(wanted)) < 1e-4
+    pair = per_image(wanted), per_image(found)
+    assert detections_difference(*pair).within(1e-4)
     assert found[2].dtype == torch.int64
-    assert model.state_dict().keys() == before.keys()
-    assert isinstance(model.decoder.stages[0].sampling, AdaptiveSampling3D)
-
-
-def test_unknown_sampling_is_refused(tiny_detector):
-    with pytest.raises(ValueError, match='sampling'):
-        for_export(tiny_detector('lors'), 'bilinear')
-    assert len(KINDS) == 2
+    # The model itself runs as before.
+    assert model.decoder.stages[0].sampling.backend == backend
+    assert [p.requires_grad for p in model.parameters()] == trained
+    assert any(trained) and not any(
+        p.requires_grad for p in module.parameters()
+    )
 
 
 class Preprocessor(torch.nn.Module):

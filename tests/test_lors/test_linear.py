@@ -1,11 +1,15 @@
+"""Static LORS: one layer in its place, and all layers of a stack."""
+
 import copy
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing import assert_close
 
-from lors_plugin.lors import LowRankResidualLinear
+from lors_plugin.lors import LowRankLinearStack, LowRankResidualLinear
 from lors_plugin.testing import randomize
 
 
@@ -124,3 +128,83 @@ def test_compiles():
     stack.zero_grad()
     stack(x).square().sum().backward()
     torch.testing.assert_close(grads, [p.grad for p in stack.parameters()])
+
+
+@pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no_bias'])
+def test_linear_stack_is_w_plus_ba(bias):
+    stack = LowRankLinearStack(6, 5, 3, [2, 0, 3], [1, 1, 2], bias)
+    randomize(stack.double())
+    x = torch.randn(4, 7, 6, dtype=torch.float64)
+    for layer in range(3):
+        weight = stack.weight.clone()
+        for row in range(stack.down[layer].shape[0]):
+            weight += torch.outer(
+                stack.up[layer][:, row], stack.down[layer][row]
+            )
+        assert_close(stack.layer_weight(layer), weight)
+        wanted = x @ weight.T + (stack.bias[layer] if bias else 0)
+        assert_close(stack(x, layer), wanted)
+    assert [len(down) for down in stack.down] == [2, 0, 6]
+
+
+def test_fresh_linear_stack_is_one_shared_layer():
+    stack = LowRankLinearStack(6, 5, 3, 2, bias=False)
+    x = torch.randn(4, 6)
+    for layer in (1, 2):
+        assert_close(stack(x, layer), stack(x, 0), rtol=0, atol=0)
+    randomize(stack)
+    assert (stack(x, 1) - stack(x, 0)).abs().max() > 0.01
+
+
+def test_linear_stack_init():
+    stack = LowRankLinearStack(400, 300, 2, 8)
+    for param, bound in (
+        (stack.weight, 1 / math.sqrt(400)),
+        (stack.bias[0], 1 / math.sqrt(400)),
+        (stack.down[1], math.sqrt(6 / 400)),
+    ):
+        assert 0.95 * bound < param.abs().max() <= bound
+        assert abs(param.mean()) < 0.1 * bound
+    assert not any(up.any() for up in stack.up)
+
+
+def test_all_parameters_of_a_linear_stack_are_trained():
+    """Also without a private part: processes wait for every gradient."""
+    stack = LowRankLinearStack(6, 5, 3, [2, 0, 1])
+    out = sum(stack(torch.randn(4, 6), layer) for layer in range(3))
+    out.sum().backward()
+    for name, param in stack.named_parameters():
+        assert param.grad is not None or not param.requires_grad, name
+        assert param.requires_grad == (param.numel() > 0), name
+
+
+@pytest.mark.parametrize('with_shared', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_both_modules_compute_the_same(with_shared, dtype):
+    """Also the gradients, which several layers add to the shared weight."""
+    stack = LowRankLinearStack(6, 5, 3, 2, with_shared=with_shared)
+    randomize(stack.to(dtype))
+    weight = torch.zeros(5, 6) if stack.weight is None else stack.weight
+    layers = make_stack().to(dtype)
+    layers[0].shared_weight.data.copy_(weight)
+    for i, layer in enumerate(layers):
+        for name in ('down', 'up', 'bias'):
+            getattr(layer, name).data.copy_(getattr(stack, name)[i])
+    x = torch.randn(4, 6, dtype=dtype)
+    for i, layer in enumerate(layers):
+        assert_close(stack(x, i), layer(x), rtol=2e-2, atol=2e-2)
+        stack(x, i).square().sum().backward()
+        layer(x).square().sum().backward()
+        assert_close(stack.up[i].grad, layer.up.grad, rtol=3e-2, atol=3e-2)
+    if with_shared:
+        grads = stack.weight.grad, layers[0].shared_weight.grad
+        assert_close(*grads, rtol=3e-2, atol=3e-2)
+
+
+def test_keys_and_their_order():
+    """Files and states of optimizers, which go by the order, depend on it."""
+    names = ['weight', 'down.0', 'down.1', 'up.0', 'up.1', 'bias.0', 'bias.1']
+    assert list(LowRankLinearStack(6, 5, 2, 1).state_dict()) == names
+    keys = [name for name, _ in make_stack(2).named_parameters()]
+    private = [f'0.{name}' for name in ('shared_weight', 'down', 'up', 'bias')]
+    assert keys == private + [k.replace('0', '1') for k in private[1:]]

@@ -143,24 +143,20 @@ def sampling_inputs(case, dtype):
 
 def sampling_kernels(feats, points, strides, grad_out=None):
     """The result, the gradient of the points and those of the levels."""
-    from lors_plugin.ops.sampling_3d import (
-        fused,
-        level_gradients,
-        triton_kernels,
-    )
+    from lors_plugin.ops.sampling_3d import triton_kernels
+    from lors_plugin.ops.sampling_3d.level_gradients import table_gradient
+    from lors_plugin.ops.sampling_3d.table import make_table
 
-    table = fused.pack(feats, feats[0].dtype)
-    sizes = [size for feat in feats for size in feat.shape[2:]]
-    out = triton_kernels.sample(table, points, sizes, strides)
+    levels = make_table(feats, feats[0].dtype)
+    sizes = [size for shape in levels.spatial_shapes for size in shape]
+    args = levels.table, points, sizes, strides
+    out = triton_kernels.forward(*args)
     grad_out = out if grad_out is None else grad_out
-    grad_points = triton_kernels.points_gradient(
-        grad_out, table, points, sizes, strides
-    )
+    grad_points = triton_kernels.points_gradient(grad_out, *args)
     # Sums of many rows: in float32, whatever the levels are in.
-    planar = [True] * len(feats)
-    grads = level_gradients.levels_gradient(
-        [grad_out.float()], [points], sizes, strides, planar
-    )
+    terms = [(grad_out.float(), points)]
+    grad_table = table_gradient(terms, levels.table.shape, sizes, strides)
+    grads = levels._replace(table=grad_table).maps()
     return out, grad_points, [g.to(f.dtype) for g, f in zip(grads, feats)]
 
 
@@ -251,6 +247,7 @@ def registered():
     """What opcheck says of the operators with ``backend='triton'``."""
     from lors_plugin.ops.adaptive_mixing import op as mixing
     from lors_plugin.ops.sampling_3d import op as sampling
+    from lors_plugin.ops.sampling_3d.table import make_table
 
     inputs, _ = mixing_inputs((1, 1, 2, 3, 4, 5, 2, 1, 2), torch.float32)
     leaves = [t.requires_grad_() for t in inputs]
@@ -260,7 +257,7 @@ def registered():
         (1, 1, 1, 2, 16, [(3, 4), (2, 2)]), torch.float32
     )
     sizes = [size for feat in feats for size in feat.shape[2:]]
-    table = sampling.pack(feats, torch.float32)
+    table = make_table(feats, torch.float32).table
     grad = torch.randn(1, 1, 1, 2, 16)
     cases = dict(
         mixing=(mixing.mixing_forward, (*leaves, 1e-5, 'triton')),
@@ -269,19 +266,18 @@ def registered():
             (torch.randn_like(out), *plain, stats, 1e-5, 'triton'),
         ),
         sampling=(
-            sampling.sample,
+            sampling.sampling_forward,
             (
                 table.clone().requires_grad_(),
                 points.clone().requires_grad_(),
-                [],
                 sizes,
                 strides,
                 'triton',
             ),
         ),
         sampling_backward=(
-            sampling.points_gradient,
-            (grad, table, points, sizes, strides, 'triton'),
+            sampling.sampling_backward,
+            (grad, table, points, sizes, strides, [True, True], 'triton'),
         ),
     )
     return {

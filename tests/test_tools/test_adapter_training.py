@@ -17,7 +17,7 @@ from lors_plugin.adapters import (
     is_adapter_checkpoint,
     load_adapter_checkpoint,
 )
-from lors_plugin.adapters.file_checks import META
+from lors_plugin.adapters.checkpoint import META
 
 ROOT = Path(__file__).resolve().parents[2]
 

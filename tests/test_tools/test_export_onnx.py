@@ -198,16 +198,46 @@ def swin(tmp_path):
     return [str(config), 'none', str(tmp_path / 'swin.onnx')]
 
 
-def test_swin_says_the_smallest_size(tool, swin, capsys):
+def test_swin_says_its_only_size(tool, swin, capsys):
     import onnx
 
-    assert tool.main([*swin, '--shape', '32']) == 0, capsys.readouterr().err
+    assert tool.main([*swin, '--shape', '32', '40']) == 0
     text = capsys.readouterr().out
-    assert '5 comparisons, for images of 25 x 25 and larger' in text
-    said = {p.key: p.value for p in onnx.load(swin[2]).metadata_props}
-    assert json.loads(said['smallest_shape']) == [25, 25]
-    assert tool.main([*swin, '--shape', '24', '32']) == 2
-    assert 'take 25 x 25 and larger' in capsys.readouterr().err
+    assert '2 comparisons, for images of 32 x 40 alone' in text
+    (images,) = onnx.load(swin[2]).graph.input
+    shape = [
+        d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim
+    ]
+    assert shape == ['batch', 3, 32, 40]
+    # Smaller than a window.
+    assert tool.main([*swin, '--shape', '8']) == 2
+    assert 'cannot run the model on images of 8 x 8' in capsys.readouterr().err
+
+
+def test_adapters_and_shared_layers_of_the_config_are_merged(
+    tool, tmp_path, capsys
+):
+    hook = dict(type='lors_plugin.RepAdapterHook', targets=[r'conv2\.conv'])
+    config = tmp_path / 'adapted.py'
+    Config(
+        dict(
+            default_scope='mmpretrain',
+            data_preprocessor=dict(mean=[9.0] * 3, std=[99.0] * 3),
+            custom_hooks=[hook],
+            model=dict(
+                type='ImageClassifier',
+                backbone=dict(type='MobileNetV2', widen_factor=0.1),
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(
+                    type='LinearClsHead', num_classes=3, in_channels=1280
+                ),
+            ),
+        )
+    ).dump(config)
+    out = tmp_path / 'adapted.onnx'
+    command = [str(config), 'none', str(out), '--shape', '32', '--static']
+    assert tool.main(command) == 0, capsys.readouterr().err
+    assert out.is_file()
 
 
 def test_a_model_of_one_size(tool, swin, capsys):

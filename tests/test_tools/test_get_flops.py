@@ -39,13 +39,9 @@ def test_readmes_with_tables():
 
 @pytest.mark.parametrize('readme', READMES)
 def test_tables_are_what_the_command_writes(readme, get_flops, known):
-    from flops_tables import ReadmeTables
-
-    tables = ReadmeTables()
-    tables._known = known
     text = Path(readme).read_text(encoding='utf-8')
     assert '| ' in text.split('<!-- get_flops: ')[1]
-    assert tables.rewrite(text, Path(readme)) == text
+    assert get_flops.with_tables(text, Path(readme), known) == text
 
 
 def run(get_flops, capsys, *argv, code=0):
@@ -88,6 +84,20 @@ def test_shape_and_options(get_flops, capsys, tmp_path):
     queries, width = 64, 96
     ffn = counts['parts']['decoder / FFN']
     assert ffn['multiply_adds'] == queries * 2 * width * 384
+
+
+@pytest.mark.parametrize(
+    ('config', 'parameters'),
+    [
+        ('configs/parameternet/parameternet-tiny_fashion-mnist.py', 0),
+        ('mmpretrain::lenet/lenet5_mnist.py', 61_706),
+    ],
+)
+def test_gray_images(config, parameters, get_flops, capsys):
+    out = run(get_flops, capsys, config, '--json', '-')
+    total = json.loads(out)['total']
+    assert total['multiply_adds'] > 0
+    assert total['parameters'] == parameters or not parameters
 
 
 @pytest.mark.parametrize(

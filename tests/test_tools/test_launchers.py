@@ -76,6 +76,28 @@ def test_slurm(tmp_path, script):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ('srun', 'code'),
+    [
+        ('exit 0', 0),
+        ('exit 3', 3),
+        ('touch here/interrupted.pth; exit 137', 75),
+        ('kill -USR1 $PPID; exec sleep 9', 138),
+    ],
+)
+def test_slurm_exit_code(tmp_path, srun, code):
+    """75 if the state was saved; signals reach ``srun``."""
+    (tmp_path / 'here').mkdir()
+    old = tmp_path / 'here' / 'interrupted.pth'
+    old.touch()
+    os.utime(old, (1, 1))
+    fake(tmp_path / 'srun', f'#!/bin/sh\n{srun}\n')
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    args = ['part', 'job', 'config.py', 'here']
+    done = run('slurm_train.sh', *args, cwd=tmp_path, PATH=path)
+    assert done.returncode == code, done.stderr
+
+
 def test_slurm_with_few_gpus(tmp_path):
     fake(tmp_path / 'srun')
     path = f'{tmp_path}:{os.environ["PATH"]}'
@@ -118,7 +140,7 @@ def test_dist_test_with_one_node(tmp_path):
         cwd=tmp_path, PYTHON=python,
     ).stdout.splitlines()  # fmt: skip
     assert lines[0] == 'threads=1'
-    assert lines[1:3] == ['-m', 'torch.distributed.run']
+    assert lines[1] == str(TOOLS / 'dist_run.py')
     (port,) = [v for v in lines if v.startswith('--master_port=')]
     assert int(port.split('=')[1]) > 1023
     assert '--nproc_per_node=64' in lines
@@ -201,4 +223,44 @@ def test_two_cpu_processes_train(tmp_path, config):
     # Six images for two processes of batch size one.
     assert '[1][3/3]' in text
     assert 'nan' not in text.split('[1][3/3]')[1].splitlines()[0]
+    assert (tmp_path / 'out' / 'epoch_1.pth').is_file()
+
+
+NOTICE = """
+import os, signal
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class NoticeHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        # Only the launcher gets it.
+        if runner.iter == 1 and get_rank() == 1:
+            os.kill(os.getppid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.slow
+def test_notice_to_two_processes(tmp_path, config):
+    """Both stop after the same step, and go on from there."""
+    (tmp_path / 'notice.py').write_text(NOTICE)
+    (tmp_path / 'noticed.py').write_text(
+        f"_base_ = '{config}'\n"
+        'default_hooks = dict('
+        "checkpoint=dict(type='lors_plugin.CheckpointHook'))\n"
+        "custom_imports = dict(imports=['notice'])\n"
+        "custom_hooks = [dict(type='NoticeHook')]\n"
+    )
+    args = ['noticed.py', 2, '--work-dir', 'out', '--resume']
+    env = dict(CUDA_VISIBLE_DEVICES='-1', PYTHONPATH=str(tmp_path))
+    done = run('dist_train.sh', *args, cwd=tmp_path, **env)
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert 'saved interrupted.pth' in done.stdout + done.stderr
+    done = run('dist_train.sh', *args, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = done.stdout + done.stderr
+    assert 'batches of this epoch were trained on before' in text
+    assert not (tmp_path / 'out' / 'interrupted.pth').exists()
     assert (tmp_path / 'out' / 'epoch_1.pth').is_file()

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -255,6 +256,63 @@ def test_classes_differ_in_colour(drawing):
     colors = np.array([drawing.class_color(i) for i in range(10)])
     distances = np.abs(colors[:, None] - colors[None]).sum(-1)
     assert distances[~np.eye(10, dtype=bool)].min() > 30
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('form', ['--pkl', 'checkpoint'])
+def test_code_needs_trust(draw, coco_set, tmp_path, caplog, form):
+    config, pkl, results = coco_set
+    mark = tmp_path / 'ran'
+    data = dict(state_dict={}, meta=Code(str(mark)))
+    if form == '--pkl':
+        results[0]['extra'], data = Code(str(mark)), results
+    pkl.write_bytes(pickle.dumps(data, protocol=2))
+    with config.open('a') as file:
+        file.write("model = dict(type='lors_plugin.AdaMixer')\n")
+    given = ['--pkl', str(pkl)] if form == '--pkl' else [str(pkl)]
+    argv = [str(config), *given, '--out-dir', str(tmp_path / 'out')]
+    assert draw.main(argv) == 1
+    assert not mark.exists() and not (tmp_path / 'out').exists()
+    last = caplog.text.splitlines()[-1]
+    assert 'predictions.pkl' in last and '--trust' in last
+    if form == '--pkl':
+        assert draw.main([*argv, '--trust']) == 0
+        assert mark.exists()
+
+
+STRANGE = [
+    None,
+    [dict(img_id=1, pred_instances=None)],
+    [dict(img_id=1, pred_instances=dict(bboxes=1, scores=2, labels=3))],
+    [
+        dict(
+            img_id=1,
+            pred_instances=dict(
+                bboxes=torch.zeros(1, 4),
+                scores=torch.zeros(2),
+                labels=torch.zeros(1),
+            ),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize('content', STRANGE)
+def test_pickles_without_detections(draw, coco_set, tmp_path, caplog, content):
+    config, pkl, _ = coco_set
+    pkl.write_bytes(pickle.dumps(content))
+    argv = [str(config), '--pkl', str(pkl), '--out-dir', str(tmp_path / 'o')]
+    assert draw.main(argv) == 1
+    assert 'predictions.pkl does not hold detections' in caplog.text
 
 
 @pytest.mark.parametrize('case', ['other data', 'no detections', 'no file'])

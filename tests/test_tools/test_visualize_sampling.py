@@ -1,3 +1,5 @@
+import os
+import re
 from pathlib import Path
 
 import cv2
@@ -109,6 +111,70 @@ def test_missing_files(sampling, files, tmp_path, caplog, missing):
     files[missing] = 'nowhere'
     assert sampling.main([*files, '--out', str(tmp_path)]) == 1
     assert 'nowhere' in caplog.text
+
+
+def change(path, case):
+    """Write what somebody may give in place of a checkpoint."""
+    content = torch.load(path, weights_only=True)
+    state = content['state_dict']
+    if case == 'code':
+        content['extra'] = Code()
+    elif case == 'of another model':
+        content['state_dict'] = {'net.0.weight': torch.ones(3, 3)}
+    elif case == 'one weight missing':
+        state.popitem()
+    elif case == 'strange names':
+        content['meta']['dataset_meta']['classes'] = [1]
+    elif case == 'compiled':
+        content['state_dict'] = {f'_orig_mod.{k}': state[k] for k in state}
+    elif case == 'without meta':
+        content = state
+    torch.save(content, 'given.pth')
+    if case == 'cut':
+        data = Path('given.pth').read_bytes()
+        Path('given.pth').write_bytes(data[:9999])
+    return 'given.pth'
+
+
+REFUSED = {
+    'code': '--trust',
+    'of another model': 'does not fit the model of this config',
+    'one weight missing': '1 are missing',
+    'strange names': r'class names are \[1\]',
+    'cut': 'cannot be read',
+}
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_foreign_files_are_refused(
+    sampling, files, tmp_path, monkeypatch, caplog, case
+):
+    monkeypatch.chdir(tmp_path)
+    path = change(files[1], case)
+    argv = [files[0], path, files[2], '--out', 'out']
+    assert sampling.main(argv) == 1
+    assert re.search(rf'given\.pth[\s\S]*{REFUSED[case]}', caplog.text)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['given.pth']
+
+
+@pytest.mark.parametrize('case', ['compiled', 'without meta'])
+def test_other_forms_of_the_same_weights(
+    sampling, files, tmp_path, monkeypatch, case
+):
+    """Class names come from the config where the file has none."""
+    monkeypatch.chdir(tmp_path)
+    model = sampling.load_model(files[0], change(files[1], case), 'cpu')
+    assert model.dataset_meta['classes'] == ('tree',)
+    wanted = torch.load(files[1], weights_only=True)['state_dict']
+    have = model.state_dict()
+    assert all(have[key].equal(value) for key, value in wanted.items())
 
 
 def test_best_queries_one_an_object(sampling):

@@ -13,7 +13,6 @@ Example:
 
 import argparse
 import logging
-import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,10 @@ logger = logging.getLogger('draw_predictions')
 
 
 def load_dataset(
-    config: str, options: Mapping | None = None, split: str = 'test'
+    config: str,
+    options: Mapping | None = None,
+    split: str = 'test',
+    trust: bool = False,
 ):
     """Build a data set of a config.
 
@@ -42,11 +44,13 @@ def load_dataset(
         config (str): Path of the config.
         options (Mapping, optional): Changes to the config. Defaults to None.
         split (str): 'train', 'val' or 'test'. Defaults to 'test'.
+        trust (bool): Allow files to run code of their own while they are
+            read. Defaults to False.
 
     Returns:
         tuple: The config and the data set.
     """
-    from lors_plugin.compat import install_mmcv_ext_fallback
+    from lors_plugin.compat import install_mmcv_ext_fallback, read_safely
 
     install_mmcv_ext_fallback()
     from mmdet.registry import DATASETS
@@ -56,31 +60,53 @@ def load_dataset(
     register_all_modules()
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(dict(options or {}))
+    read_safely(trust)
     return cfg, DATASETS.build(cfg[f'{split}_dataloader'].dataset)
 
 
-def read_pickle(path: str) -> dict[str, Mapping]:
+def read_pickle(path: str, trust: bool = False) -> dict[str, Mapping]:
     """Read the predictions that ``tools/test.py --out`` wrote.
 
     Args:
-        path (str): The pickle. Only open files that you trust.
+        path (str): The pickle.
+        trust (bool): Allow it to run code of its own while it is read.
+            Defaults to False.
 
     Returns:
         dict[str, Mapping]: Image id, then its predicted ``bboxes``,
         ``scores`` and ``labels``.
     """
-    with open(path, 'rb') as file:
-        results = pickle.load(file)
+    from lors_plugin.checkpoints import load_pickle_file
+
+    results = load_pickle_file(path, trust)
     try:
-        return {r['img_id']: r['pred_instances'] for r in results}
-    except (KeyError, TypeError) as error:
+        found = {r['img_id']: r['pred_instances'] for r in results}
+        good = all(_are_detections(item) for item in found.values())
+    except (KeyError, TypeError):
+        good = False
+    if not good:
         raise DrawError(
             f'{path} does not hold detections of tools/test.py --out'
-        ) from error
+        )
+    return found
+
+
+def _are_detections(item: Mapping) -> bool:
+    from torch import Tensor
+
+    parts = [item[key] for key in ('bboxes', 'scores', 'labels')]
+    if not all(isinstance(part, Tensor) for part in parts):
+        return False
+    boxes, scores, labels = (tuple(part.shape) for part in parts)
+    return len(scores) == 1 and labels == scores and boxes == (*scores, 4)
 
 
 def infer(
-    cfg, checkpoint: str, infos: Sequence[Mapping], device: str
+    cfg,
+    checkpoint: str,
+    infos: Sequence[Mapping],
+    device: str,
+    trust: bool = False,
 ) -> dict[str, Mapping]:
     """Run the detector.
 
@@ -89,13 +115,16 @@ def infer(
         checkpoint (str): Path of the weights.
         infos (Sequence[Mapping]): Images of the data set.
         device (str): Where to run.
+        trust (bool): Allow the weights' file to run code of its own while it
+            is read. Defaults to False.
 
     Returns:
         dict[str, Mapping]: See :func:`read_pickle`.
     """
-    from mmdet.apis import inference_detector, init_detector
+    from mmdet.apis import inference_detector
+    from trained_detector import load_detector
 
-    model = init_detector(cfg, checkpoint, palette='random', device=device)
+    model = load_detector(cfg, checkpoint, device, trust)
     return {
         info['img_id']: inference_detector(
             model, info['img_path']
@@ -140,7 +169,9 @@ def collect_samples(args: argparse.Namespace) -> tuple[list[Sample], tuple]:
     Returns:
         tuple: The samples and the class names.
     """
-    cfg, dataset = load_dataset(args.config, split=args.split)
+    cfg, dataset = load_dataset(
+        args.config, split=args.split, trust=args.trust
+    )
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     if not infos:
         raise DrawError(f'the {args.split} data set is empty')
@@ -148,12 +179,14 @@ def collect_samples(args: argparse.Namespace) -> tuple[list[Sample], tuple]:
         infos = spread(infos, args.num)
         predictions = dict.fromkeys(i['img_id'] for i in infos)
     elif args.pkl:
-        predictions = read_pickle(args.pkl)
+        predictions = read_pickle(args.pkl, args.trust)
     else:
         # Without a threshold all images are needed to choose one.
         if args.score_thr is not None:
             infos = spread(infos, args.num)
-        predictions = infer(cfg, args.checkpoint, infos, args.device)
+        predictions = infer(
+            cfg, args.checkpoint, infos, args.device, args.trust
+        )
     missing = [i for i in infos if i['img_id'] not in predictions]
     if missing:
         raise DrawError(
@@ -267,6 +300,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'with the best F1)',
     )
     parser.add_argument('--device', default='cpu', help='(default: cpu)')
+    parser.add_argument(
+        '--trust',
+        action='store_true',
+        help='allow the checkpoint or pickle to run code of its own while it '
+        'is read; only for files from people you trust',
+    )
     args = parser.parse_args(argv)
     given = (args.checkpoint is not None, args.pkl is not None, args.truth)
     if sum(given) != 1:
@@ -291,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     try:
         draw(args)
-    except (DrawError, OSError, pickle.UnpicklingError) as error:
+    except (DrawError, ValueError, OSError) as error:
         logger.error('error: %s', error)
         return 1
     return 0

@@ -6,23 +6,59 @@
 Counts what usual counters miss: the products of adaptive mixing, sampling,
 attention, deformable convolutions. No weights are made and nothing is
 downloaded. docs/en/user_guides/counting.md says what is counted and how.
+
+Tables in READMEs stand between marks, with paths relative to the README:
+
+    <!-- get_flops: models *_coco.py -->                  a row per config
+    <!-- get_flops: parts a_coco.py ../other/b_coco.py -->  a row per part
+    <!-- get_flops: end -->
+
 Exit code 2 means a mistake in the command or the config, 1 a README whose
 tables differ (--check-readme).
 """
 
 import argparse
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 
 import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
+from lors_plugin.analysis import (
+    PartCounts,
+    UncountableError,
+    count_config,
+    test_shape,
+)
+from lors_plugin.build import load_config
+from lors_plugin.utils import text_table
 
 EXIT_DIFFERENT = 1
 EXIT_USER_ERROR = 2
 MEGA, GIGA = 1e6, 1e9
+TABLE = re.compile(
+    r'(<!-- get_flops: (models|parts) (.+?) -->\n)(.*?)'
+    r'(<!-- get_flops: end -->)',
+    re.DOTALL,
+)
+MARK = re.compile(r'<!-- get_flops: (?!end)')
+# In the order in which a query passes through them.
+PARTS = (
+    'backbone',
+    'neck',
+    'query_generator',
+    'decoder / attention',
+    'decoder / sampling',
+    'decoder / mixing: generator',
+    'decoder / mixing: products',
+    'decoder / mixing: low rank',
+    'decoder / mixing: output projection',
+    'decoder / FFN',
+    'decoder / branches',
+)
 
 
 def parse_args(argv=None):
@@ -67,8 +103,8 @@ def parse_args(argv=None):
     parser.add_argument(
         '--real',
         action='store_true',
-        help='run the model on the CPU with real numbers, for models whose '
-        'way depends on values (NMS inside); takes time and memory',
+        help='run the model on the CPU with real values, for models whose '
+        'control flow depends on them (NMS inside); takes time and memory',
     )
     readmes = parser.add_mutually_exclusive_group()
     readmes.add_argument(
@@ -94,71 +130,20 @@ def parse_args(argv=None):
     return args
 
 
-def load_config(path, options=None):
-    """Read a config of this or of an installed package."""
-    if '::' in path:
-        from mmengine.hub import get_config
-
-        cfg = get_config(path)
-    else:
-        cfg = Config.fromfile(path)
-    if options:
-        cfg.merge_from_dict(options)
-    if cfg.get('model') is None:
-        raise ValueError(f'{path} has no model')
-    return cfg
+def millions(number):
+    """Format a number of parameters, '-' for none."""
+    return f'{number / MEGA:.3f} M' if number else '-'
 
 
-def report(name, result, batch):
-    """The lines to print about one model."""
-    from lors_plugin.analysis import PartCounts
-
-    counts, shape, padded = result.counts, result.shape, result.padded_shape
-    rows = [('part', 'parameters', 'trained', 'shared', 'mult-adds', 'others')]
-    parts = {k: v for k, v in counts.parts.items() if v != PartCounts()}
-    if any(name.startswith('decoder / ') for name in parts):
-        parts['= decoder'] = counts.within('decoder')
-    parts['= total'] = counts.total
-    for part, value in parts.items():
-        rows.append(
-            (
-                part,
-                f'{value.parameters:,}',
-                f'{value.trained:,}',
-                f'{value.shared:,}',
-                f'{value.multiply_adds / GIGA:,.3f} G',
-                f'{value.elementwise / GIGA:,.3f} G',
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    size = f'{batch} x {shape[0]} x {shape[1]}'
-    if padded != shape:
-        size += f' (padded to {padded[0]} x {padded[1]})'
-    lines = [f'{name}, images {size}']
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
-        lines.append('  ' + '  '.join(cells))
-    lines += [
-        f'activations, float32: {counts.saved_bytes / MEGA:,.1f} MB kept for '
-        'the backward pass,',
-        f'  {counts.peak_bytes / MEGA:,.1f} MB at most at once in inference',
-        '"shared": used by more than one call of a layer; "others": results '
-        'of additions, norms, activations',
-    ]
-    for operator, times in counts.uncounted.items():
-        lines.append(f'NOT COUNTED: {operator}, called {times} times')
-    return lines
+def billions(number):
+    """Format a number of multiply-adds, '-' for none."""
+    return f'{number / GIGA:.2f} G' if number else '-'
 
 
 def run_config(args):
     """Count one config and report."""
-    from lors_plugin.analysis import UncountableError, count_config
-
     cfg = load_config(args.config, args.cfg_options)
-    shape = args.shape
-    if shape and len(shape) == 1:
-        shape = shape * 2
+    shape = args.shape and (args.shape * 2)[:2]
     try:
         result = count_config(cfg, shape, args.batch, args.real)
     except UncountableError as error:
@@ -177,20 +162,51 @@ def run_config(args):
             sys.stdout.write(text)
             return 0
         Path(args.json).write_text(text, encoding='utf-8')
-    for line in report(args.config, result, args.batch):
-        print(line)
+    print(report(args.config, result, args.batch))
     return 0
+
+
+def report(name, result, batch):
+    """Return the text about one model."""
+    counts, shape, padded = result.counts, result.shape, result.padded_shape
+    parts = {k: v for k, v in counts.parts.items() if v != PartCounts()}
+    if any(name.startswith('decoder / ') for name in parts):
+        parts['= decoder'] = counts.within('decoder')
+    parts['= total'] = counts.total
+    rows = [('part', 'parameters', 'trained', 'shared', 'mult-adds', 'others')]
+    for part, value in parts.items():
+        numbers = (value.parameters, value.trained, value.shared)
+        work = (value.multiply_adds, value.elementwise)
+        rows.append(
+            (
+                part,
+                *(f'{number:,}' for number in numbers),
+                *(f'{number / GIGA:,.3f} G' for number in work),
+            )
+        )
+    size = f'{batch} x {shape[0]} x {shape[1]}'
+    if padded != shape:
+        size += f' (padded to {padded[0]} x {padded[1]})'
+    lines = [
+        f'{name}, images {size}',
+        *(f'  {line}' for line in text_table(rows, '<>').split('\n')),
+        f'activations, float32: {counts.saved_bytes / MEGA:,.1f} MB kept for '
+        'the backward pass,',
+        f'  {counts.peak_bytes / MEGA:,.1f} MB at most at once in inference',
+        '"shared": used by more than one call of a layer; "others": results '
+        'of additions, norms, activations',
+    ]
+    for operator, times in counts.uncounted.items():
+        lines.append(f'NOT COUNTED: {operator}, called {times} times')
+    return '\n'.join(lines)
 
 
 def run_readmes(paths, update):
     """Rewrite or check the tables of READMEs."""
-    from flops_tables import ReadmeTables
-
-    tables = ReadmeTables()
-    status = 0
+    status, known = 0, {}
     for path in map(Path, paths):
         before = path.read_text(encoding='utf-8')
-        after = tables.rewrite(before, path)
+        after = with_tables(before, path, known)
         if after == before:
             print(f'{path}: tables are up to date')
         elif update:
@@ -203,6 +219,113 @@ def run_readmes(paths, update):
                 'run get_flops.py --update-readme\n'
             )
     return status
+
+
+def with_tables(text, readme, known):
+    """Return the text of a README with its tables made anew.
+
+    Args:
+        text (str): The present text.
+        readme (Path): Where it is.
+        known (dict): Filled with the counts of models; equal models are
+            counted once.
+
+    Returns:
+        str: The text as it should be.
+    """
+    if len(MARK.findall(text)) != len(TABLE.findall(text)):
+        raise ValueError(
+            f'{readme}: a mark "<!-- get_flops: ... -->" has no kind '
+            '("models" or "parts"), no config or no end'
+        )
+
+    def replace(match):
+        begin, kind, patterns, _, end = match.groups()
+        results = {}
+        for pattern in patterns.split():
+            paths = sorted(readme.parent.glob(pattern))
+            if not paths:
+                raise ValueError(f'{readme}: no config is named {pattern}')
+            results.update({path: count(path, known) for path in paths})
+        make = models_table if kind == 'models' else parts_table
+        head, *rows = make(results)
+        lines = [f'| {" | ".join(row)} |' for row in (head, *rows)]
+        lines.insert(1, '|---' + '|--:' * (len(head) - 1) + '|')
+        return begin + '\n'.join(lines) + '\n' + end
+
+    return TABLE.sub(replace, text)
+
+
+def count(path, known):
+    """Count the model of a config, or take the counts of an equal one."""
+    cfg = load_config(path)
+    model = json.dumps(cfg.model.to_dict(), sort_keys=True, default=str)
+    key = (model, test_shape(cfg))
+    if key not in known:
+        known[key] = count_config(cfg)
+    return known[key]
+
+
+def models_table(results):
+    """Make a row per config."""
+    rows = [
+        ('config', 'image', 'parameters', 'decoder', 'shared in it',
+         'multiply-adds', 'decoder', 'mixing', 'kept for backward')
+    ]  # fmt: skip
+    for path, result in results.items():
+        counts, shape = result.counts, result.shape
+        decoder = counts.within('decoder')
+        mixing = counts.within('decoder / mixing')
+        kept = counts.saved_bytes
+        rows.append(
+            (
+                f'[{path.stem}]({path.name})',
+                f'{shape[0]} x {shape[1]}',
+                millions(counts.total.parameters),
+                millions(decoder.parameters),
+                millions(decoder.shared),
+                billions(counts.total.multiply_adds),
+                billions(decoder.multiply_adds),
+                billions(mixing.multiply_adds),
+                f'{kept / GIGA:.{1 if kept >= GIGA else 2}f} GB',
+            )
+        )
+    return rows
+
+
+def parts_table(results):
+    """Make a row per part, two columns per config."""
+    head, columns = ['part'], []
+    for path, result in results.items():
+        head += [f'{path.stem}: parameters', 'multiply-adds']
+        columns.append(result.counts)
+    names = dict.fromkeys(
+        name
+        for counts in columns
+        for name, part in counts.parts.items()
+        if part.parameters or part.multiply_adds
+    )
+    order = dict(zip(PARTS, range(len(PARTS))))
+    rows = [head]
+    for name in sorted(names, key=lambda name: order.get(name, len(order))):
+        cells = [counts.parts.get(name) for counts in columns]
+        rows.append(part_row(name.replace('decoder / ', ''), cells))
+    sums = dict(mixing='decoder / mixing', decoder='decoder')
+    for title, prefix in sums.items():
+        cells = [counts.within(prefix) for counts in columns]
+        rows.append(part_row(f'**{title}**', cells))
+    return [*rows, part_row('**all**', [counts.total for counts in columns])]
+
+
+def part_row(title, parts):
+    """Return the cells of one part of all models, empty where it is None."""
+    row = [title]
+    for part in parts:
+        if part is None:
+            row += ['', '']
+        else:
+            row += [millions(part.parameters), billions(part.multiply_adds)]
+    return row
 
 
 def main(argv=None):

@@ -28,30 +28,31 @@ logger = logging.getLogger('visualize_sampling')
 SAME_OBJECT_IOU = 0.5
 
 
-def load_model(config: str, checkpoint: str, device: str):
+def load_model(config: str, checkpoint: str, device: str, trust: bool = False):
     """Build a detector and load its weights.
 
     Args:
         config (str): Path of the config.
         checkpoint (str): Path of the weights.
         device (str): Where to run.
+        trust (bool): Allow files to run code of their own while they are
+            read. Defaults to False.
 
     Returns:
         nn.Module: The detector, ready for ``inference_detector``.
     """
-    from lors_plugin.compat import (
-        install_mmcv_ext_fallback,
-        register_safe_globals,
-    )
+    from lors_plugin.compat import install_mmcv_ext_fallback, read_safely
 
     install_mmcv_ext_fallback()
-    register_safe_globals()
-    from mmdet.apis import init_detector
+    from mmengine.config import Config
+    from trained_detector import load_detector
 
     for path in (config, checkpoint):
         if not Path(path).is_file():
             raise DrawError(f'{path} does not exist')
-    return init_detector(config, checkpoint, palette='random', device=device)
+    cfg = Config.fromfile(config)
+    read_safely(trust)
+    return load_detector(cfg, checkpoint, device, trust)
 
 
 def record(model, image: np.ndarray) -> tuple[list, np.ndarray]:
@@ -179,7 +180,7 @@ def draw(args: argparse.Namespace) -> None:
     """
     import mmcv
 
-    model = load_model(args.config, args.checkpoint, args.device)
+    model = load_model(args.config, args.checkpoint, args.device, args.trust)
     classes = model.dataset_meta['classes']
     out_dir = Path(args.out)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -189,6 +190,11 @@ def draw(args: argparse.Namespace) -> None:
             raise DrawError(f'cannot read image {path}')
         records, factors = record(model, image)
         last = records[-1]
+        if len(classes) < last.scores.shape[-1]:
+            raise DrawError(
+                f'there are names of {len(classes)} classes, and the model '
+                f'has {last.scores.shape[-1]}: metainfo of the test set'
+            )
         stages = range(len(records)) if args.stages is None else args.stages
         check_numbers('stages', stages, len(records))
         if args.queries is None:
@@ -282,6 +288,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--format', choices=('png', 'jpg', 'pdf', 'svg'), default='png'
     )
     parser.add_argument('--device', default='cpu', help='(default: cpu)')
+    parser.add_argument(
+        '--trust',
+        action='store_true',
+        help='allow the checkpoint to run code of its own while it is read; '
+        'only for files from people you trust',
+    )
     args = parser.parse_args(argv)
     for name in ('top_k', 'columns', 'zoom'):
         value = getattr(args, name)
@@ -303,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     try:
         draw(args)
-    except (DrawError, OSError) as error:
+    except (DrawError, ValueError, OSError) as error:
         logger.error('error: %s', error)
         return 1
     return 0

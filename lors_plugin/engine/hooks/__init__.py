@@ -1,12 +1,19 @@
-"""Hooks for MMEngine's runner."""
+"""Hooks for MMEngine's runner.
 
+Those of a paper are in its room; they have their names here too, which
+configs in the new style import.
+"""
+
+from lors_plugin.adapters.hook import RepAdapterHook
+from lors_plugin.lors.hook import LORSHook
+
+from .checkpoint_hook import CheckpointHook
 from .epoch_seed_hook import EpochSeedHook
 from .expert_usage_hook import ExpertUsageHook
 from .freeze_hook import FreezeHook
-from .lors_hook import LORSHook
-from .rep_adapter_hook import RepAdapterHook
 
 __all__ = [
+    'CheckpointHook',
     'EpochSeedHook',
     'ExpertUsageHook',
     'FreezeHook',

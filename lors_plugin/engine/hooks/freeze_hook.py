@@ -1,13 +1,14 @@
-"""Parts of a model that stay as they were loaded."""
+"""Keep parts of a model as they were loaded."""
 
 from collections.abc import Sequence
 from typing import Optional
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from lors_plugin.registry import HOOKS
+from lors_plugin.structure import rewrap
+from lors_plugin.utils import part_of, unwrapped
 
 
 @HOOKS.register_module()
@@ -32,27 +33,13 @@ class FreezeHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Freeze, and wrap the model anew, as wrappers count gradients."""
-        wrapped = is_model_wrapper(runner.model)
-        model = runner.model.module if wrapped else runner.model
-        self._frozen = []
-        for name in self.modules:
-            try:
-                part = model.get_submodule(name)
-            except AttributeError:
-                parts = [child for child, _ in model.named_children()]
-                raise ValueError(
-                    f'FreezeHook: {type(model).__name__} has no part '
-                    f'{name!r}; there are {parts}'
-                ) from None
+        model = unwrapped(runner.model)
+        self._frozen = [part_of(model, name) for name in self.modules]
+        for part in self._frozen:
             part.requires_grad_(False)
-            self._frozen.append(part)
         if not any(param.requires_grad for param in model.parameters()):
             raise ValueError(f'FreezeHook: {self.modules} leaves nothing')
-        if wrapped:
-            # The old wrapper takes its gradient hooks with it.
-            runner.model = model
-            wrapper_cfg = runner.cfg.get('model_wrapper_cfg')
-            runner.model = runner.wrap_model(wrapper_cfg, model)
+        rewrap(runner)
 
     def before_train_iter(
         self,

@@ -51,7 +51,9 @@ def norm_relu(x: Tensor, eps: float) -> Tensor:
     Statistics are float32 at least; the result has the type of ``x``.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.layer_norm(wide, x.shape[-2:], eps=eps).relu().to(x.dtype)
+    # Constants in an exported graph, where the batch may stay open.
+    sizes = [int(size) for size in x.shape[-2:]]
+    return F.layer_norm(wide, sizes, eps=eps).relu().to(x.dtype)
 
 
 def adaptive_mixing_reference(

@@ -29,19 +29,22 @@ def sampling_3d_reference(
     """See :func:`lors_plugin.ops.sampling_3d`."""
     dtype = torch.promote_types(points.dtype, torch.float32)
     batch, num_queries, groups, num_points, _ = points.shape
+    channels = feats[0].shape[1] // groups
     with torch.autocast(points.device.type, enabled=False):
         points = points.to(dtype).transpose(1, 2).flatten(0, 1)
         weights = level_weights(points[..., 2], strides)
         out = 0.0
         for feat, stride, weight in zip(feats, strides, weights):
             height, width = feat.shape[-2:]
-            size = points.new_tensor([width * stride, height * stride])
-            grid = points[..., :2] / size * 2 - 1
-            maps = feat.to(dtype).unflatten(1, (groups, -1)).flatten(0, 1)
+            x = points[..., 0] / (width * stride) * 2 - 1
+            y = points[..., 1] / (height * stride) * 2 - 1
+            grid = torch.stack([x, y], dim=-1)
+            maps = feat.to(dtype)
+            maps = maps.reshape(batch * groups, channels, height, width)
             sampled = F.grid_sample(
                 maps, grid, padding_mode='zeros', align_corners=False
             )
             out = out + sampled * weight.unsqueeze(1)
     # (B G, C, N, P) -> (B, N, G, P, C)
-    out = out.unflatten(0, (batch, groups))
+    out = out.reshape(batch, groups, channels, num_queries, num_points)
     return out.permute(0, 3, 1, 4, 2)

@@ -1,12 +1,12 @@
 """Triton kernels of 3D sampling and their launchers.
 
-They read the table of all cells that :func:`fused.pack` makes: a row a cell,
-channels last, so that a read of one corner is one contiguous row. A program
+They read the table of all cells that :func:`.table.make_table` makes: one row
+per cell, channels last, so that a corner is one contiguous row. A program
 takes a block of points of one group of one query and all levels in one pass.
 Weights of levels and corners are folded in, sums are float32, nothing but the
 result is written. The gradient of the points is each program's own. The
 gradient of the table is left to :mod:`.level_gradients`, which sorts the
-reads by row: no atomics, so the same result each time.
+corners by row: no atomics, so the same result each time.
 """
 
 import functools
@@ -227,7 +227,7 @@ def config(
     rows = min(triton.next_power_of_2(num_points), max(1, 2048 // columns))
     if columns > MAX_TILE:
         raise ValueError(
-            f'the Triton kernels take up to {MAX_TILE} channels a group, '
+            f'the Triton kernels take up to {MAX_TILE} channels per group, '
             f"got {width}; use backend='torch'"
         )
     options = dict(
@@ -281,13 +281,13 @@ def _launch(kernel, grad_out, table, points, sizes, strides, out):
     return out
 
 
-def sample(
+def forward(
     table: Tensor,
     points: Tensor,
     sizes: Sequence[int],
     strides: Sequence[int],
 ) -> Tensor:
-    """See :func:`fused.sample`."""
+    """Sample a table, as :func:`.table.forward`; contiguous."""
     groups = points.shape[2]
     out = table.new_empty(*points.shape[:4], table.shape[1] // groups)
     return _launch(
@@ -302,7 +302,7 @@ def points_gradient(
     sizes: Sequence[int],
     strides: Sequence[int],
 ) -> Tensor:
-    """See :func:`fused.points_gradient`."""
+    """Compute what :func:`.table.points_gradient` does."""
     out = torch.empty_like(points, memory_format=torch.contiguous_format)
     return _launch(
         sampling_3d_bwd_kernel, grad_out, table, points, sizes, strides, out

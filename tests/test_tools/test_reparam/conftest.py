@@ -9,7 +9,11 @@ import torch
 from mmengine.config import Config
 
 from lors_plugin.adapters import adapter_checkpoint
-from lors_plugin.reparam.structure import adapt, build_base, structure_hooks
+from lors_plugin.reparam.structure import (
+    adapt,
+    asks_for_adapters,
+    build_base,
+)
 
 TOOLS = Path(__file__).resolve().parents[3] / 'tools'
 ARCH = dict(embed_dims=24, num_layers=2, num_heads=2, feedforward_channels=48)
@@ -178,8 +182,7 @@ def make(name, folder, content=None):
     torch.manual_seed(0)
     model = randomized(build_base(cfg))
     torch.save(dict(state_dict=model.state_dict()), folder / 'base.pth')
-    adapted = any(n == 'RepAdapterHook' for n, _ in structure_hooks(cfg))
-    if adapted:
+    if asks_for_adapters(cfg):
         adapt(model, cfg, {})
         for key, param in model.named_parameters():
             if 'rep_adapter' in key:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lors_plugin.reparam.files import checkpoint_writer
+from lors_plugin.checkpoints.files import checkpoint_writer
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ MESSAGES = {
     'exists': 'o.py exists; --force',
     'reads and writes': 'vit.pth is read too',
     'weights named as a config': 'o.py would be both weights and config',
-    'no directory': 'vit.py is a file; .*OUT_DIR',
+    'no directory': 'vit.py is a file; OUT needs a directory',
     'no adapters': 'base.pth does not fit .* lacks 20 ',
     'nothing merges': 'nothing in this model merges',
     'adapters alone': '--adapter adapter.pth --base BASE',

@@ -1,9 +1,12 @@
 """tools/reparam.py on models of this package."""
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 
+from lors_plugin.build import image_channels
 from lors_plugin.reparam.structure import build_base
 
 BACKBONE = dict(depth=50, base_channels=4)
@@ -77,6 +80,20 @@ def test_branches_of_convolutions_become_a_ghostnet(run):
     cfg, model = run(classifier(dict(plain, conv='rep'), 24))
     assert cfg.model.backbone == dict(plain, num_experts=1)
     assert 'RepConv2d' not in {type(m).__name__ for m in model.modules()}
+
+
+def test_gray_images(run, tmp_path):
+    gray = dict(
+        type='lors_plugin.ParameterNet', arch=dict(rows=ROWS, width=0.5),
+        conv='rep', in_channels=1,
+    )  # fmt: skip
+    content = classifier(gray, 24)
+    content['model']['data_preprocessor'] = dict(mean=[33.0], std=[79.0])
+    photo = tmp_path / 'a.png'
+    mmcv.imwrite(np.arange(4096, dtype=np.uint8).reshape(64, 64), str(photo))
+    _, model = run(content)
+    assert image_channels(model) == 1
+    run(content, '--images', str(photo), '--force')
 
 
 SHARED = dict(targets=[r'layers\.(\d+)\.(?:ffn\.layers\.0\.0)'], ranks=4)

@@ -1,0 +1,94 @@
+"""A detector of a config with the weights of a checkpoint, for drawing."""
+
+from collections.abc import Sequence
+
+from drawing import DrawError
+from mmdet.registry import DATASETS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from lors_plugin.adapters import is_adapter_checkpoint
+from lors_plugin.checkpoints import load_checkpoint_file, weights_of
+from lors_plugin.engine.checkpoint_fit import check_weights
+from lors_plugin.reparam.structure import adapt, build_base, has_adapters
+
+
+def load_detector(
+    cfg: Config, checkpoint: str, device: str, trust: bool = False
+) -> nn.Module:
+    """Build a detector and load its weights, all of them.
+
+    MMDetection's ``init_detector`` leaves what does not fit as it was
+    initialised, lets a file run code, and takes COCO's class names for a
+    file without any.
+
+    Args:
+        cfg (Config): The config; hooks of this package that change a model
+            are followed.
+        checkpoint (str): The weights.
+        device (str): Where to run.
+        trust (bool): Allow the file to run code of its own while it is
+            read. Defaults to False.
+
+    Returns:
+        nn.Module: The detector, ready for ``inference_detector``, with
+        ``dataset_meta['classes']``.
+
+    Raises:
+        ValueError: If the file cannot be read, or not without ``trust``, or
+            does not belong to the model.
+    """
+    for field in ('model', 'test_dataloader'):
+        if cfg.get(field) is None:
+            raise DrawError(f'{cfg.filename} has no {field}')
+    register_all_modules(init_default_scope=False)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    content = load_checkpoint_file(checkpoint, trust)
+    if is_adapter_checkpoint(content):
+        raise DrawError(
+            f'{checkpoint} holds adapters without their base; merge them '
+            'first (tools/reparam.py)'
+        )
+    state = weights_of(content, path=checkpoint)
+    model = build_base(cfg)
+    if has_adapters(state):
+        adapt(model, cfg, state)
+    check_weights(model, state, checkpoint)
+    model.load_state_dict(state, strict=False)
+    names = _classes_in(content.get('meta') or {}, checkpoint)
+    model.dataset_meta = dict(classes=names or config_classes(cfg))
+    model.cfg = cfg
+    return revert_sync_batchnorm(model).to(device).eval()
+
+
+def config_classes(cfg: Config) -> Sequence[str]:
+    """Return the class names of a config's test set; no file is read.
+
+    Args:
+        cfg (Config): The config.
+    """
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    dataset = DATASETS.build(dict(dataset, lazy_init=True))
+    return dataset.metainfo.get('classes') or ()
+
+
+def _classes_in(meta: dict, path: str) -> Sequence[str]:
+    """Class names that a checkpoint holds, or none."""
+    dataset_meta = meta.get('dataset_meta')
+    names = meta.get('CLASSES')  # of MMDetection 2
+    if isinstance(dataset_meta, dict):
+        names = {k.lower(): v for k, v in dataset_meta.items()}.get('classes')
+    if names is None:
+        return ()
+    if isinstance(names, str):
+        names = (names,)
+    if not isinstance(names, (list, tuple)) or not all(
+        isinstance(name, str) for name in names
+    ):
+        raise DrawError(f'{path}: its class names are {names!r:.80}')
+    return tuple(names)
