@@ -25,6 +25,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 PACKAGE = 'lors_plugin'
 MIM_ITEMS = ('configs', 'tools', 'model-index.yml')
+# Of ``tools``, what is for a checkout: it measures or checks this project.
+CHECKOUT_ONLY = ('benchmarks', 'studies', 'lint', 'run_tests.sh')
 
 
 def read_version():
@@ -51,6 +53,14 @@ def read_requirements(name):
     return [line for line in lines if line]
 
 
+def ignore_files(folder, names):
+    """Say what of a folder is not copied, as ``shutil.copytree`` asks."""
+    ignored = shutil.ignore_patterns('__pycache__', '*.pyc')(folder, names)
+    if Path(folder) == ROOT / 'tools':
+        ignored.update(CHECKOUT_ONLY)
+    return ignored
+
+
 def place_mim_items(target, link):
     """Put what ``mim`` needs into the directory ``target``.
 
@@ -74,11 +84,7 @@ def place_mim_items(target, link):
             except OSError:
                 pass  # a file system without links: copy
         if source.is_dir():
-            shutil.copytree(
-                source,
-                target / name,
-                ignore=shutil.ignore_patterns('__pycache__', '*.pyc'),
-            )
+            shutil.copytree(source, target / name, ignore=ignore_files)
         else:
             shutil.copy2(source, target / name)
 

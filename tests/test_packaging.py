@@ -63,6 +63,16 @@ def test_place_mim_items(setup_script, tmp_path, link):
     assert (ROOT / 'tools' / 'train.py').is_file()
 
 
+def test_what_measures_this_project_is_not_installed(setup_script, tmp_path):
+    setup_script[0]['place_mim_items'](tmp_path / '.mim', False)
+    kept = {path.name for path in (tmp_path / '.mim' / 'tools').iterdir()}
+    there = {path.name for path in (ROOT / 'tools').iterdir()}
+    left_out = there - kept - {'__pycache__'}
+    assert left_out <= {'benchmarks', 'studies', 'lint', 'run_tests.sh'}
+    assert {'benchmarks', 'lint', 'run_tests.sh'} <= left_out
+    assert list((tmp_path / '.mim' / 'configs').rglob('*.py'))
+
+
 def test_place_mim_items_without_a_model_index(
     setup_script, tmp_path, monkeypatch
 ):
@@ -120,6 +130,7 @@ def test_wheel(tmp_path, compiler):
     assert 'lors_plugin/version.py' in names
     assert 'lors_plugin/.mim/tools/train.py' in names
     assert not any(n.startswith(('tests/', 'tools/')) for n in names)
+    assert not any('/tools/benchmarks/' in n for n in names)
     if any((ROOT / 'configs').rglob('*.py')):
         assert any(n.startswith('lors_plugin/.mim/configs/') for n in names)
     compiled = not compiler and shutil.which('g++') is not None

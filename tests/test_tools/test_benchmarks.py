@@ -26,20 +26,18 @@ def load(name):
 harness, report = load('harness'), load('report')
 
 
-def command(*options, code=None, cwd=None):
-    """Run the real command, or code that imports the scripts."""
-    start = [str(FOLDER / 'run.py')] if code is None else ['-c', code]
-    paths = [] if code is None else [str(FOLDER)]
-    paths += [str(FOLDER.parents[1]), os.environ.get('PYTHONPATH', '')]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
+def python(*options, path=(), cwd=None):
+    """Run Python, whose scripts import neighbours by their names."""
+    paths = [*path, FOLDER.parents[1], os.environ.get('PYTHONPATH', '')]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, paths)))
     environment.pop('TRITON_INTERPRET', None)
     return subprocess.run(
-        [sys.executable, *start, *options],
+        [sys.executable, *options],
         capture_output=True,
         text=True,
         cwd=cwd,
         env=environment,
-        timeout=600,
+        timeout=900,
     )
 
 
@@ -54,16 +52,15 @@ def select(rows, **values):
 
 @pytest.fixture(scope='module')
 def quick(tmp_path_factory):
-    """All cases at once, against this very commit."""
+    """The real command with all cases at once."""
     folder = tmp_path_factory.mktemp('benchmarks')
-    done = command(
+    done = python(
+        str(FOLDER / 'run.py'),
         *QUICK,
         *('--models', 'lors', '600m', 'coco-val', 'imagenet'),
         *('--implementations', 'original', 'torch', 'recompute', 'products'),
         *('converted', 'with_cp', 'faster-coco-eval', 'pycocotools'),
-        *('MobileNetV2', '--modes', 'forward', 'full'),
-        *('--against', str(FOLDER.parents[1])),
-        *('--output', str(folder)),
+        *('MobileNetV2', '--output', str(folder)),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, read(folder), folder
@@ -84,9 +81,7 @@ def quick(tmp_path_factory):
 def test_every_case_at_a_tiny_size(quick, case, names):
     text, rows, folder = quick
     rows = select(rows, case=case)
-    other = f'@{FOLDER.parents[1].name}'
-    twins = {name + other for name in names - {'original'}}
-    assert {row['implementation'] for row in rows} == names | twins
+    assert {row['implementation'] for row in rows} == names
     assert f'{case}: ' in text
     assert (folder / f'{case}.png').stat().st_size > 5000
     times = select(rows, metric='time')
@@ -97,8 +92,7 @@ def test_every_case_at_a_tiny_size(quick, case, names):
         assert (row['unit'], row['threads']) == ('ms', '1')
         assert row['torch'] == torch.__version__
         assert row['device'] == 'cpu' and row['device_name']
-    training = {r['implementation'].split('@')[0] for r in times
-                if r['mode'] == 'full'}  # fmt: skip
+    training = {row['implementation'] for row in select(times, mode='full')}
     is_model = case not in ('coco_evaluation', 'onnx_latency')
     assert training == (names - {'converted'} if is_model else set())
     for row in select(times, implementation='original'):
@@ -127,67 +121,115 @@ def test_what_a_report_says_besides(quick):
     assert float(size['median']) == pytest.approx(3.504872, rel=1e-5)
 
 
-SPOILED = """
-import os, sys, torch
+# Runs several commands in one process, where sampling is wrong on demand.
+SEVERAL = """
+import contextlib, io, json, os, sys, torch
 import lors_plugin.ops as ops
-right = ops.sampling_3d
+right, spoil = ops.sampling_3d, None
 
 class Steeper(torch.autograd.Function):
     forward = staticmethod(lambda ctx, x: x.clone())
     backward = staticmethod(lambda ctx, grad: grad * 1.1)
 
-def wrong(*args):
+def sampling_3d(*args):
     out = right(*args)
-    if os.environ.get('LORS_PLUGIN_BACKEND') != 'torch':
+    if spoil is None or os.environ['LORS_PLUGIN_BACKEND'] != 'torch':
         return out
-    return out * 1.01 if sys.argv[1] == 'value' else Steeper.apply(out)
+    return out * 1.01 if spoil == 'value' else Steeper.apply(out)
 
-ops.sampling_3d = wrong
+ops.sampling_3d = sampling_3d
 import run
-sys.exit(run.main(sys.argv[2:]))
+results = {}
+for name, (spoil, argv) in json.loads(sys.argv[1]).items():
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = run.main(argv)
+        except SystemExit as error:
+            code = error.code
+    results[name] = code, out.getvalue(), err.getvalue()
+print('RESULTS' + json.dumps(results))
 """
+SAMPLING = ['sampling', *QUICK, '--models', 'lors', '--output']
+WRONG = dict(
+    value='torch, output',
+    gradient='torch, gradient of level',
+)  # what is spoiled, and what the error says
+REFUSED = {
+    'no case': (['mixin'], "no case 'mixin'"),
+    'triton': (['sampling', '--implementations', 'triton'], 'triton'),
+    'no model': (['sampling', '--models', '600m'], 'no case has such a model'),
+    'no checkout': (['mixing', '--against', 'nowhere'], 'no checkout'),
+    'no threads': (['mixing', '--threads', '0'], 'must be at least 1'),
+}
 
 
-@pytest.mark.parametrize(
-    ('kind', 'words'),
-    [('value', 'torch, output'), ('gradient', 'torch, gradient of level')],
-)
-def test_nothing_is_timed_that_is_wrong(tmp_path, kind, words):
-    done = command(
-        kind, 'sampling', *QUICK, '--models', 'lors', '--output', 'out',
-        code=SPOILED, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    assert 'error: sampling, lors, batch 2' in done.stderr
-    assert 'no timings' in done.stderr and words in done.stderr
-    assert 'Traceback' not in done.stderr
-    assert not (tmp_path / 'out').exists()
+@pytest.fixture(scope='module')
+def several(tmp_path_factory):
+    """Exit code, output and errors of commands, and where they ran."""
+    folder = tmp_path_factory.mktemp('several')
+    root = str(FOLDER.parents[1])
+    commands = dict(
+        list=(None, ['--list']),
+        against=(None, [*SAMPLING, 'against', '--against', root]),
+    )
+    for kind in WRONG:
+        commands[kind] = kind, [*SAMPLING, kind]
+    for name, (options, _) in REFUSED.items():
+        commands[name] = None, ['--device', 'cpu', *options]
+    done = python(
+        '-c', SEVERAL, json.dumps(commands), path=[FOLDER], cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.partition('RESULTS')[2]), folder
 
 
-def test_list():
-    done = command('--list')
-    assert done.returncode == 0
+def test_against_another_commit(several):
+    results, folder = several
+    code, text, error = results['against']
+    assert code == 0, error
+    rows = read(folder / 'against')
+    there = f'torch@{FOLDER.parents[1].name}'
+    assert {row['implementation'] for row in rows} == {
+        'reference', 'original', 'torch', there
+    }  # fmt: skip
+    for row in select(rows, implementation=there):
+        (twin,) = select(
+            rows,
+            implementation='torch',
+            mode=row['mode'],
+            metric=row['metric'],
+        )
+        assert row['repeats'] == twin['repeats'] and float(row['ratio']) > 0
+        if row['metric'] == 'kept for backward':
+            assert row['median'] == twin['median']
+        assert 0 < float(row['error']) < 1e-5
+
+
+@pytest.mark.parametrize('kind', WRONG)
+def test_nothing_is_timed_that_is_wrong(several, kind):
+    results, folder = several
+    code, _, error = results[kind]
+    assert code == 1
+    assert 'error: sampling, lors, batch 2, 5 queries' in error
+    assert 'no timings' in error and WRONG[kind] in error
+    assert not (folder / kind).exists()
+
+
+def test_list(several):
+    code, text, _ = several[0]['list']
+    assert code == 0
     for name in ('mixing', 'sampling', 'decoder', 'detector', 'parameternet',
                  'coco_evaluation', 'onnx_latency'):  # fmt: skip
-        assert f'{name}\n    ' in done.stdout
-    assert 'implementations: reference, original, torch' in done.stdout
+        assert f'{name}\n    ' in text
+    assert 'implementations: reference, original, torch' in text
 
 
-@pytest.mark.parametrize(
-    ('options', 'words'),
-    [
-        (['mixin'], "no case 'mixin'"),
-        (['sampling', '--implementations', 'triton'], 'triton'),
-        (['sampling', '--models', '600m'], 'no case has such a model'),
-        (['mixing', '--against', 'nowhere'], 'no checkout of lors_plugin'),
-        (['mixing', '--threads', '0'], '--threads must be at least 1'),
-    ],
-)
-def test_what_cannot_be_measured(tmp_path, options, words):
-    done = command('--device', 'cpu', *options, cwd=tmp_path)
-    assert done.returncode == 2
-    assert words in done.stderr and 'Traceback' not in done.stderr
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_cannot_be_measured(several, name):
+    code, _, error = several[0][name]
+    assert code == 2
+    assert REFUSED[name][1] in error
 
 
 # --- the harness ---------------------------------------------------------

@@ -532,7 +532,7 @@ def coco_evaluation(size: Size, names: Sequence[str]) -> dict:
 
     from lors_plugin.evaluation import FasterCOCOeval
 
-    dataset, detections = synthetic_coco(20 if size.quick else 5000)
+    dataset, detections = synthetic_coco(5 if size.quick else 5000)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = dataset

@@ -38,7 +38,7 @@ class OtherCommit:
         self.process = subprocess.Popen(
             [sys.executable, str(RUN), MARK, str(write)],
             stdin=subprocess.PIPE,
-            stdout=sys.stderr,
+            stdout=2,  # prints over there go to standard error
             env=dict(os.environ, PYTHONPATH=paths),
             pass_fds=[write],
         )
