@@ -249,7 +249,9 @@ class Both(torch.nn.Module):
 
 
 @pytest.mark.parametrize('grad', [True, False])
-@pytest.mark.parametrize('how', ['trace', 'export', 'real', 'fake', 'symbolic'])
+@pytest.mark.parametrize(
+    'how', ['trace', 'export', 'real', 'fake', 'symbolic']
+)
 def test_traced(how, grad):
     tensors, _ = make('depthwise')
     others = [t.detach() + 0.1 for t in tensors]
