@@ -42,6 +42,15 @@ def per_layer(
     return values
 
 
+def check_at_least(name: str, value: int, minimum: int) -> int:
+    """Return a whole number, or raise an error that names the option."""
+    if not isinstance(value, int) or value < minimum:
+        raise ValueError(
+            f'{name}={value} must be a whole number of at least {minimum}'
+        )
+    return value
+
+
 def check_divisible(name: str, value: int, by_name: str, by: int) -> int:
     """``value // by``, or an error that names both options."""
     if by < 1 or value % by:

@@ -1,6 +1,12 @@
 """What a model costs: parameters, multiply-adds, memory for activations."""
 
 from lors_plugin.build import test_shape
+from lors_plugin.parameternet.expert_usage import (
+    ExpertUsage,
+    LayerUsage,
+    collapsed_layers,
+    usage_table,
+)
 
 from .counts import (
     ConfigCounts,
@@ -11,12 +17,6 @@ from .counts import (
     count_config,
     count_model,
     make_forward,
-)
-from .expert_usage import (
-    ExpertUsage,
-    LayerUsage,
-    collapsed_layers,
-    usage_table,
 )
 from .parts import part_of
 from .weightless import WeightlessModel

@@ -119,7 +119,6 @@ _OURS: dict[str, Callable] = {
     MIXING: _mixing,
     'lors_plugin::sampling_3d': _sampling,
     'lors_plugin::dynamic_conv2d': _dynamic,
-    'lors_plugin::dynamic_linear': _dynamic,
 }
 
 

@@ -5,13 +5,13 @@ write the number of images into the file, since the groups of a convolution
 are no tensor. Letters as in :mod:`lors_plugin.parameternet.dynamic_conv`.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lors_plugin.parameternet.dynamic_conv import DynamicConv2d
 from lors_plugin.parameternet.dynamic_linear import DynamicLinear
 from lors_plugin.parameternet.dynamic_swin import ImageLinear
+from lors_plugin.parameternet.folding import can_fold, fold_norm
 
 
 class ExportDynamicConv2d(nn.Module):
@@ -25,7 +25,7 @@ class ExportDynamicConv2d(nn.Module):
 
     Args:
         source (DynamicConv2d): With more than one expert.
-        norm (nn.BatchNorm2d, optional): Becomes a part of the kernels.
+        norm (nn.Module, optional): A batch norm, folded into the kernels.
             Defaults to None.
     """
 
@@ -42,7 +42,11 @@ class ExportDynamicConv2d(nn.Module):
         shift = weight.new_zeros(source.out_channels)
         bias = None if bias is None else bias.detach()
         if norm is not None:
-            weight, bias, shift = _folded(weight, bias, norm)
+            dtype = weight.dtype
+            weight, bias, shift = (
+                None if value is None else value.to(dtype)
+                for value in fold_norm(weight, bias, norm)
+            )
         plain = tuple(source.kernel_size) == (1, 1)
         self.pointwise = (
             plain and source.groups == 1 and (tuple(source.padding) == (0, 0))
@@ -156,7 +160,7 @@ def replace_dynamic(model: nn.Module) -> int:
                 setattr(parent, name, ExportDynamicLinear(layer))
             elif isinstance(layer, DynamicConv2d):
                 norm = getattr(parent, 'norm', None)
-                if name != 'conv' or not _is_affine_norm(norm):
+                if name != 'conv' or not can_fold(norm):
                     norm = None
                 setattr(parent, name, ExportDynamicConv2d(layer, norm))
                 if norm is not None:
@@ -165,27 +169,3 @@ def replace_dynamic(model: nn.Module) -> int:
                 continue
             count += 1
     return count
-
-
-def _is_affine_norm(norm: nn.Module) -> bool:
-    return (
-        isinstance(norm, nn.BatchNorm2d)
-        and norm.affine
-        and norm.track_running_stats
-    )
-
-
-@torch.no_grad()
-def _folded(
-    weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Experts and shift that contain a BatchNorm, computed in float64."""
-    dtype = weight.dtype
-    scale = (
-        norm.weight.double() / (norm.running_var.double() + norm.eps) ** 0.5
-    )
-    shift = norm.bias.double() - norm.running_mean.double() * scale
-    weight = weight.double() * scale.view(1, -1, *[1] * (weight.dim() - 2))
-    if bias is not None:
-        bias = (bias.double() * scale).to(dtype)
-    return weight.to(dtype), bias, shift.to(dtype)

@@ -7,7 +7,8 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
-from lors_plugin.reparam import reparameterize
+from lors_plugin.parameternet.cpu_inference import is_converted
+from lors_plugin.reparam import reparameterize, unmerge
 
 from .dynamic_layers import replace_dynamic
 
@@ -28,7 +29,13 @@ def for_export(model: nn.Module) -> nn.Module:
         nn.Module: In evaluation mode, without gradients.
     """
     model = revert_sync_batchnorm(copy.deepcopy(model)).eval()
-    reparameterize(model)
+    unmerge(model)
+    if any(map(is_converted, model.modules())):
+        raise ValueError(
+            'the model was built for inference on CPUs (deploy=True of '
+            'ParameterNet); export the model that it was converted from'
+        )
+    reparameterize(model, convert=False)
     replace_dynamic(model)
     for module in model.modules():
         if isinstance(getattr(module, 'backend', None), str):

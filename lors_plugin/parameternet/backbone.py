@@ -1,17 +1,19 @@
 """ParameterNet: GhostNet with dynamic convolutions."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Optional, Union
 
-import torch
 from mmengine.model import BaseModule, ModuleList, Sequential
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from lors_plugin.registry import MODELS
+from lors_plugin.utils import check_at_least
 
+from .cpu_inference import can_convert, convert
 from .dynamic_conv import DynamicConv2d
 from .ghost import (
     ConvFactory,
@@ -20,9 +22,7 @@ from .ghost import (
     make_divisible,
     plain_conv,
 )
-from .ghost_program import GhostInference, GhostProgram, GhostTraining
 from .rep_conv import RepConv2d
-from .watching import is_bare
 
 # Kernel, expanded channels, channels, squeeze ratio, stride.
 Row = tuple[int, float, float, float, int]
@@ -49,9 +49,6 @@ ARCHS = {
     '300m': dict(width=1.34, rows=GHOSTNET),
 }
 CONVS = ('dynamic', 'rep')
-# Places of the images that inference computes at once: maps are then small
-# enough for the C library to give out memory that it has.
-PIECE = 8 * 224**2
 
 
 @MODELS.register_module()
@@ -98,6 +95,9 @@ class ParameterNet(BaseModule):
             training. Defaults to False.
         with_cp (bool): Compute blocks again in the backward pass instead of
             keeping activations. Defaults to False.
+        deploy (bool): Build the form for inference on CPUs that
+            ``reparameterize`` converts to, which cannot train; a config that
+            ``tools/reparam.py`` writes has it. Defaults to False.
         init_cfg (dict, optional): As in MMEngine. Without it every
             convolution, or mixture of kernels, starts as ``nn.Conv2d`` does.
 
@@ -128,16 +128,19 @@ class ParameterNet(BaseModule):
         act_cfg: dict = dict(type='HSwish'),
         norm_eval: bool = False,
         with_cp: bool = False,
+        deploy: bool = False,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
         rows, width = _settings(arch, width)
         self.out_indices = _check_indices(out_indices, len(rows) + 1)
-        if not -1 <= frozen_stages <= len(rows):
+        if frozen_stages not in range(-1, len(rows) + 1):
             raise ValueError(
                 f'frozen_stages={frozen_stages} must be from -1 to '
                 f'{len(rows)}, the last 1x1'
             )
+        check_at_least('in_channels', in_channels, 1)
+        check_at_least('stem_stride', stem_stride, 1)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
@@ -172,7 +175,8 @@ class ParameterNet(BaseModule):
         self.out_channels, self.out_strides = zip(
             *(sizes[i] for i in self.out_indices)
         )
-        self._programs: dict[type, GhostProgram] = {}
+        if deploy:
+            self._deploy()
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -185,28 +189,6 @@ class ParameterNet(BaseModule):
             tuple[Tensor]: Shapes (B, out_channels[i], H / out_strides[i],
             W / out_strides[i]), rounded up.
         """
-        program = self._find_program(x) if is_bare(x) else None
-        if program is None:
-            return self._compute(x)
-        if torch.is_grad_enabled():
-            return program(x, self.out_indices, self.with_cp)
-        piece = max(PIECE // (x.shape[2] * x.shape[3]), 1)
-        return program(x, self.out_indices, piece)
-
-    def _find_program(self, x: Tensor) -> Optional[GhostProgram]:
-        """What computes the same in less time, if anything does."""
-        kind = GhostTraining if torch.is_grad_enabled() else GhostInference
-        program = self._programs.get(kind)
-        # Made for the first image, and anew when parts were replaced.
-        if program is None or not program.is_current():
-            program = self._programs[kind] = kind(self)
-        return program if program.can_run(x) else None
-
-    def __getstate__(self) -> dict:
-        """Copies and files of the module find their parts themselves."""
-        return {**self.__dict__, '_programs': {}}
-
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)
         outs = {}
         for i, stage in enumerate(self.stages):
@@ -228,6 +210,14 @@ class ParameterNet(BaseModule):
                     module.eval()
         return self
 
+    def _deploy(self) -> None:
+        """Convert all blocks that can be, as ``reparameterize`` does."""
+        self.eval()
+        for parent in (self, *self.stages):
+            for name, block in list(parent.named_children()):
+                if can_convert(block):
+                    setattr(parent, name, convert(block))
+
     def _freeze(self) -> None:
         if self.frozen_stages < 0:
             return
@@ -239,24 +229,54 @@ class ParameterNet(BaseModule):
 def _settings(
     arch: Union[str, dict], width: Optional[float]
 ) -> tuple[Sequence, float]:
-    if isinstance(arch, str):
-        if arch not in ARCHS:
+    """Rows and width of an arch, checked."""
+    if not isinstance(arch, dict):
+        if arch not in list(ARCHS):
             raise ValueError(
                 f'arch={arch!r} is none of {list(ARCHS)}; give one of them '
                 'or a dict with rows and width'
             )
         arch = ARCHS[arch]
-    if 'rows' not in arch or not all(arch['rows']):
+    rows = arch.get('rows')
+    if not rows or not all(rows):
         raise ValueError(
             f'arch={arch} must have rows: for each stage a list of blocks '
             '(kernel size, expanded channels, channels, squeeze ratio, '
             'stride)'
         )
-    return arch['rows'], width or arch.get('width', 1.0)
+    for row in rows:
+        for block in row:
+            _check_block(block)
+    if width is None:
+        width = arch.get('width', 1.0)
+    if not isinstance(width, (int, float)) or not 0 < width < math.inf:
+        raise ValueError(f'width={width} must be a number above 0')
+    return rows, width
+
+
+def _check_block(block: Row) -> None:
+    where = f'arch: rows with the block {block}'
+    if not isinstance(block, Sequence) or len(block) != 5:
+        raise ValueError(
+            f'{where}, which must be (kernel size, expanded channels, '
+            'channels, squeeze ratio, stride)'
+        )
+    kernel, expanded, channels, ratio, stride = block
+    if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f'{where}: its kernel size {kernel} must be odd')
+    for name, value in dict(expanded=expanded, out=channels).items():
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f'{where}: {name} channels must be above 0')
+    if not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+        raise ValueError(f'{where}: its squeeze ratio must be from 0 to 1')
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f'{where}: its stride must be at least 1')
 
 
 def _check_indices(indices: Sequence[int], number: int) -> tuple[int, ...]:
-    if not indices or not all(-number <= i < number for i in indices):
+    allowed = range(-number, number)
+    listed = isinstance(indices, (Sequence, range))
+    if not listed or not indices or not all(i in allowed for i in indices):
         raise ValueError(
             f'out_indices={indices} must be stages from 0 to {number - 1}, '
             'the last 1x1'
@@ -273,6 +293,8 @@ def _conv_factory(
     norm_cfg: dict,
 ) -> ConvFactory:
     """What makes the convolutions that are not always plain."""
+    check_at_least('num_experts', num_experts, 1)
+    check_at_least('num_branches', num_branches, 0)
     if conv not in CONVS:
         raise ValueError(f'conv={conv!r} is none of {CONVS}')
     if conv == 'rep':

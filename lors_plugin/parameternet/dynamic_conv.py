@@ -1,4 +1,4 @@
-"""Dynamic convolution as a module."""
+"""The dynamic convolution layer."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,13 +8,12 @@ from typing import Optional, Union
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
-from lors_plugin.ops.dynamic_conv import mix_experts, run_conv2d
+from lors_plugin.ops import dynamic_conv2d
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import check_divisible
+from lors_plugin.utils import check_at_least, check_divisible
 
-from .routing import ExpertRouter
+from .routing import ExpertRouter, average
 
 DEFAULT_INIT = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
 
@@ -64,7 +63,8 @@ class DynamicConv2d(BaseModule):
         out_channels (int): Channels ``C_out``.
         kernel_size (int | Sequence[int]): One value or (y, x).
         stride (int | Sequence[int]): Defaults to 1.
-        padding (int | Sequence[int]): Of zeros. Defaults to 0.
+        padding (int | Sequence[int] | str): Of zeros; or 'same' (stride 1)
+            or 'valid', as in ``nn.Conv2d``. Defaults to 0.
         dilation (int | Sequence[int]): Defaults to 1.
         groups (int): Defaults to 1.
         bias (bool): Whether experts have a bias. Defaults to False.
@@ -86,7 +86,7 @@ class DynamicConv2d(BaseModule):
         out_channels: int,
         kernel_size: Union[int, Sequence[int]],
         stride: Union[int, Sequence[int]] = 1,
-        padding: Union[int, Sequence[int]] = 0,
+        padding: Union[int, Sequence[int], str] = 0,
         dilation: Union[int, Sequence[int]] = 1,
         groups: int = 1,
         bias: bool = False,
@@ -97,16 +97,20 @@ class DynamicConv2d(BaseModule):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
+        check_at_least('in_channels', in_channels, 1)
+        check_at_least('out_channels', out_channels, 1)
+        check_at_least('groups', groups, 1)
         width = check_divisible('in_channels', in_channels, 'groups', groups)
         check_divisible('out_channels', out_channels, 'groups', groups)
-        if num_experts < 1:
-            raise ValueError(f'num_experts={num_experts} must be at least 1')
+        check_at_least('num_experts', num_experts, 1)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair(kernel_size)
-        self.stride = _pair(stride)
-        self.padding = _pair(padding)
-        self.dilation = _pair(dilation)
+        self.kernel_size = _pair('kernel_size', kernel_size, 1)
+        self.stride = _pair('stride', stride, 1)
+        self.dilation = _pair('dilation', dilation, 1)
+        if isinstance(padding, str):
+            padding = self._named_padding(padding)
+        self.padding = _pair('padding', padding, 0)
         self.groups = groups
         self.num_experts = num_experts
         self.backend = backend
@@ -121,6 +125,34 @@ class DynamicConv2d(BaseModule):
                 in_channels, num_experts, routing, temperature
             )
         self.reset_parameters()
+
+    def _named_padding(self, name: str) -> tuple[int, ...]:
+        if name == 'valid':
+            return 0, 0
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
+        if name != 'same' or max(self.stride) > 1 or any(r % 2 for r in reach):
+            raise ValueError(
+                f"padding={name!r} must be whole numbers, 'valid', or 'same' "
+                'with stride 1 and a kernel that reaches as far on both sides'
+            )
+        return tuple(r // 2 for r in reach)
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> 'DynamicConv2d':
+        """Let ``.to(memory_format=torch.channels_last)`` meet 4D tensors.
+
+        Experts have five dimensions, and stay contiguous: they are rows of
+        the matrix that kernels are mixed from.
+        """
+
+        def apply(tensor: Tensor) -> Tensor:
+            if tensor.dim() != 5:
+                return fn(tensor)
+            out = fn(tensor.flatten(0, 1)).contiguous()
+            return out.unflatten(0, tensor.shape[:2])
+
+        return super()._apply(apply, recurse)
 
     def reset_parameters(
         self, init: Callable[[Tensor], Tensor] = DEFAULT_INIT
@@ -147,30 +179,10 @@ class DynamicConv2d(BaseModule):
         if self.routing is None:
             bias = None if self.bias is None else self.bias[0]
             return nn.functional.conv2d(x, self.weight[0], bias, *geometry)
-        attention = self.routing(x.mean((2, 3)))
-        return run_conv2d(
+        attention = self.routing(average(x, (2, 3)))
+        return dynamic_conv2d(
             x, self.weight, attention, self.bias, *geometry, self.backend
         )
-
-    def mix(self, pooled: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-        """The kernels that :meth:`forward` convolves each image with.
-
-        Args:
-            pooled (Tensor): Mean of each image, shape (B, C_in).
-
-        Returns:
-            tuple[Tensor, Tensor | None]: Kernels (B, C_out, C_in / groups,
-            kh, kw) and offsets (B, C_out), in the type of the weights.
-        """
-        if self.routing is None:
-            attention = self.weight.new_ones(len(pooled), 1)
-        else:
-            attention = self.routing(pooled)
-        mixed = [
-            None if experts is None else mix_experts(experts, attention)
-            for experts in (self.weight, self.bias)
-        ]
-        return tuple(mixed)
 
     def extra_repr(self) -> str:
         return (
@@ -180,3 +192,15 @@ class DynamicConv2d(BaseModule):
             f'groups={self.groups}, bias={self.bias is not None}, '
             f'num_experts={self.num_experts}'
         )
+
+
+def _pair(
+    name: str, value: Union[int, Sequence[int]], minimum: int
+) -> tuple[int, int]:
+    """(y, x) of one or two whole numbers, or an error with their name."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f'{name}={value} must be one or two whole numbers')
+    for number in pair:
+        check_at_least(name, number, minimum)
+    return pair

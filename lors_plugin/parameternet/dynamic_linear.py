@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lors_plugin.ops import dynamic_linear
 from lors_plugin.registry import MODELS
+from lors_plugin.utils import check_at_least
 
 from .dynamic_conv import DEFAULT_INIT, reset_experts
-from .routing import ExpertRouter
+from .routing import ExpertRouter, average
 
 
 @MODELS.register_module()
@@ -42,8 +43,9 @@ class DynamicLinear(BaseModule):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
-        if num_experts < 1:
-            raise ValueError(f'num_experts={num_experts} must be at least 1')
+        check_at_least('in_features', in_features, 1)
+        check_at_least('out_features', out_features, 1)
+        check_at_least('num_experts', num_experts, 1)
         self.in_features = in_features
         self.out_features = out_features
         self.num_experts = num_experts
@@ -76,7 +78,8 @@ class DynamicLinear(BaseModule):
         """Apply to each image's tokens its mixture of matrices.
 
         Args:
-            x (Tensor): Shape (B, ..., C_in); what is between is the mean's.
+            x (Tensor): Shape (B, ..., C_in). Each image is routed by its
+                mean over the dimensions between.
 
         Returns:
             Tensor: Shape (B, ..., C_out).
@@ -85,7 +88,7 @@ class DynamicLinear(BaseModule):
             bias = None if self.bias is None else self.bias[0]
             return F.linear(x, self.weight[0], bias)
         between = tuple(range(1, x.dim() - 1))
-        attention = self.routing(x.mean(between) if between else x)
+        attention = self.routing(average(x, between) if between else x)
         return dynamic_linear(
             x, self.weight, attention, self.bias, self.backend
         )

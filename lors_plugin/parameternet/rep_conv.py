@@ -7,9 +7,11 @@ import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lors_plugin.registry import MODELS
+from lors_plugin.utils import check_at_least, check_divisible
+
+from .folding import can_fold, fold_norm
 
 DEFAULT_NORM = dict(type='BN')
 
@@ -30,19 +32,13 @@ class _Branch(BaseModule):
 
     def kernel_and_offset(self) -> tuple[Tensor, Tensor]:
         """Of the one convolution that does the same, in float64."""
-        kernel, norm = self.conv.weight.double(), self.norm
-        offset = kernel.new_zeros(len(kernel))
-        if self.conv.bias is not None:
-            offset = self.conv.bias.double()
-        if norm is None:
-            return kernel, offset
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.affine:
-            scale = scale * norm.weight.double()
-        offset = (offset - norm.running_mean.double()) * scale
-        if norm.affine:
-            offset = offset + norm.bias.double()
-        return kernel * scale[:, None, None, None], offset
+        kernel, bias = self.conv.weight.double(), self.conv.bias
+        if self.norm is not None:
+            kernel, bias, shift = fold_norm(kernel, bias, self.norm)
+            return kernel, shift if bias is None else bias + shift
+        if bias is None:
+            return kernel, kernel.new_zeros(len(kernel))
+        return kernel, bias.double()
 
 
 @MODELS.register_module()
@@ -92,8 +88,12 @@ class RepConv2d(BaseModule):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
-        if num_branches < 0:
-            raise ValueError(f'num_branches={num_branches} is negative')
+        check_at_least('num_branches', num_branches, 0)
+        check_at_least('in_channels', in_channels, 1)
+        check_at_least('out_channels', out_channels, 1)
+        check_at_least('groups', groups, 1)
+        check_divisible('in_channels', in_channels, 'groups', groups)
+        check_divisible('out_channels', out_channels, 'groups', groups)
 
         def make(bias: bool) -> nn.Conv2d:
             return nn.Conv2d(
@@ -120,9 +120,7 @@ class RepConv2d(BaseModule):
         )
         for branch in self.branches:
             norm = branch.norm
-            if norm is not None and not (
-                isinstance(norm, _BatchNorm) and norm.track_running_stats
-            ):
+            if norm is not None and not can_fold(norm):
                 raise ValueError(
                     f'norm_cfg={norm_cfg} cannot be merged into a '
                     'convolution; give a batch normalisation with running '

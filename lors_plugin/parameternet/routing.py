@@ -1,18 +1,40 @@
-"""How much of each expert an image gets."""
+"""Expert router: the weight of each expert for an image."""
+
+from collections.abc import Sequence
 
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import at_least_float32
+from lors_plugin.utils import at_least_float32, check_at_least
 
 ROUTINGS = ('softmax_mlp', 'sigmoid_linear')
 
 
+def average(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Average over positions, as routers take it.
+
+    A sum, whose gradient is an expanded view: that of ``Tensor.mean`` would
+    be one more tensor of the size of ``x``.
+
+    Args:
+        x (Tensor): Any shape.
+        dims (Sequence[int]): Dimensions to average over.
+
+    Returns:
+        Tensor: ``x`` without these dimensions, float32 or wider.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    length = 1
+    for dim in dims:
+        length = length * x.shape[dim]
+    return x.sum(dims, dtype=dtype) * (1 / length)
+
+
 @MODELS.register_module()
 class ExpertRouter(BaseModule):
-    """From the mean of a layer's input to a weight for each expert.
+    """Compute the weight of each expert from the mean of a layer's input.
 
     Paper: `ParameterNet: Parameters Are All You Need for Large-scale Visual
     Pretraining of Mobile Networks <https://arxiv.org/abs/2306.14525>`_,
@@ -39,7 +61,9 @@ class ExpertRouter(BaseModule):
         super().__init__()
         if routing not in ROUTINGS:
             raise ValueError(f'routing={routing!r} must be one of {ROUTINGS}')
-        if temperature <= 0:
+        check_at_least('in_channels', in_channels, 1)
+        check_at_least('num_experts', num_experts, 1)
+        if not temperature > 0:
             raise ValueError(f'temperature={temperature} must be positive')
         self.routing = routing
         self.temperature = temperature
@@ -50,7 +74,7 @@ class ExpertRouter(BaseModule):
 
     @property
     def start(self) -> float:
-        """float: What each expert's weight starts near to."""
+        """float: The weight that each expert starts with, nearly."""
         softmax = self.routing == 'softmax_mlp'
         return 1 / self.fc.out_features if softmax else 0.5
 
@@ -74,7 +98,8 @@ class ExpertRouter(BaseModule):
         if torch.is_autocast_enabled(pooled.device.type):
             with torch.autocast(pooled.device.type, enabled=False):
                 return self.forward(at_least_float32(pooled))
-        x = pooled.to(self.fc.weight.dtype)
+        # The weight of a quantised layer is a method.
+        x = pooled.to(getattr(self.fc.weight, 'dtype', torch.float32))
         if self.routing == 'softmax_mlp':
             x = self.hidden(x).relu()
         logits = at_least_float32(self.fc(x))

@@ -90,7 +90,8 @@ def deploy(
     if not merged:
         raise MergeError(
             'nothing in this model merges: it has no adapters, no '
-            'convolutions with branches and no shared linear layers'
+            'convolutions with branches, no shared linear layers and no '
+            'ParameterNet'
         )
     state = dict(copy.state_dict())
     new_cfg, notes = deployed_config(cfg)
@@ -170,6 +171,9 @@ def _plain_model(model: Any) -> Any:
         del model['conv']
         model.pop('num_branches', None)
         model['num_experts'] = 1
+    if kind.endswith('ParameterNet'):
+        # Built as `reparameterize` converts it.
+        model['deploy'] = True
     conv = model.get('conv_cfg')
     if isinstance(conv, dict) and conv.get('type') == f'{PLUGIN}.RepConv2d':
         model['conv_cfg'] = None

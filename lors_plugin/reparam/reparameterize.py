@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lors_plugin.adapters import RepAdapter
 from lors_plugin.adapters.inject import CHILD, adapt_input, remove_hook
 from lors_plugin.adapters.sites import absorb
+from lors_plugin.parameternet import cpu_inference
 
 _RECORD = '_lors_plugin_merged'
 
@@ -20,19 +21,23 @@ class MergeError(ValueError):
 
 
 @torch.no_grad()
-def reparameterize(model: nn.Module) -> int:
+def reparameterize(model: nn.Module, convert: bool = True) -> int:
     """Merge every part that can merge, in place.
 
     Adapters go into the layers behind them. A module with a method
     ``merged()``, which returns a simpler module with the same outputs in
     evaluation mode, is replaced by that one everywhere in the model;
-    adapters and other such modules inside of it merge first. All is computed
-    in float64 for the whole model and checked before the first weight is
-    written. Merging again changes nothing; :func:`unmerge` restores every
-    former weight and module bit for bit.
+    adapters and other such modules inside of it merge first. Blocks of
+    ParameterNet on a CPU are converted for inference there: their norms are
+    folded, and they refuse to train. All is computed in float64 for the whole
+    model and checked before the first weight is written. Merging again
+    changes nothing; :func:`unmerge` restores every former weight and module
+    bit for bit.
 
     Args:
         model (nn.Module): In evaluation mode.
+        convert (bool): Convert blocks for inference on CPUs. Defaults to
+            True.
 
     Returns:
         int: Number of merged modules.
@@ -49,7 +54,7 @@ def reparameterize(model: nn.Module) -> int:
             f'the model itself is a {type(model).__name__}, for which '
             'another module steps in: use model.merged() instead'
         )
-    merges = _plan(model)
+    merges = _plan(model, convert)
     for merge in merges:
         merge.prepare()
     for merge in merges:
@@ -134,7 +139,8 @@ class ReplaceMerge:
 
     Attributes:
         name (str): Of the module, for messages.
-        old (nn.Module): It has a method ``merged()``.
+        old (nn.Module): It has a method ``merged()``, or is a block that is
+            converted for inference on CPUs.
         places (list[tuple]): Every parent and the module's name in it.
         new (nn.Module, optional): The replacement, once prepared.
         size (int): Number of modules that vanish, with those inside.
@@ -169,9 +175,11 @@ class ReplaceMerge:
 
     def _check_hooks(self) -> None:
         """Refuse to drop hooks of others silently."""
-        old = self.old
-        hooks = [*old._forward_hooks.values(), *old._backward_hooks.values()]
-        hooks += old._forward_pre_hooks.values()
+        old, hooks = self.old, []
+        for part in old.modules():
+            hooks += part._forward_hooks.values()
+            hooks += part._backward_hooks.values()
+            hooks += part._forward_pre_hooks.values()
         hooks = [hook for hook in hooks if hook is not adapt_input]
         if hooks:
             raise MergeError(
@@ -180,14 +188,15 @@ class ReplaceMerge:
             )
 
 
-def _plan(model: nn.Module) -> list:
+def _plan(model: nn.Module, convert: bool = False) -> list:
     """List the merges inside a model, in the order of its modules.
 
-    What is inside a replaced module merges with it.
+    What is inside a replaced module merges with it. With ``convert``, blocks
+    for inference on CPUs are among them.
     """
     merges, replaced = [], {}
-    for name, parent, child_name, child in _edges(model):
-        if _is_replaceable(child):
+    for name, parent, child_name, child in _edges(model, convert):
+        if _is_replaceable(child, convert):
             if id(child) not in replaced:
                 replaced[id(child)] = ReplaceMerge(name, child)
                 merges.append(replaced[id(child)])
@@ -198,11 +207,14 @@ def _plan(model: nn.Module) -> list:
     return merges
 
 
-def _is_replaceable(module: nn.Module) -> bool:
-    return callable(getattr(type(module), 'merged', None))
+def _is_replaceable(module: nn.Module, convert: bool = False) -> bool:
+    if callable(getattr(type(module), 'merged', None)):
+        return True
+    on_cpu = all(p.device.type == 'cpu' for p in module.parameters())
+    return convert and on_cpu and cpu_inference.can_convert(module)
 
 
-def _edges(model: nn.Module) -> Iterator[tuple]:
+def _edges(model: nn.Module, convert: bool) -> Iterator[tuple]:
     """Yield name, parent, name in it and child, once per parent and name.
 
     The inside of modules that are replaced as a whole is left out.
@@ -215,7 +227,8 @@ def _edges(model: nn.Module) -> Iterator[tuple]:
             if child is None:
                 continue
             yield f'{prefix}{name}', parent, name, child
-            if id(child) not in seen and not _is_replaceable(child):
+            whole = _is_replaceable(child, convert)
+            if id(child) not in seen and not whole:
                 seen.add(id(child))
                 inner.append((f'{prefix}{name}.', child))
         waiting += reversed(inner)
@@ -234,7 +247,11 @@ def _simplified(module: nn.Module, where: str) -> tuple[nn.Module, int]:
             merge.prepare()
             merge.apply()
             size += merge.size
-    new = module.merged().eval()
+    if _is_replaceable(module):
+        new = module.merged()
+    else:
+        new = cpu_inference.convert(module)
+    new.eval()
     if adapter is not None:
         size += 1
         for part, name, value in absorb(new, *adapter.affine()):

@@ -100,12 +100,11 @@ def test_a_damaged_library_is_never_loaded(damage, library, caplog):
     assert torch.equal(adaptive_mixing(X, WEIGHTS), wanted)
 
 
-@pytest.mark.parametrize('state', ['missing', 'damaged', 'outdated'])
+@pytest.mark.parametrize('state', ['damaged', 'outdated'])
 def test_a_checkout_compiles_what_it_needs(sources, root, state):
     file = sources.parent / FILE
-    if state != 'missing':
-        content = (root / 'lors_plugin' / FILE).read_bytes()
-        file.write_bytes(cut(content) if state == 'damaged' else content)
+    content = (root / 'lors_plugin' / FILE).read_bytes()
+    file.write_bytes(cut(content) if state == 'damaged' else content)
     if state == 'outdated':
         source = sources / 'mixing.cpp'
         source.write_text(source.read_text() + '// changed\n')

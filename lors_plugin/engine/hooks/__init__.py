@@ -6,10 +6,10 @@ configs in the new style import.
 
 from lors_plugin.adapters.hook import RepAdapterHook
 from lors_plugin.lors.hook import LORSHook
+from lors_plugin.parameternet.expert_usage import ExpertUsageHook
 
 from .checkpoint_hook import CheckpointHook
 from .epoch_seed_hook import EpochSeedHook
-from .expert_usage_hook import ExpertUsageHook
 from .freeze_hook import FreezeHook
 
 __all__ = [

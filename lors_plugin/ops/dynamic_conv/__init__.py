@@ -3,23 +3,19 @@
 from collections.abc import Sequence
 from typing import Optional, Union
 
-import torch
 from torch import Tensor
 
 from ..backend import _requested
-from . import fused, op
+from . import grouped, op
 from .reference import (
     compute_dtype,
     dynamic_conv2d_reference,
     dynamic_linear_reference,
-    mix_experts,
 )
 
-__all__ = ['dynamic_conv2d', 'dynamic_linear', 'mix_experts']
+__all__ = ['dynamic_conv2d', 'dynamic_linear']
 
 BACKENDS = ('auto', 'torch', 'reference')
-# Anything else, such as fake tensors, wants to see the operator.
-_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 IntPair = Union[int, Sequence[int]]
 
 
@@ -64,36 +60,9 @@ def dynamic_conv2d(
     padding = _pair('padding', padding, 0)
     dilation = _pair('dilation', dilation, 1)
     geometry = stride, padding, dilation, groups
-    return run_conv2d(x, weight, attention, bias, *geometry, backend)
-
-
-def run_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    attention: Tensor,
-    bias: Optional[Tensor],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    backend: str,
-) -> Tensor:
-    """:func:`dynamic_conv2d` without checks, for a layer that made them."""
-    given = x, weight, attention, bias
     if _choose(backend) == 'reference':
-        geometry = stride, padding, dilation, groups
-        return dynamic_conv2d_reference(*given, *geometry)
-    if _plain(*given):
-        run = fused.conv2d
-    else:
-        run, x = op.conv2d, x.to(compute_dtype(x))
-        stride, padding = list(stride), list(padding)
-        dilation = list(dilation)
-    if max(stride) > 1 and fused.is_one_place(weight, padding):
-        layout = fused.memory_format(fused.channels_are_last(x))
-        x = x[:, :, :: stride[0], :: stride[1]]
-        x, stride = x.contiguous(memory_format=layout), [1, 1]
-    return run(x, *given[1:], stride, padding, dilation, groups)
+        return dynamic_conv2d_reference(x, weight, attention, bias, *geometry)
+    return _run(x.to(compute_dtype(x)), weight, attention, bias, *geometry)
 
 
 def dynamic_linear(
@@ -121,16 +90,32 @@ def dynamic_linear(
     _check_linear(x, weight, attention, bias)
     if _choose(backend) == 'reference':
         return dynamic_linear_reference(x, weight, attention, bias)
-    tokens = x.to(compute_dtype(x))
-    tokens = tokens.flatten(1, -2) if x.dim() > 2 else tokens.unsqueeze(1)
-    given = tokens, weight, attention, bias
-    run = fused.linear if _plain(*given) else op.linear
-    return run(*given).view(*x.shape[:-1], weight.shape[1])
+    # Tokens are a channels-last map of one column.
+    tokens = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+    out = _run(
+        tokens.to(compute_dtype(x)).mT.unsqueeze(3),
+        weight[..., None, None],
+        attention,
+        bias,
+    )
+    return out.squeeze(3).mT.reshape(*x.shape[:-1], weight.shape[1])
 
 
-def chooses_reference(requested: str) -> bool:
-    """Whether a layer with this ``backend`` computes by the definition."""
-    return _choose(requested) == 'reference'
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Optional[Tensor],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Run the PyTorch implementation, as an operator where one is needed."""
+    given = x, weight, attention, bias
+    geometry = list(stride), list(padding), list(dilation), groups
+    run = grouped.conv2d if op.runs_directly(*given) else op.conv2d
+    return run(*given, *geometry)
 
 
 def _choose(requested: str) -> str:
@@ -146,21 +131,6 @@ def _choose(requested: str) -> str:
 
 # See lors_plugin.ops.backend.
 _choose._dynamo_marked_constant = True
-
-
-def _plain(*tensors: Optional[Tensor]) -> bool:
-    """Whether a call needs neither autograd nor the compiler.
-
-    An operator of ours costs three times what the call itself does in small
-    layers.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    autocast = torch.is_autocast_enabled(tensors[0].device.type)
-    if autocast or any(type(t) not in _TENSORS for t in tensors):
-        return False
-    needs_grad = any(t is not None and t.requires_grad for t in tensors)
-    return not (needs_grad and torch.is_grad_enabled())
 
 
 def _pair(name: str, value: IntPair, minimum: int) -> tuple[int, int]:

@@ -1,11 +1,12 @@
-"""Dynamic convolution as operators that autograd and the compiler know."""
+"""Dynamic convolution as an operator that autograd and compilers know."""
 
+import contextlib
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from . import fused
+from . import grouped
 
 # Schemas are written out, since PyTorch 2.4 reads `list[int]` as none.
 GIVEN = 'Tensor x, Tensor weight, Tensor attention, Tensor? bias'
@@ -13,6 +14,7 @@ GEOMETRY = (
     'SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups'
 )
 GRADS = '(Tensor, Tensor, Tensor, Tensor)'
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 @torch.library.custom_op(
@@ -30,18 +32,18 @@ def conv2d(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """See :func:`fused.conv2d`."""
+    """See :func:`grouped.conv2d`."""
     with _no_autocast(x):
-        return fused.conv2d(
+        return grouped.conv2d(
             x, weight, attention, bias, stride, padding, dilation, groups
         )
 
 
 @conv2d.register_fake
 def _(x, weight, attention, bias, *geometry):
-    size = fused.output_size(x, weight, geometry)
-    layout = fused.memory_format(fused.channels_are_last(x))
-    shape = len(x), weight.shape[1], *size
+    size = grouped.output_size(x, weight, geometry)
+    layout = grouped.memory_format(grouped.is_channels_last(x))
+    shape = x.shape[0], weight.shape[1], *size
     return torch.empty(
         shape, dtype=x.dtype, device=x.device, memory_format=layout
     )
@@ -64,76 +66,52 @@ def conv2d_backward(
     groups: int,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused.conv2d_backward`."""
-    tensors = grad_out, x, weight, attention, bias
+    """See :func:`grouped.conv2d_backward`; what is not needed is empty."""
     geometry = stride, padding, dilation, groups
-    with _no_autocast(x):
-        grads = fused.conv2d_backward(*tensors, geometry, needed)
-    return _filled(x, grads)
+    grads = _grads(grad_out, x, weight, attention, bias, geometry, needed)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
 @conv2d_backward.register_fake
 def _(grad_out, x, weight, attention, bias, *rest):
-    inputs = x, weight, attention, bias
-    return _fake_grads(inputs, rest[-1])
-
-
-@torch.library.custom_op(
-    'lors_plugin::dynamic_linear',
-    mutates_args=(),
-    schema=f'({GIVEN}) -> Tensor',
-)
-def linear(
-    x: Tensor, weight: Tensor, attention: Tensor, bias: Optional[Tensor]
-) -> Tensor:
-    """See :func:`fused.linear`."""
-    with _no_autocast(x):
-        return fused.linear(x, weight, attention, bias)
-
-
-@linear.register_fake
-def _(x, weight, attention, bias):
-    return x.new_empty(*x.shape[:-1], weight.shape[1])
-
-
-@torch.library.custom_op(
-    'lors_plugin::dynamic_linear_backward',
-    mutates_args=(),
-    schema=f'(Tensor grad_out, {GIVEN}, bool[] needed) -> {GRADS}',
-)
-def linear_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    attention: Tensor,
-    bias: Optional[Tensor],
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused.linear_backward`."""
-    tensors = grad_out, x, weight, attention, bias
-    with _no_autocast(x):
-        return _filled(x, fused.linear_backward(*tensors, needed))
-
-
-@linear_backward.register_fake
-def _(grad_out, x, weight, attention, bias, needed):
-    return _fake_grads((x, weight, attention, bias), needed)
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def _filled(like: Tensor, grads: tuple) -> tuple[Tensor, ...]:
-    """An operator returns tensors, so what is absent is empty."""
-    return tuple(like.new_empty(0) if g is None else g for g in grads)
-
-
-def _fake_grads(inputs: tuple, needed: list[bool]) -> tuple[Tensor, ...]:
+    layout = grouped.memory_format(grouped.is_channels_last(x))
+    formats = layout, *[torch.contiguous_format] * 3
     return tuple(
-        torch.empty_like(t) if need else inputs[0].new_empty(0)
-        for t, need in zip(inputs, needed)
+        torch.empty_like(t, memory_format=f) if need else x.new_empty(0)
+        for t, f, need in zip((x, weight, attention, bias), formats, rest[-1])
     )
+
+
+def runs_directly(*tensors: Optional[Tensor]) -> bool:
+    """Whether a call needs neither autograd nor the registered operator.
+
+    The operator takes three times as long as a small convolution. A graph of
+    ``torch.jit.trace`` has PyTorch's own operators, to be run anywhere.
+    """
+    if torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if any(type(t) not in _PLAIN for t in tensors):
+        return False  # such as fake tensors
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        return False
+    needs_grad = any(t is not None and t.requires_grad for t in tensors)
+    return not (needs_grad and torch.is_grad_enabled())
+
+
+def _grads(grad_out, x, weight, attention, bias, geometry, needed):
+    with _no_autocast(x):
+        return grouped.conv2d_backward(
+            grad_out, x, weight, attention, bias, geometry, needed
+        )
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _setup_context(ctx, inputs, output):
@@ -142,12 +120,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    run = conv2d_backward if ctx.geometry else linear_backward
-    needed = list(ctx.needs_input_grad[:4])
-    grads = run(grad_out, *ctx.saved_tensors, *ctx.geometry, needed)
-    grads = [g if need else None for g, need in zip(grads, needed)]
-    return *grads, *[None] * len(ctx.geometry)
+    tensors, needed = ctx.saved_tensors, list(ctx.needs_input_grad[:4])
+    if runs_directly(grad_out, *tensors):
+        grads = _grads(grad_out, *tensors, ctx.geometry, needed)
+    else:
+        grads = conv2d_backward(grad_out, *tensors, *ctx.geometry, needed)
+        grads = [g if need else None for g, need in zip(grads, needed)]
+    return *grads, None, None, None, None
 
 
 conv2d.register_autograd(_backward, setup_context=_setup_context)
-linear.register_autograd(_backward, setup_context=_setup_context)

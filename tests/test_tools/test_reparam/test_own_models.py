@@ -78,7 +78,7 @@ def test_branches_of_convolutions_become_a_ghostnet(run):
         type='lors_plugin.ParameterNet', arch=dict(rows=ROWS, width=0.5)
     )
     cfg, model = run(classifier(dict(plain, conv='rep'), 24))
-    assert cfg.model.backbone == dict(plain, num_experts=1)
+    assert cfg.model.backbone == dict(plain, num_experts=1, deploy=True)
     assert 'RepConv2d' not in {type(m).__name__ for m in model.modules()}
 
 

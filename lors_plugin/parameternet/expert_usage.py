@@ -1,4 +1,4 @@
-"""Which experts dynamic layers use, and whether only one is left.
+"""Record which experts dynamic layers use: a recorder and a runner hook.
 
 Shapes: ``B`` images, ``M`` experts.
 """
@@ -9,17 +9,21 @@ from types import TracebackType
 from typing import Optional
 
 import torch
-from mmengine.dist import all_reduce
+from mmengine.dist import all_reduce, is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from lors_plugin.parameternet.routing import ExpertRouter
+from lors_plugin.registry import HOOKS
+
+from .routing import ExpertRouter
 
 HEADER = ('layer', 'shares of the experts', 'top', 'entropy', 'variation')
 
 
 @dataclass
 class LayerUsage:
-    """What the router of a layer did.
+    """Statistics of the routing of a layer.
 
     An expert's share of an image is its weight over the sum of all weights,
     so that sigmoid and softmax are compared alike.
@@ -56,10 +60,10 @@ class LayerUsage:
 
 
 class ExpertUsage:
-    """Watch the routers of a model inside the context.
+    """Record the routing of a model inside the context.
 
     Args:
-        model (nn.Module): Its :class:`ExpertRouter` are watched.
+        model (nn.Module): Its :class:`ExpertRouter` are recorded.
 
     Example:
         >>> with ExpertUsage(model) as usage:
@@ -80,7 +84,7 @@ class ExpertUsage:
     def __enter__(self) -> 'ExpertUsage':
         for name, router in self.routers.items():
             self._handles.append(
-                router.register_forward_hook(self._watch(name))
+                router.register_forward_hook(self._recorder(name))
             )
         return self
 
@@ -93,7 +97,7 @@ class ExpertUsage:
         while self._handles:
             self._handles.pop().remove()
 
-    def _watch(self, name):
+    def _recorder(self, name):
         def hook(router, args, attention):
             shares = attention.detach().double()
             shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-30)
@@ -105,7 +109,7 @@ class ExpertUsage:
         return hook
 
     def result(self) -> dict[str, LayerUsage]:
-        """What was seen so far, over all processes.
+        """Statistics so far, over all processes.
 
         Returns:
             dict[str, LayerUsage]: By the name of the layer; a layer that no
@@ -113,10 +117,13 @@ class ExpertUsage:
         """
         result = {}
         for name, router in self.routers.items():
-            weight = router.fc.weight
             sums = self._sums.get(name)
             if sums is None:
-                sums = weight.new_zeros(3, len(weight), dtype=torch.float64)
+                # Of a quantised layer the parameters are packed.
+                like = next(router.parameters(), torch.empty(0))
+                sums = like.new_zeros(
+                    3, router.fc.out_features, dtype=torch.float64
+                )
             sums = sums.clone()
             all_reduce(sums)
             number = sums[0, 0].item()
@@ -160,3 +167,78 @@ def collapsed_layers(
         list[str]: Their names.
     """
     return [name for name, layer in usage.items() if layer.top >= threshold]
+
+
+@HOOKS.register_module()
+class ExpertUsageHook(Hook):
+    """A runner hook that records the experts of validation and test images.
+
+    Logs a table with a line for each dynamic layer after each validation:
+    the share of every expert, the largest, the entropy (1 where all experts
+    are used alike, 0 where a single one is left) and how much the shares
+    vary from image to image. Warns of layers that are left with one expert:
+    they compute what a plain layer does, at ``M`` times the parameters. The
+    means over all layers go to the loggers as ``expert_usage/top``,
+    ``entropy`` and ``variation``.
+
+    Args:
+        threshold (float): Share from which on an expert counts as the only
+            one. Defaults to 0.9.
+        show_table (bool): Whether to log all layers. Defaults to True.
+    """
+
+    priority = 'LOW'
+
+    def __init__(
+        self, threshold: float = 0.9, show_table: bool = True
+    ) -> None:
+        if not 0 < threshold <= 1:
+            raise ValueError(
+                f'threshold={threshold} must be a share above 0, up to 1'
+            )
+        self.threshold = threshold
+        self.show_table = show_table
+        self._usage: Optional[ExpertUsage] = None
+
+    def before_run(self, runner: Runner) -> None:
+        """Warn if there is nothing to record."""
+        if not ExpertUsage(runner.model).routers:
+            runner.logger.warning(
+                'ExpertUsageHook: the model has no layer with experts'
+            )
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Start recording."""
+        self._usage = ExpertUsage(runner.model).__enter__()
+
+    def after_val_epoch(
+        self, runner: Runner, metrics: Optional[dict] = None
+    ) -> None:
+        """Report the statistics."""
+        usage, self._usage = self._usage, None
+        usage.__exit__(None, None, None)
+        layers = usage.result()
+        if not layers or not is_main_process():
+            return
+        if self.show_table:
+            runner.logger.info('Experts in use:\n%s', usage_table(layers))
+        for name in ('top', 'entropy', 'variation'):
+            mean = sum(getattr(x, name) for x in layers.values()) / len(layers)
+            runner.visualizer.add_scalar(
+                f'expert_usage/{name}', mean, runner.iter
+            )
+        collapsed = collapsed_layers(layers, self.threshold)
+        if collapsed:
+            runner.logger.warning(
+                '%d of %d dynamic layers use a single expert for %.0f %% or '
+                'more: %s. They do what plain layers do. A higher '
+                'temperature of the routing, a lower learning rate of the '
+                "routers or routing='sigmoid_linear' may help",
+                len(collapsed),
+                len(layers),
+                100 * self.threshold,
+                ', '.join(collapsed),
+            )
+
+    before_test_epoch = before_val_epoch
+    after_test_epoch = after_val_epoch

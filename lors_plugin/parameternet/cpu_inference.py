@@ -1,0 +1,386 @@
+"""Ghost blocks converted for inference on CPUs.
+
+:func:`convert` replaces a block by one that computes the same in evaluation
+mode, in less time; ``lors_plugin.reparam.reparameterize`` calls it:
+
+- batch norms are folded into the experts before them, once;
+- maps are in HWNC layout: shape (B, C, H, W), memory (H, W, B, C). A
+  depth-wise convolution with its own kernel for each image is then a single
+  convolution in channels-last layout, which a CPU library runs without
+  copies, and a pointwise one is a batched product with strides. With one
+  image this is channels last;
+- the halves of a Ghost module stay apart until the end of the block, where
+  the next pointwise convolution adds two products;
+- the mean that two routers need is computed once.
+
+Inside a block maps are tensors of shape (L, B, C): ``L`` positions, ``B``
+images, ``C`` channels.
+"""
+
+import copy
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lors_plugin.ops.dynamic_conv.reference import mix_experts
+
+from .dynamic_conv import DynamicConv2d
+from .folding import can_fold, fold_norm
+from .ghost import ConvNorm, GhostBottleneck, GhostModule, SqueezeExcite
+from .rep_conv import RepConv2d
+from .routing import average
+
+Size = tuple[int, int]
+
+
+def can_convert(module: nn.Module) -> bool:
+    """Whether :func:`convert` knows a block.
+
+    Args:
+        module (nn.Module): Convolutions with branches in it count as merged.
+    """
+    if type(module) is ConvNorm:
+        return _can_fold(module)
+    if type(module) is not GhostBottleneck:
+        return False
+    parts = [module.expand, module.project]
+    if not all(type(part) is GhostModule for part in parts):
+        return False
+    pointwise = [part.primary for part in parts]
+    depthwise = [part.cheap for part in parts]
+    if module.depthwise is not None:
+        depthwise.append(module.depthwise)
+    if module.shortcut is not None:
+        depthwise.append(module.shortcut[0])
+        pointwise.append(module.shortcut[1])
+    return (
+        all(map(_can_fold, (*pointwise, *depthwise)))
+        and all(_is_pointwise(part.conv) for part in pointwise)
+        and all(_is_depthwise(part.conv) for part in depthwise)
+        and (module.se is None or _can_excite(module.se))
+    )
+
+
+def convert(module: nn.Module) -> nn.Module:
+    """Convert a block.
+
+    Args:
+        module (nn.Module): One that :func:`can_convert`, branches merged. It
+            stays as it is.
+
+    Returns:
+        nn.Module: Of the type of its weights, folded in float64. It takes
+        and returns maps (B, C, H, W) of any strides.
+    """
+    kind = CPUConvNorm if type(module) is ConvNorm else CPUGhostBottleneck
+    return kind(module).requires_grad_(False)
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether a module is a block that :func:`convert` made."""
+    return isinstance(module, _InferenceBlock)
+
+
+class _InferenceBlock(nn.Module):
+    """A block that refuses to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
+
+    def train(self, mode: bool = True) -> '_InferenceBlock':
+        """Refuse training mode."""
+        if mode:
+            self._refuse('training mode')
+        return super().train(mode)
+
+    def _check(self, x: Tensor) -> None:
+        if x.requires_grad and torch.is_grad_enabled():
+            self._refuse('gradients')
+
+    def _refuse(self, what: str) -> None:
+        raise RuntimeError(
+            f'{type(self).__name__} was converted for inference and has no '
+            f'{what}: take lors_plugin.reparam.unmerge(model), or build the '
+            'model without deploy=True'
+        )
+
+
+class CPUConvNorm(_InferenceBlock):
+    """:class:`ConvNorm`, folded.
+
+    Args:
+        source (ConvNorm): What is converted.
+    """
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        conv = source.conv
+        experts, bias = conv.weight, conv.bias
+        weight, bias, shift = fold_norm(experts, bias, source.norm)
+        self.routing = copy.deepcopy(getattr(conv, 'routing', None))
+        if self.routing is None and bias is not None:
+            shift, bias = shift + bias.view(-1), None
+        if weight.dim() == 4:  # a plain convolution
+            weight = weight[None]
+        self.geometry = conv.stride, conv.padding, conv.dilation
+        self.groups = conv.groups
+        # By the names that convolutions have.
+        self.in_channels = conv.in_channels
+        self.kernel_size = conv.kernel_size
+        self.kernel_shape = tuple(weight.shape[1:])
+        self.is_pointwise = _is_pointwise(conv)
+        # A matrix: mixing is a product with it.
+        self.weight = nn.Parameter(weight.flatten(1).to(experts.dtype))
+        self.shift = nn.Parameter(shift.to(experts.dtype))
+        self.bias = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(experts.dtype))
+        self.act = copy.deepcopy(source.act)
+        if hasattr(self.act, 'inplace'):
+            self.act.inplace = True
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, C_in, H, W) to (B, C_out, H', W'), in HWNC layout."""
+        self._check(x)
+        if self.is_pointwise:
+            maps, size = _to_maps(x)
+            return _to_images(self.pointwise([maps], _mean(maps)), size)
+        kernels, shift = self.mix(average(x, (2, 3)))
+        kernels = kernels.view(-1, *self.kernel_shape)
+        # Libraries write channels last where maps have them, without a copy.
+        x = x.contiguous(memory_format=torch.channels_last)
+        if len(kernels) == 1:
+            out = F.conv2d(x, kernels[0], None, *self.geometry, self.groups)
+            maps, size = _to_maps(out)
+        else:
+            options = None, *self.geometry, self.groups
+            outs = [
+                F.conv2d(image[None], kernel, *options)
+                for image, kernel in zip(x, kernels)
+            ]
+            maps = torch.stack([out[0].permute(1, 2, 0) for out in outs], 2)
+            maps, size = maps.flatten(0, 1), maps.shape[:2]
+        return _to_images(self._finish(maps.add_(shift)), size)
+
+    def pointwise(self, parts: list[Tensor], pooled: Tensor) -> Tensor:
+        """Convolve a map that comes in parts.
+
+        Args:
+            parts (list[Tensor]): Shapes (L, B, C_i), together ``C_in``.
+            pooled (Tensor): Their mean, shape (B, C_in).
+
+        Returns:
+            Tensor: Shape (L, B, C_out).
+        """
+        kernels, shift = self.mix(pooled)
+        length, batch, width = parts[0].shape
+        rows = self.kernel_shape[0]
+        if len(kernels) == 1:
+            kernel = kernels.view(rows, -1).t()
+            out = parts[0].view(-1, width).mm(kernel[:width])
+            if len(parts) > 1:
+                out.addmm_(parts[1].flatten(0, 1), kernel[width:])
+            # Adding the shift by addmm would read all of it once more.
+            out = out.add_(shift).view(length, batch, rows)
+            return self._finish(out)
+        kernels = kernels.view(batch, rows, -1).mT
+        product = parts[0].transpose(0, 1).bmm(kernels[:, :width])
+        if len(parts) > 1:
+            product.baddbmm_(parts[1].transpose(0, 1), kernels[:, width:])
+        # Back into HWNC layout while the shift is added.
+        out = product.new_empty(length, batch, rows)
+        return self._finish(torch.add(product.transpose(0, 1), shift, out=out))
+
+    def depthwise(
+        self,
+        maps: Tensor,
+        size: Size,
+        pooled: Optional[Tensor],
+        channels: Optional[slice] = None,
+    ) -> tuple[Tensor, Size]:
+        """Convolve some of the channels.
+
+        Args:
+            maps (Tensor): Shape (L, B, C), the channels of the slice.
+            size (tuple[int]): Height and width.
+            pooled (Tensor, optional): Mean of the map, shape (B, C).
+            channels (slice, optional): Defaults to all.
+
+        Returns:
+            tuple[Tensor, tuple[int]]: Shape (L', B, C), height and width.
+        """
+        kernels, shift = self.mix(pooled)
+        kernels = kernels.view(-1, *self.kernel_shape)
+        if channels is not None:
+            kernels, shift = kernels[:, channels], shift[..., channels]
+        _, batch, width = maps.shape
+        if batch > 1:
+            kernels = kernels.expand(batch, -1, -1, -1, -1)
+            shift = shift.expand(batch, width)
+        x = maps.view(1, *size, batch * width).permute(0, 3, 1, 2)
+        out = F.conv2d(
+            x, kernels.flatten(0, 1), shift.flatten(), *self.geometry,
+            batch * width,
+        )  # fmt: skip
+        out = out.permute(0, 2, 3, 1)
+        size = out.shape[1:3]
+        return self._finish(out.reshape(-1, batch, width)), size
+
+    def mix(self, pooled: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mix kernels and shift.
+
+        Args:
+            pooled (Tensor, optional): Mean of the map, shape (B, C_in).
+
+        Returns:
+            tuple[Tensor, Tensor]: Kernels as rows of a matrix and shift
+            (B, C_out), or a single row and (C_out,) for all images.
+        """
+        if self.routing is None:
+            return self.weight, self.shift
+        weight, attention = self.weight, self.routing(pooled)
+        kernels = mix_experts(weight, attention).to(weight.dtype)
+        if self.bias is None:
+            return kernels, self.shift
+        mixed = mix_experts(self.bias, attention).to(weight.dtype)
+        return kernels, self.shift + mixed
+
+    def _finish(self, maps: Tensor) -> Tensor:
+        return maps if self.act is None else self.act(maps)
+
+
+class CPUGhostModule(nn.Module):
+    """:class:`GhostModule` whose halves stay apart.
+
+    Args:
+        source (GhostModule): What is converted.
+    """
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.primary = CPUConvNorm(source.primary)
+        self.cheap = CPUConvNorm(source.cheap)
+        self.rest = source.out_channels - len(self.primary.shift)
+
+    def forward(
+        self, parts: list[Tensor], pooled: Tensor, size: Size
+    ) -> tuple[list[Tensor], Tensor]:
+        """Both halves, and the mean of the first."""
+        first = self.primary.pointwise(parts, pooled)
+        half = _mean(first)
+        second, _ = self.cheap.depthwise(first, size, half)
+        if self.rest < second.shape[2]:  # an odd number of channels
+            second = second[..., : self.rest].contiguous()
+        return [first, second], half
+
+
+class CPUGhostBottleneck(_InferenceBlock):
+    """:class:`GhostBottleneck`, folded.
+
+    Args:
+        source (GhostBottleneck): What is converted.
+    """
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.expand = CPUGhostModule(source.expand)
+        self.depthwise = self.shortcut = None
+        if source.depthwise is not None:
+            self.depthwise = CPUConvNorm(source.depthwise)
+        self.se = copy.deepcopy(source.se)
+        self.project = CPUGhostModule(source.project)
+        if source.shortcut is not None:
+            self.shortcut = nn.ModuleList(map(CPUConvNorm, source.shortcut))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, C_in, H, W) to (B, C_out, H', W'), in HWNC layout."""
+        self._check(x)
+        maps, size = _to_maps(x)
+        before, pooled = size, _mean(maps)
+        parts, mean = self.expand([maps], pooled, size)
+        if self.depthwise is not None:
+            parts, size = self._downsample(parts, size)
+            mean = _mean(parts[0])
+        means = torch.cat([mean, _mean(parts[1])], 1)
+        if self.se is not None:
+            gates = self._gates(means)
+            widths = [part.shape[2] for part in parts]
+            for part, gate in zip(parts, gates.split(widths, 1)):
+                part.mul_(gate)
+            means = means * gates
+        halves, _ = self.project(parts, means, size)
+        if self.shortcut is not None:
+            down, widen = self.shortcut
+            maps, _ = down.depthwise(maps, before, pooled)
+            maps = widen.pointwise([maps], _mean(maps))
+        return _to_images(torch.cat(halves, 2).add_(maps), size)
+
+    def _downsample(
+        self, parts: list[Tensor], size: Size
+    ) -> tuple[list[Tensor], Size]:
+        outs, start = [], 0
+        for part in parts:
+            channels = slice(start, start + part.shape[2])
+            out, new = self.depthwise.depthwise(part, size, None, channels)
+            outs.append(out)
+            start = channels.stop
+        return outs, new
+
+    def _gates(self, means: Tensor) -> Tensor:
+        """As :class:`SqueezeExcite` weighs channels, shape (B, C)."""
+        reduce, expand = self.se.reduce, self.se.expand
+        x = F.linear(means, reduce.weight.flatten(1), reduce.bias)
+        x = F.linear(self.se.act(x), expand.weight.flatten(1), expand.bias)
+        return F.hardsigmoid(x)
+
+
+def _mean(maps: Tensor) -> Tensor:
+    """Mean of each channel of each image, shape (L, B, C) to (B, C)."""
+    return average(maps, (0,)).to(maps.dtype)
+
+
+def _to_maps(x: Tensor) -> tuple[Tensor, Size]:
+    """Shape (B, C, H, W) to (L, B, C); a view of maps in HWNC layout."""
+    return x.permute(2, 3, 0, 1).flatten(0, 1).contiguous(), x.shape[2:]
+
+
+def _to_images(maps: Tensor, size: Size) -> Tensor:
+    """Shape (L, B, C) to (B, C, H, W), in HWNC layout."""
+    if maps.shape[1] == 1:  # with the strides of channels last
+        return maps.view(1, *size, -1).permute(0, 3, 1, 2)
+    return maps.unflatten(0, size).permute(2, 3, 0, 1)
+
+
+def _can_fold(module: nn.Module) -> bool:
+    if type(module) is not ConvNorm or not can_fold(module.norm):
+        return False
+    conv = module.conv
+    kinds = nn.Conv2d, DynamicConv2d, RepConv2d
+    return (
+        type(conv) in kinds
+        and conv.padding_mode == 'zeros'
+        and not isinstance(conv.padding, str)
+    )
+
+
+def _can_excite(se: nn.Module) -> bool:
+    convs = getattr(se, 'reduce', None), getattr(se, 'expand', None)
+    return type(se) is SqueezeExcite and all(
+        type(conv) is nn.Conv2d for conv in convs
+    )
+
+
+def _is_pointwise(conv: nn.Module) -> bool:
+    return (
+        conv.groups == max(conv.kernel_size) == max(conv.stride) == 1
+        and max(conv.padding) == 0
+    )
+
+
+def _is_depthwise(conv: nn.Module) -> bool:
+    return conv.groups == conv.in_channels == conv.out_channels

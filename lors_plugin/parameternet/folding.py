@@ -1,0 +1,40 @@
+"""Fold batch normalisation into the convolution in front of it."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+
+def can_fold(norm: Optional[nn.Module]) -> bool:
+    """Whether a layer is a batch normalisation with running statistics."""
+    kinds = nn.BatchNorm2d, nn.SyncBatchNorm
+    return isinstance(norm, kinds) and norm.running_var is not None
+
+
+@torch.no_grad()
+def fold_norm(
+    weight: Tensor, bias: Optional[Tensor], norm: nn.Module
+) -> tuple[Tensor, Optional[Tensor], Tensor]:
+    """Fold a batch normalisation in evaluation mode, in float64.
+
+    Args:
+        weight (Tensor): One kernel or several experts, shape (..., C_out,
+            C_in / groups, kh, kw).
+        bias (Tensor, optional): Shape (..., C_out).
+        norm (nn.Module): One that :func:`can_fold`.
+
+    Returns:
+        tuple[Tensor, Tensor | None, Tensor]: Weight and bias of the same
+        shapes, and the shift that is added once, whatever experts weigh,
+        shape (C_out,); all float64.
+    """
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.affine:
+        shift = shift + norm.bias.double()
+    if bias is not None:
+        bias = bias.double() * scale
+    return weight.double() * scale[:, None, None, None], bias, shift
