@@ -25,6 +25,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 PACKAGE = 'lors_plugin'
 MIM_ITEMS = ('configs', 'tools', 'model-index.yml')
+# Of ``tools``, what is for a checkout: it measures or checks this project.
+CHECKOUT_ONLY = ('benchmarks', 'studies', 'lint', 'run_tests.sh')
 
 
 def read_version():
@@ -51,6 +53,14 @@ def read_requirements(name):
     return [line for line in lines if line]
 
 
+def ignore_files(folder, names):
+    """Say what of a folder is not copied, as ``shutil.copytree`` asks."""
+    ignored = shutil.ignore_patterns('__pycache__', '*.pyc')(folder, names)
+    if Path(folder) == ROOT / 'tools':
+        ignored.update(CHECKOUT_ONLY)
+    return ignored
+
+
 def place_mim_items(target, link):
     """Put what ``mim`` needs into the directory ``target``.
 
@@ -74,11 +84,7 @@ def place_mim_items(target, link):
             except OSError:
                 pass  # a file system without links: copy
         if source.is_dir():
-            shutil.copytree(
-                source,
-                target / name,
-                ignore=shutil.ignore_patterns('__pycache__', '*.pyc'),
-            )
+            shutil.copytree(source, target / name, ignore=ignore_files)
         else:
             shutil.copy2(source, target / name)
 
@@ -103,14 +109,21 @@ class BuildLibrary(build_ext):
         """One name for all versions of Python."""
         return str(Path(*fullname.split('.'))) + '.so'
 
+    def build_extension(self, ext):
+        """Compile, and let the loader know a whole file and its sources."""
+        super().build_extension(ext)
+        digest = LOADER['hash_sources'](ROOT / PACKAGE / 'csrc')
+        LOADER['seal'](Path(self.get_ext_fullpath(ext.name)), digest)
+
+
+# What knows the library's flags and file format, without importing torch.
+LOADER = runpy.run_path(str(ROOT / PACKAGE / 'ops' / 'cpu_library.py'))
+
 
 def describe_library():
-    """Say how the compiled code is built, and from which sources."""
+    """Say how the compiled code is built."""
     # Relative, as setuptools wants them.
     sources = Path(PACKAGE, 'csrc')
-    loader = ROOT / PACKAGE / 'ops' / 'compiled_library.py'
-    names = runpy.run_path(str(loader))
-    digest = names['hash_sources'](ROOT / sources)
     return Extension(
         f'{PACKAGE}._cpu',
         [str(sources / 'mixing.cpp')],
@@ -118,8 +131,7 @@ def describe_library():
             'setup.py',
             *(str(p.relative_to(ROOT)) for p in (ROOT / sources).iterdir()),
         ],
-        define_macros=[('LORS_SOURCES', digest)],
-        extra_compile_args=names['FLAGS'],
+        extra_compile_args=LOADER['FLAGS'],
         extra_link_args=['-fopenmp'],
         language='c++',
         optional=True,

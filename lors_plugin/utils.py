@@ -110,10 +110,10 @@ def type_name(kind: Any) -> str:
     return str(getattr(kind, '__name__', kind)).rsplit('.', 1)[-1]
 
 
-def few(names: Sequence[str], limit: int = 3) -> str:
+def few(names: Sequence, limit: int = 3) -> str:
     """Join the first few names as text; 'none' if there are none."""
-    dots = ', ...' if len(names) > limit else ''
-    return ', '.join(names[:limit]) + dots if names else 'none'
+    text = ', '.join(map(str, names[:limit])) or 'none'
+    return text + (', ...' if len(names) > limit else '')
 
 
 def text_table(rows: Sequence[Sequence], align: str = '<') -> str:

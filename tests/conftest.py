@@ -37,8 +37,8 @@ def compiled_here(tmp_path_factory):
 def nothing_left_behind():
     """Scopes and loggers of runners, the rank that tools put into the
     environment, the readers that they set, and the silence they ask for."""
-    known = [k._instance_dict for k in (DefaultScope, MMLogger, MessageHub)]
-    before = [dict(instances) for instances in known]
+    known = (DefaultScope, MMLogger, MessageHub)
+    before = [dict(kind._instance_dict) for kind in known]
     environment = dict(os.environ)
     reader = vars(CheckpointLoader)['load_checkpoint']
     handlers = dict(file_handlers)
@@ -48,9 +48,10 @@ def nothing_left_behind():
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
-    for instances, former in zip(known, before):
-        instances.clear()
-        instances.update(former)
+    for kind, former in zip(known, before):
+        # Another dict by now, where a scope was overwritten.
+        kind._instance_dict.clear()
+        kind._instance_dict.update(former)
     logging.disable(logging.NOTSET)
 
 

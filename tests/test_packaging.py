@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lors_plugin.ops.cpu_library import hash_sources, read_seal
+
 setuptools = pytest.importorskip('setuptools')
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +61,16 @@ def test_place_mim_items(setup_script, tmp_path, link):
     assert (target / 'tools' / 'train.py').is_file()
     assert (target / 'tools').is_symlink() == link
     assert (ROOT / 'tools' / 'train.py').is_file()
+
+
+def test_what_measures_this_project_is_not_installed(setup_script, tmp_path):
+    setup_script[0]['place_mim_items'](tmp_path / '.mim', False)
+    kept = {path.name for path in (tmp_path / '.mim' / 'tools').iterdir()}
+    there = {path.name for path in (ROOT / 'tools').iterdir()}
+    left_out = there - kept - {'__pycache__'}
+    assert left_out <= {'benchmarks', 'studies', 'lint', 'run_tests.sh'}
+    assert {'benchmarks', 'lint', 'run_tests.sh'} <= left_out
+    assert list((tmp_path / '.mim' / 'configs').rglob('*.py'))
 
 
 def test_place_mim_items_without_a_model_index(
@@ -118,10 +130,17 @@ def test_wheel(tmp_path, compiler):
     assert 'lors_plugin/version.py' in names
     assert 'lors_plugin/.mim/tools/train.py' in names
     assert not any(n.startswith(('tests/', 'tools/')) for n in names)
+    assert not any('/tools/benchmarks/' in n for n in names)
     if any((ROOT / 'configs').rglob('*.py')):
         assert any(n.startswith('lors_plugin/.mim/configs/') for n in names)
     compiled = not compiler and shutil.which('g++') is not None
     assert ('lors_plugin/_cpu.so' in names) == compiled
+    if compiled:
+        library = zipfile.ZipFile(wheel).extract(
+            'lors_plugin/_cpu.so', tmp_path / 'wheel'
+        )
+        digest = hash_sources(ROOT / 'lors_plugin' / 'csrc')
+        assert read_seal(Path(library)) == (digest, '')
     # The checkout is left as it was.
     assert not (source / 'lors_plugin' / '_cpu.so').exists()
     assert not (source / 'lors_plugin' / '.mim').exists()

@@ -8,7 +8,8 @@ from .criterion import SetCriterion
 from .decoder import AdaMixerDecoder
 from .detector import AdaMixer
 from .lors_decoder import LORSAdaMixerDecoder
-from .mixing import AdaptiveMixing, LORSAdaptiveMixing
+from .lors_mixing import LORSAdaptiveMixing
+from .mixing import AdaptiveMixing
 from .neck import SharedNormChannelMapping
 from .query_generator import InitialQueryGenerator
 from .sampling import AdaptiveSampling3D

@@ -1,7 +1,6 @@
 """AdaMixer's decoder: stages, losses, detections."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Optional, Union
 
 import torch
@@ -9,10 +8,10 @@ from mmengine.config import ConfigDict
 from mmengine.model import BaseModule, ModuleList
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lors_plugin.ops import checkpoint_with_sums, share_levels
-from lors_plugin.ops.backend import BACKENDS
-from lors_plugin.ops.memory import keep_memory
+from lors_plugin.ops import share_levels
+from lors_plugin.ops.backend import BACKENDS, keep_memory
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_divisible, per_layer
 
@@ -63,9 +62,9 @@ class AdaMixerDecoder(BaseModule):
         loss_iou (dict): GIoU loss.
         with_cp (bool): Recompute each stage in the backward pass, which
             trades time for memory. Defaults to False.
-        recompute_mixing (bool): Generate the matrices of the mixing again in
-            the backward pass rather than keep them: less memory for less
-            time than ``with_cp``, which covers it. Defaults to False.
+        recompute_mixing (bool): Generate the matrices and mix again in the
+            backward pass instead of keeping the matrices: less memory for
+            less time than ``with_cp``, which covers it. Defaults to False.
         backend (str): 'auto', 'torch', 'triton' or 'reference', for the
             operators. Defaults to 'auto'.
         train_cfg (dict, optional): ``assigner``, matched in every stage.
@@ -171,7 +170,7 @@ class AdaMixerDecoder(BaseModule):
         )
 
     def _build_mixing(self) -> nn.Module:
-        """What mixes sampled features; called with the stage's number."""
+        """Build the mixing, which is called with the number of the stage."""
         return PrivateMixing(
             [
                 AdaptiveMixing(
@@ -203,35 +202,22 @@ class AdaMixerDecoder(BaseModule):
             in float32 at least, and the contents (L, B, N, D).
         """
         levels = share_levels(feats, self.backend)
-        again = self.with_cp and torch.is_grad_enabled()
-        sums = self.mixing.new_sums() if again else ()
-        mixing = self.mixing.one_pass()
         scores, boxes, contents = [], [], []
         for index, stage in enumerate(self.stages):
-            inputs = levels, content, xyzr.detach()
-            if again:
-                cls_scores, xyzr, content = checkpoint_with_sums(
-                    partial(self._run_stage, index), *inputs, sums=sums
-                )
+
+            def mix(x: Tensor, query: Tensor, stage: int = index) -> Tensor:
+                return self.mixing(x, query, stage)
+
+            inputs = levels, content, xyzr.detach(), self.strides, mix
+            if self.with_cp and torch.is_grad_enabled():
+                outs = checkpoint(stage, *inputs, use_reentrant=False)
             else:
-                cls_scores, xyzr, content = stage(
-                    *inputs, self.strides, partial(mixing, stage=index)
-                )
+                outs = stage(*inputs)
+            cls_scores, xyzr, content = outs
             scores.append(cls_scores)
             boxes.append(decode_boxes(xyzr))
             contents.append(content)
         return torch.stack(scores), torch.stack(boxes), torch.stack(contents)
-
-    def _run_stage(
-        self,
-        index: int,
-        levels: Sequence[Tensor],
-        content: Tensor,
-        xyzr: Tensor,
-        sums: tuple,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mixing = partial(self.mixing, stage=index, sums=sums)
-        return self.stages[index](levels, content, xyzr, self.strides, mixing)
 
     def loss(
         self,

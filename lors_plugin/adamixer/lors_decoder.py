@@ -8,7 +8,7 @@ from torch import nn
 from lors_plugin.registry import MODELS
 
 from .decoder import AdaMixerDecoder
-from .mixing import LORSAdaptiveMixing
+from .lors_mixing import LORSAdaptiveMixing
 
 
 @MODELS.register_module()

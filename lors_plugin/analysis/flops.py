@@ -19,7 +19,6 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 import lors_plugin.ops  # noqa: F401  (registers its operators)
 
 MIXING = 'lors_plugin::adaptive_mixing_forward'
-GENERATED_MIXING = 'lors_plugin::generated_mixing_forward'
 # Parts of names of operators that multiply and add and have no formula.
 _UNKNOWN = ('fft', 'linalg', 'cdist', 'lstm', 'gru', 'rnn', 'quantized')
 
@@ -104,16 +103,6 @@ def _mixing(x, weights, c_core, s_core, **_):
     return mixing_multiply_adds(x.shape, weights.shape, *cores)
 
 
-def _generated_mixing(x, query, weight, c_core, s_core, **_):
-    lead, elements = query.shape[:2], weight.shape[0]
-    cores = [None if core is None else core.shape for core in (c_core, s_core)]
-    generated = *lead, x.shape[2], elements // x.shape[2]
-    return {
-        **mixing_multiply_adds(x.shape, generated, *cores),
-        'generator.weight': prod(lead) * weight.numel(),
-    }
-
-
 def _sampling(out, strides, **_):
     return {'': sampling_multiply_adds(out.shape, len(strides))}
 
@@ -128,7 +117,6 @@ def _dynamic(weight, attention, out, bias=None, **_):
 # Of this package; arguments by name.
 _OURS: dict[str, Callable] = {
     MIXING: _mixing,
-    GENERATED_MIXING: _generated_mixing,
     'lors_plugin::sampling_3d': _sampling,
     'lors_plugin::dynamic_conv2d': _dynamic,
 }
@@ -266,7 +254,7 @@ def elementwise_results(func: Any, args: tuple, out: Any) -> int:
     if not isinstance(first, Tensor) or not first.is_floating_point():
         return 0
     name = func._schema.name
-    if name in (MIXING, GENERATED_MIXING):
+    if name == MIXING:
         return 2 * (args[0].numel() + first.numel())
     if torch.Tag.pointwise in func.tags or name in _NORMS:
         return first.numel()

@@ -235,133 +235,135 @@ INLINE void norm_relu_backward(const float* grad_out, const float* normed,
 }
 
 // inner (K r, cols) = core_k right_k, one below the other.
-INLINE void make_inner(const LowRank& part, const float* core, int64_t cols,
-                       float* inner) {
+INLINE void make_inner(const LowRank& part, const float* core,
+                       const float* right, int64_t cols, float* inner) {
   const int64_t rank = part.rank;
   for (int64_t k = 0; k < part.num; k++)
     multiply(rank, cols, rank, plain(core + k * rank * rank, rank),
-             part.right + k * rank * cols, cols, nullptr,
-             inner + k * rank * cols, cols);
+             right + k * rank * cols, cols, nullptr, inner + k * rank * cols,
+             cols);
 }
 
-// The matrix of a query with its low-rank part: base where that has been added
-// or does not exist, else base + left inner, in base if that may be changed and
-// in `into` if not.
-INLINE const float* full_matrix(const Mixing& mixing, const LowRank& part,
-                                int64_t query, int64_t rows, int64_t cols,
-                                float* base, float* inner, float* into) {
-  if (!part.num || mixing.complete) return base;
-  if (mixing.in_place) into = base;
+// The matrix of a query and group with its low-rank part, which is formed in
+// `into`; the generated matrix itself where there is no part.
+INLINE const float* full_matrix(const LowRank& part, int64_t query,
+                                int64_t group, int64_t rows, int64_t cols,
+                                const float* generated, float* inner,
+                                float* into) {
+  if (!part.num) return generated;
   const int64_t depth = part.num * part.rank;
-  make_inner(part, part.core + query * part.core_stride, cols, inner);
-  multiply(rows, cols, depth, plain(part.left, depth), inner, cols, base, into,
-           cols);
+  make_inner(part, part.core.at(query, group),
+             part.right + group * depth * cols, cols, inner);
+  multiply(rows, cols, depth, plain(part.left + group * rows * depth, depth),
+           inner, cols, generated, into, cols);
   return into;
+}
+
+INLINE void forward_one(const Mixing& mixing, int64_t n, int64_t g,
+                        const Scratch& scratch) {
+  const int64_t p = mixing.points, c = mixing.width, q = mixing.rows;
+  float *const stats = mixing.stats.at(n, g), *const out = mixing.out.at(n, g);
+  const float* const channel =
+      full_matrix(mixing.channel_part, n, g, c, c, mixing.channel.at(n, g),
+                  scratch.inner, scratch.channel);
+  multiply(p, c, c, plain(mixing.x.at(n, g), c), channel, c, nullptr,
+           scratch.y, c);
+  norm_relu(scratch.y, p * c, mixing.eps, stats);
+  const float* const spatial =
+      full_matrix(mixing.spatial_part, n, g, q, p, mixing.spatial.at(n, g),
+                  scratch.inner, scratch.spatial);
+  multiply(q, c, p, plain(spatial, p), scratch.y, c, nullptr, out, c);
+  norm_relu(out, q * c, mixing.eps, stats + 2);
 }
 
 static void forward(const Mixing& mixing, int64_t first, int64_t last,
                     int64_t thread) {
-  const int64_t p = mixing.points, c = mixing.width, q = mixing.rows;
   const Scratch scratch(mixing,
                         mixing.scratch + thread * mixing.scratch_floats);
-  for (int64_t n = first; n < last; n++) {
-    float* const stats = mixing.stats + n * mixing.stats_stride;
-    float* const out = mixing.out + n * mixing.out_stride;
-    const float* const channel = full_matrix(
-        mixing, mixing.channel_part, n, c, c,
-        mixing.channel + n * mixing.channel_stride, scratch.inner,
-        scratch.channel);
-    multiply(p, c, c, plain(mixing.x + n * mixing.x_stride, c), channel, c,
-             nullptr, scratch.y, c);
-    norm_relu(scratch.y, p * c, mixing.eps, stats);
-    const float* const spatial = full_matrix(
-        mixing, mixing.spatial_part, n, q, p,
-        mixing.spatial + n * mixing.spatial_stride, scratch.inner,
-        scratch.spatial);
-    multiply(q, c, p, plain(spatial, p), scratch.y, c, nullptr, out, c);
-    norm_relu(out, q * c, mixing.eps, stats + 2);
-  }
+  for (int64_t g = 0; g < mixing.groups; g++)
+    for (int64_t n = first; n < last; n++) forward_one(mixing, n, g, scratch);
 }
 
-// From the gradient (rows, cols) of full matrices to those of the factors.
-INLINE void low_rank_backward(const LowRank& part, int64_t query,
-                              int64_t thread, int64_t rows, int64_t cols,
-                              const float* grad, const Scratch& scratch) {
+// From the gradient (rows, cols) of a full matrix to those of the factors.
+INLINE void low_rank_backward(const Mixing& mixing, const LowRank& part,
+                              int64_t n, int64_t g, int64_t thread,
+                              int64_t rows, int64_t cols, const float* grad,
+                              const Scratch& scratch) {
+  if (!part.num) return;
   const int64_t rank = part.rank, depth = part.num * rank;
-  const float* const core = part.core + query * part.core_stride;
-  make_inner(part, core, cols, scratch.inner);
+  const int64_t share = thread * mixing.groups + g;
+  const float* const core = part.core.at(n, g);
+  make_inner(part, core, part.right + g * depth * cols, cols, scratch.inner);
   transpose(depth, cols, scratch.inner, scratch.inner_t);
-  float* const grad_left = part.grad_left + thread * rows * depth;
+  float* const grad_left = part.grad_left + share * rows * depth;
   multiply(rows, depth, cols, plain(grad, cols), scratch.inner_t, depth,
            grad_left, grad_left, depth);
   float* const grad_inner = scratch.inner;
-  multiply(depth, cols, rows, transposed(part.left, depth), grad, cols, nullptr,
-           grad_inner, cols);
+  multiply(depth, cols, rows, transposed(part.left + g * rows * depth, depth),
+           grad, cols, nullptr, grad_inner, cols);
+  float *const grad_core = part.grad_core.at(n, g),
+               *const grad_right = part.grad_right + share * depth * cols;
   for (int64_t k = 0; k < part.num; k++) {
     const float* const inner_k = grad_inner + k * rank * cols;
-    multiply(rank, rank, cols, plain(inner_k, cols), part.right_t + k * rank,
-             depth, nullptr,
-             part.grad_core + query * part.grad_core_stride + k * rank * rank,
-             rank);
-    float* const grad_right =
-        part.grad_right + (thread * depth + k * rank) * cols;
-    multiply(rank, cols, rank, transposed(core + k * rank * rank, rank), inner_k,
-             cols, grad_right, grad_right, cols);
+    multiply(rank, rank, cols, plain(inner_k, cols),
+             part.right_t + g * cols * depth + k * rank, depth, nullptr,
+             grad_core + k * rank * rank, rank);
+    float* const grad_right_k = grad_right + k * rank * cols;
+    multiply(rank, cols, rank, transposed(core + k * rank * rank, rank),
+             inner_k, cols, grad_right_k, grad_right_k, cols);
   }
+}
+
+INLINE void backward_one(const Mixing& mixing, int64_t n, int64_t g,
+                         int64_t thread, const Scratch& scratch) {
+  const int64_t p = mixing.points, c = mixing.width, q = mixing.rows;
+  const float* const stats = mixing.stats.at(n, g);
+  const float* const x = mixing.x.at(n, g);
+  // What forward computed.
+  const float* const channel =
+      full_matrix(mixing.channel_part, n, g, c, c, mixing.channel.at(n, g),
+                  scratch.inner, scratch.channel);
+  const float* const spatial =
+      full_matrix(mixing.spatial_part, n, g, q, p, mixing.spatial.at(n, g),
+                  scratch.inner, scratch.spatial);
+  float *const y = scratch.y, *const normed_y = scratch.normed_y;
+  multiply(p, c, c, plain(x, c), channel, c, nullptr, normed_y, c);
+  for (int64_t i = 0; i < p * c; i++) {
+    const float v = (normed_y[i] - stats[0]) * stats[1];
+    normed_y[i] = v;
+    y[i] = v < 0 ? 0 : v;
+  }
+  float *const z = scratch.z, *const grad_z = scratch.grad_z;
+  multiply(q, c, p, plain(spatial, p), y, c, nullptr, z, c);
+  for (int64_t i = 0; i < q * c; i++) z[i] = (z[i] - stats[2]) * stats[3];
+  // Spatial mixing.
+  norm_relu_backward(mixing.grad_out.at(n, g), z, q * c, stats[3], grad_z);
+  float* const grad_spatial = mixing.grad_spatial.at(n, g);
+  transpose(p, c, y, scratch.turned);
+  multiply(q, p, c, plain(grad_z, c), scratch.turned, p, nullptr, grad_spatial,
+           p);
+  float* const grad_y = y;
+  multiply(p, c, q, transposed(spatial, p), grad_z, c, nullptr, grad_y, c);
+  // Channel mixing.
+  norm_relu_backward(grad_y, normed_y, p * c, stats[1], grad_y);
+  float* const grad_channel = mixing.grad_channel.at(n, g);
+  multiply(c, c, p, transposed(x, c), grad_y, c, nullptr, grad_channel, c);
+  transpose(c, c, channel, scratch.turned);
+  multiply(p, c, c, plain(grad_y, c), scratch.turned, c, nullptr,
+           mixing.grad_x.at(n, g), c);
+  low_rank_backward(mixing, mixing.channel_part, n, g, thread, c, c,
+                    grad_channel, scratch);
+  low_rank_backward(mixing, mixing.spatial_part, n, g, thread, q, p,
+                    grad_spatial, scratch);
 }
 
 static void backward(const Mixing& mixing, int64_t first, int64_t last,
                      int64_t thread) {
-  const int64_t p = mixing.points, c = mixing.width, q = mixing.rows;
   const Scratch scratch(mixing,
                         mixing.scratch + thread * mixing.scratch_floats);
-  for (int64_t n = first; n < last; n++) {
-    const float* const stats = mixing.stats + n * mixing.stats_stride;
-    const float* const x = mixing.x + n * mixing.x_stride;
-    // What forward computed.
-    const float* const channel = full_matrix(
-        mixing, mixing.channel_part, n, c, c,
-        mixing.channel + n * mixing.channel_stride, scratch.inner,
-        scratch.channel);
-    const float* const spatial = full_matrix(
-        mixing, mixing.spatial_part, n, q, p,
-        mixing.spatial + n * mixing.spatial_stride, scratch.inner,
-        scratch.spatial);
-    float *const y = scratch.y, *const normed_y = scratch.normed_y;
-    multiply(p, c, c, plain(x, c), channel, c, nullptr, normed_y, c);
-    for (int64_t i = 0; i < p * c; i++) {
-      const float v = (normed_y[i] - stats[0]) * stats[1];
-      normed_y[i] = v;
-      y[i] = v < 0 ? 0 : v;
-    }
-    float *const z = scratch.z, *const grad_z = scratch.grad_z;
-    multiply(q, c, p, plain(spatial, p), y, c, nullptr, z, c);
-    for (int64_t i = 0; i < q * c; i++) z[i] = (z[i] - stats[2]) * stats[3];
-    // Spatial mixing.
-    norm_relu_backward(mixing.grad_out + n * mixing.grad_out_stride, z, q * c,
-                       stats[3], grad_z);
-    float* const grad_spatial =
-        mixing.grad_spatial + n * mixing.grad_spatial_stride;
-    transpose(p, c, y, scratch.turned);
-    multiply(q, p, c, plain(grad_z, c), scratch.turned, p, nullptr,
-             grad_spatial, p);
-    float* const grad_y = y;
-    multiply(p, c, q, transposed(spatial, p), grad_z, c, nullptr, grad_y, c);
-    // Channel mixing.
-    norm_relu_backward(grad_y, normed_y, p * c, stats[1], grad_y);
-    float* const grad_channel =
-        mixing.grad_channel + n * mixing.grad_channel_stride;
-    multiply(c, c, p, transposed(x, c), grad_y, c, nullptr, grad_channel, c);
-    transpose(c, c, channel, scratch.turned);
-    multiply(p, c, c, plain(grad_y, c), scratch.turned, c, nullptr,
-             mixing.grad_x + n * mixing.grad_x_stride, c);
-    if (mixing.channel_part.num)
-      low_rank_backward(mixing.channel_part, n, thread, c, c, grad_channel,
-                        scratch);
-    if (mixing.spatial_part.num)
-      low_rank_backward(mixing.spatial_part, n, thread, q, p, grad_spatial,
-                        scratch);
-  }
+  for (int64_t g = 0; g < mixing.groups; g++)
+    for (int64_t n = first; n < last; n++)
+      backward_one(mixing, n, g, thread, scratch);
 }
 
 }  // namespace KERNELS

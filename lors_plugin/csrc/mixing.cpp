@@ -85,6 +85,10 @@ bool runs_here(int64_t set) {
 
 void in_threads(Run run, const Mixing& mixing) {
   const int64_t threads = mixing.threads;
+  if (threads == 1) {  // never touch OpenMP, which a fork leaves unusable
+    run(mixing, 0, mixing.queries, 0);
+    return;
+  }
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int64_t thread = 0; thread < threads; thread++)
     run(mixing, mixing.queries * thread / threads,
@@ -93,13 +97,7 @@ void in_threads(Run run, const Mixing& mixing) {
 
 }  // namespace
 
-#define STRING_OF(x) #x
-#define STRING(x) STRING_OF(x)
-
 extern "C" {
-
-// Hash of the sources, see setup.py.
-const char* lors_sources() { return STRING(LORS_SOURCES); }
 
 int64_t lors_sets() { return sizeof(all) / sizeof(*all); }
 

@@ -1,62 +1,61 @@
-// Adaptive mixing of one group of queries: what Python hands over.
+// Adaptive mixing: what Python hands over.
 //
-// Matrices are float32, row by row without gaps. Strides are numbers from one
-// query to the next. What is written overlaps nothing else. Fields and order
-// as in ops/adaptive_mixing/compiled.py.
+// All tensors are float32, and the matrix of one query and group lies row by
+// row without gaps. What is written overlaps nothing else. Fields and their
+// order as in ops/adaptive_mixing/cpu_impl.py.
 
 #pragma once
 
 #include <cstdint>
 
-// Low-rank part sum_k left_k core_k right_k of a matrix (rows, cols).
+// Matrices of all queries and groups; strides are in elements.
+struct Matrices {
+  float* data;
+  int64_t query_stride;
+  int64_t group_stride;
+
+  float* at(int64_t query, int64_t group) const {
+    return data + query * query_stride + group * group_stride;
+  }
+};
+
+// Low-rank part sum_k left_k core_k right_k of matrices (rows, cols).
 struct LowRank {
-  int64_t num;          // K, 0 for no part
-  int64_t rank;         // r
-  const float* left;    // (rows, K r)
-  const float* core;    // (K, r, r) a query
-  int64_t core_stride;
-  const float* right;   // (K r, cols)
-  const float* right_t; // (cols, K r), in backward
-  float* grad_core;     // as core, written
-  int64_t grad_core_stride;
-  float* grad_left;     // (threads, rows, K r), added to
-  float* grad_right;    // (threads, K r, cols), added to
+  int64_t num;           // K, 0 for no part
+  int64_t rank;          // r
+  Matrices core;         // (K, r, r)
+  Matrices grad_core;    // (K, r, r), written in backward
+  const float* left;     // (G, rows, K r)
+  const float* right;    // (G, K r, cols)
+  const float* right_t;  // (G, cols, K r), in backward
+  float* grad_left;      // (threads, G, rows, K r), added to
+  float* grad_right;     // (threads, G, K r, cols), added to
 };
 
 struct Mixing {
   int64_t queries;
+  int64_t groups;
   int64_t points;  // P
   int64_t width;   // C
   int64_t rows;    // Q
   int64_t threads;
-  int64_t complete; // the matrices have their low-rank parts
-  int64_t in_place; // add low-rank parts to the matrices where they lie
   double eps;
-  const float* x;       // (P, C) a query
-  int64_t x_stride;
-  float* channel;       // (C, C)
-  int64_t channel_stride;
-  float* spatial;       // (Q, P)
-  int64_t spatial_stride;
-  float* out;           // (Q, C), of forward
-  int64_t out_stride;
-  float* stats;         // (4, ), written in forward and read in backward
-  int64_t stats_stride;
-  float* scratch;       // (threads, scratch_floats)
-  int64_t scratch_floats;
-  const float* grad_out; // (Q, C), of backward and so on
-  int64_t grad_out_stride;
-  float* grad_x;        // (P, C)
-  int64_t grad_x_stride;
-  float* grad_channel;  // (C, C)
-  int64_t grad_channel_stride;
-  float* grad_spatial;  // (Q, P)
-  int64_t grad_spatial_stride;
+  Matrices x;             // (P, C)
+  Matrices channel;       // (C, C)
+  Matrices spatial;       // (Q, P)
+  Matrices out;           // (Q, C), written in forward
+  Matrices stats;         // (4, ), written in forward, read in backward
+  Matrices grad_out;      // (Q, C), read in backward
+  Matrices grad_x;        // (P, C), written in backward, and so on
+  Matrices grad_channel;  // (C, C)
+  Matrices grad_spatial;  // (Q, P)
   LowRank channel_part;
   LowRank spatial_part;
+  float* scratch;         // (threads, scratch_floats)
+  int64_t scratch_floats;
 };
 
-// Memory of a thread, its parts in whole cache lines.
+// Memory of a thread, each array in whole cache lines.
 struct Scratch {
   int64_t size = 0;
   float* base;
@@ -87,5 +86,5 @@ struct Scratch {
   }
 };
 
-// Queries first to last of one thread.
+// Queries first to last of one thread, in all groups.
 typedef void (*Run)(const Mixing&, int64_t first, int64_t last, int64_t thread);

@@ -191,7 +191,6 @@ def look_at_operators() -> list[Check]:
     import torch
 
     from lors_plugin.ops import backend
-    from lors_plugin.ops.packed_linear import packing_refusal
 
     variable = os.environ.get(backend.ENV_NAME, '')
     version = backend.triton_version()
@@ -203,7 +202,6 @@ def look_at_operators() -> list[Check]:
         return [
             checks.check_operators('the CPU', verdict, variable),
             look_at_compiled(),
-            check_packing(packing_refusal()),
         ]
     found = []
     for gpu in dict.fromkeys(find_gpus()):
@@ -224,35 +222,20 @@ def look_at_operators() -> list[Check]:
 
 def look_at_compiled() -> Check:
     """Say whether the CPU mixes in compiled code, and in which."""
-    from lors_plugin.ops import compiled_library
+    from lors_plugin.ops import cpu_library
 
     try:
-        library = compiled_library.load()
+        library = cpu_library.load()
     except RuntimeError as error:
         return Check('trap', str(error))
     if library is not None:
         return Check('ok', f'mixing on the CPU is compiled: {library.name}')
-    found = compiled_library.find_sets()
+    found = cpu_library.find_sets()
     what = 'mixing on the CPU is plain PyTorch, which is slower: '
     if isinstance(found, str):
         remedy = 'with a C++ compiler (Debian: apt install g++), install again'
         return Check('note', what + found, remedy)
-    return Check('note', f'{what}{compiled_library.ENV_NAME}=off')
-
-
-def check_packing(refusal: str) -> Check:
-    """Say whether the CPU packs layers that stages share.
-
-    Args:
-        refusal (str): Why it does not, or ''.
-    """
-    if refusal:
-        return Check(
-            'note',
-            'generators that stages share are not packed on the CPU, where '
-            f'LORS then mixes more slowly: {refusal}',
-        )
-    return Check('ok', 'generators that stages share are packed on the CPU')
+    return Check('note', f'{what}{cpu_library.ENV_NAME}=off')
 
 
 def look_at_packages() -> list[Check]:

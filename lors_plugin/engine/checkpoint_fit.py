@@ -29,7 +29,7 @@ from lors_plugin.checkpoints import (
     weights_of,
 )
 from lors_plugin.lors.plain_weights import read_plain_weights
-from lors_plugin.utils import unwrapped
+from lors_plugin.utils import few, unwrapped
 
 
 @dataclasses.dataclass
@@ -70,8 +70,7 @@ class CheckpointFit:
             ('unknown', self.unexpected),
         ):
             if names:
-                dots = ', ...' if len(names) > limit else ''
-                lines.append(f'  {title}: {", ".join(names[:limit])}{dots}')
+                lines.append(f'  {title}: {few(names, limit)}')
         return '\n'.join(lines)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from lors_plugin.utils import type_name
+from lors_plugin.utils import few, type_name
 
 DOWNLOADABLE = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 HOSTS = {'mmdet': 'mmdet', 'mmpretrain': 'mmpretrain', 'mmcls': 'mmpretrain'}
@@ -300,7 +300,7 @@ def check_classes(
             if count != len(classes):
                 raise ValueError(
                     f'{name}={count}, but {field} has {len(classes)} '
-                    f'classes by {origin}: {_shorten(classes)}.\n'
+                    f'classes by {origin}: {few(classes, 5)}.\n'
                     f'Set one to fit the other, for example --cfg-options '
                     f'{name}={len(classes)}{_NO_CHECKS}'
                 )
@@ -312,9 +312,9 @@ def _check_names(field, classes, origin, categories, path):
     if absent:
         raise ValueError(
             f'{field}: {len(absent)} of {len(classes)} classes by {origin} '
-            f'are not in the annotation file: {_shorten(absent)}.\n'
+            f'are not in the annotation file: {few(absent, 5)}.\n'
             f'{path} has {len(categories)} categories: '
-            f'{_shorten(categories)}.\n'
+            f'{few(categories, 5)}.\n'
             'Their boxes would be left out silently. Set '
             f'{field}.metainfo=dict(classes=(...)) to names of the file, '
             f'in the config, for each data set{_NO_CHECKS}'
@@ -331,9 +331,3 @@ def _folder_classes(dataset: dict) -> Optional[list[str]]:
     if name != 'CustomDataset' or not root.is_dir():
         return None
     return sorted(p.name for p in root.iterdir() if p.is_dir()) or None
-
-
-def _shorten(names: Sequence[str], limit: int = 5) -> str:
-    """Return the first few names as text."""
-    text = ', '.join(map(str, names[:limit]))
-    return text + (', ...' if len(names) > limit else '')

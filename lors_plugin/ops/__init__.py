@@ -7,15 +7,12 @@ sampled points a group, ``Q`` mixed points a group, ``C`` channels a group,
 
 from .adaptive_mixing import LowRank, adaptive_mixing, generated_mixing
 from .dynamic_conv import dynamic_conv2d, dynamic_linear
-from .gradient_sum import GradientSum, checkpoint_with_sums
 from .sampling_3d import SharedLevels, sampling_3d, share_levels
 
 __all__ = [
-    'GradientSum',
     'LowRank',
     'SharedLevels',
     'adaptive_mixing',
-    'checkpoint_with_sums',
     'dynamic_conv2d',
     'dynamic_linear',
     'generated_mixing',

@@ -1,19 +1,27 @@
-"""Which implementation of an operator runs, decided in one place.
+"""Select the implementation of an operator, and hint the CPU's allocator.
 
 The choice is made per call, from what is known about the tensor and the
 machine and before anything is compiled: some versions of Triton abort the
 whole process on some GPUs, which no ``except`` can catch.
 """
 
+import ctypes
 import functools
 import logging
+import mmap
 import os
 import re
+import sys
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from . import cpu_library
+
+# What a config may ask of all operators. An operator with a C++
+# implementation takes 'cpu' as well.
 BACKENDS = ('auto', 'torch', 'triton', 'reference')
 ENV_NAME = 'LORS_PLUGIN_BACKEND'
 # The kernels of sampling do not compile with 3.2 and 3.3, and those of mixing
@@ -24,13 +32,22 @@ OLDEST_CAPABILITY = (7, 0)
 # conversions of bfloat16; kernels compute in float32 there.
 FULL_CAPABILITY = (8, 0)
 
+# The largest block that glibc keeps when it is given back: a little less than
+# 32 MB, above which it asks the system each time.
+KEPT_BYTES = 2**25 - 2**12
+
 logger = logging.getLogger('lors_plugin')
 
 
-def select_backend(requested: str, tensor: Tensor, refusal: str = '') -> str:
+def select_backend(
+    requested: str,
+    tensor: Tensor,
+    refusal: str = '',
+    cpu_refusal: Optional[str] = None,
+) -> str:
     """Choose the implementation for one call.
 
-    Costs a few microseconds, asks the driver once a device, and may be
+    Costs a few microseconds, asks the driver once per device, and may be
     called under ``torch.compile``, where the choice becomes part of the
     compiled program (a variable that is changed later has no effect).
 
@@ -38,23 +55,32 @@ def select_backend(requested: str, tensor: Tensor, refusal: str = '') -> str:
         requested (str): What the caller or the config asks for. ``'auto'``
             leaves the choice to the environment variable
             ``LORS_PLUGIN_BACKEND`` and, without it, to the package: Triton
-            on a GPU that it works on, 'torch' elsewhere.
+            on a GPU that it works on, C++ for float32 on a CPU where the
+            operator has it, 'torch' otherwise.
         tensor (Tensor): An input as the implementation will get it, of any
             shape: its device and its type decide.
-        refusal (str): Why the kernels cannot take these sizes, '' if they
-            can.
+        refusal (str): Why the Triton kernels cannot take these sizes, '' if
+            they can.
+        cpu_refusal (str, optional): Why the C++ code cannot take these
+            sizes, '' if it can. Defaults to None, for an operator without
+            C++ code.
 
     Returns:
-        str: ``'torch'`` (fast, any device: plain PyTorch, in mixing on CPUs
-        compiled code), ``'triton'`` or ``'reference'`` (the readable
-        definition of what is right).
+        str: ``'torch'`` (any device), ``'cpu'`` (C++), ``'triton'`` or
+        ``'reference'`` (the readable definition of what is right).
 
     Raises:
         ValueError: If the request or the variable names no backend.
-        RuntimeError: If Triton is asked for and cannot run here.
+        RuntimeError: If 'triton' or 'cpu' is asked for and cannot run here.
     """
-    device = tensor.device
-    return _choose(requested, device.type, device.index, tensor.dtype, refusal)
+    return _choose(
+        requested,
+        tensor.device.type,
+        tensor.device.index,
+        tensor.dtype,
+        refusal,
+        cpu_refusal,
+    )
 
 
 def _choose(
@@ -63,10 +89,17 @@ def _choose(
     index: Optional[int],
     dtype: torch.dtype,
     refusal: str,
+    cpu_refusal: Optional[str] = None,
 ) -> str:
-    name, source = _requested(requested)
+    with_cpu = cpu_refusal is not None
+    name, source = _requested(requested, with_cpu)
     if name in ('torch', 'reference'):
         return name
+    if name == 'cpu' or (name == 'auto' and kind == 'cpu' and with_cpu):
+        reason = cpu_refusal or _cpu_refusal(kind, dtype)
+        if name == 'cpu' and reason:
+            raise RuntimeError(_refused(source, name, reason))
+        return 'torch' if reason else 'cpu'
     if name == 'auto' and kind != 'cuda':
         return 'torch'
     possible, reason = device_verdict(kind, index, dtype)
@@ -74,10 +107,7 @@ def _choose(
         possible, reason = False, refusal
     if name == 'triton':
         if not possible:
-            raise RuntimeError(
-                f"{source}='triton' cannot be honoured: {reason}; "
-                "'auto' takes what works"
-            )
+            raise RuntimeError(_refused(source, name, reason))
         return 'triton'
     if possible and not _interpreting():
         return 'triton'
@@ -90,16 +120,37 @@ def _choose(
 _choose._dynamo_marked_constant = True
 
 
-def _requested(requested: str) -> tuple[str, str]:
-    """Return the name that counts and who said it."""
+def _requested(requested: str, with_cpu: bool = False) -> tuple[str, str]:
+    """Return the name that counts and the variable or argument it is from."""
     name, source = requested, 'backend'
+    choices = (*BACKENDS, 'cpu') if with_cpu else BACKENDS
     if requested == 'auto':
         name, source = os.environ.get(ENV_NAME) or 'auto', ENV_NAME
-    if name not in BACKENDS:
+        choices = BACKENDS
+    if name not in choices:
         raise ValueError(
-            f'{source}={name!r} is no backend; choose one of {BACKENDS}'
+            f'{source}={name!r} is no backend; choose one of {choices}'
         )
     return name, source
+
+
+def _refused(source: str, name: str, reason: str) -> str:
+    return (
+        f"{source}={name!r} cannot be honoured: {reason}; 'auto' takes what "
+        'works'
+    )
+
+
+def _cpu_refusal(kind: str, dtype: torch.dtype) -> str:
+    """Say why the C++ code cannot run, '' if it can."""
+    if kind != 'cpu' or dtype != torch.float32:
+        return (
+            'the C++ code takes float32 on the CPU, and the tensor is '
+            f'{dtype} on {kind}'
+        )
+    if cpu_library.load() is None:
+        return 'there is no compiled C++ code, or it is switched off'
+    return ''
 
 
 def triton_verdict(
@@ -110,7 +161,7 @@ def triton_verdict(
     interpret: bool = False,
     rocm: bool = False,
 ) -> tuple[bool, str]:
-    """Whether the Triton kernels give right results there.
+    """Say whether the Triton kernels give right results there.
 
     A pure function, so that tests can ask for machines that are not there.
 
@@ -209,3 +260,46 @@ def _log_once(reason: str) -> None:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return '.'.join(map(str, version)) or 'unknown'
+
+
+@functools.cache
+def keep_memory() -> None:
+    """Let the C library keep large blocks that were given back.
+
+    glibc returns memory above 128 kB to the system until it has seen a larger
+    block come back, and each page fetched anew costs more than the arithmetic
+    on it. One block of the largest size is enough, and costs nothing since it
+    is never written to. Other libraries take no notice.
+    """
+    torch.empty(KEPT_BYTES, dtype=torch.uint8)
+
+
+def new_large(
+    like: Tensor, shape: Sequence[int], dtype: Optional[torch.dtype] = None
+) -> Tensor:
+    """Return ``like.new_empty(shape)``, on Linux in transparent huge pages.
+
+    Blocks that glibc does not keep are fetched anew each time. In pages of
+    2 MB rather than 4 kB, that takes a third to three quarters of the time.
+    """
+    out = like.new_empty(shape, dtype=dtype)
+    # A fake tensor has no memory.
+    real = type(out) is Tensor and out.device.type == 'cpu'
+    advise = _advise() if real and out.nbytes > KEPT_BYTES else None
+    if advise is not None:
+        page = mmap.PAGESIZE
+        start = -(-out.data_ptr() // page) * page
+        size = (out.data_ptr() + out.nbytes - start) // page * page
+        advise(start, size, mmap.MADV_HUGEPAGE)
+    return out
+
+
+@functools.cache
+def _advise() -> Optional[Callable]:
+    """Return madvise(2) of the C library, None without huge pages."""
+    if sys.platform != 'linux' or not hasattr(mmap, 'MADV_HUGEPAGE'):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    function.restype = ctypes.c_int
+    return function

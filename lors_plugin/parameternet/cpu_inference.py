@@ -159,6 +159,9 @@ class CPUConvNorm(_InferenceBlock):
         self.kernel_size = conv.kernel_size
         self.geometry = conv.stride, conv.padding, conv.dilation
         self.groups = conv.groups
+        # By the names that convolutions have.
+        self.in_channels = conv.in_channels
+        self.kernel_size = conv.kernel_size
         self.kernel_shape = tuple(weight.shape[1:])
         self.is_pointwise = _is_pointwise(conv)
         # A matrix: mixing is a product with it.

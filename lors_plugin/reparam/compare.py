@@ -143,7 +143,7 @@ def difference(what: str, before: Any, after: Any) -> Difference:
         # Masks hold infinity in both.
         gap = (old - new).abs().where(old != new, torch.zeros_like(old)).max()
         size = old.abs().where(old.isfinite(), torch.zeros_like(old)).max()
-        share = gap / size.clamp(min=1e-12)
+        share = gap / size.clamp(min=1e-30)
         if share.isnan():
             return Difference(what, torch.nan, torch.nan)
         absolute = max(absolute, gap.item())

@@ -172,7 +172,7 @@ def _plain_model(model: Any) -> Any:
         model.pop('num_branches', None)
         model['num_experts'] = 1
     if kind.endswith('ParameterNet'):
-        # Built as reparameterize converts it.
+        # Built as `reparameterize` converts it.
         model['deploy'] = True
     conv = model.get('conv_cfg')
     if isinstance(conv, dict) and conv.get('type') == f'{PLUGIN}.RepConv2d':

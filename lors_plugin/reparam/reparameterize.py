@@ -29,15 +29,15 @@ def reparameterize(model: nn.Module, convert: bool = True) -> int:
     evaluation mode, is replaced by that one everywhere in the model;
     adapters and other such modules inside of it merge first. Blocks of
     ParameterNet on a CPU are converted for inference there: their norms are
-    folded, and they refuse to train. All is computed in float64 for the
-    whole model and checked before the first weight is written. Merging again
+    folded, and they refuse to train. All is computed in float64 for the whole
+    model and checked before the first weight is written. Merging again
     changes nothing; :func:`unmerge` restores every former weight and module
     bit for bit.
 
     Args:
         model (nn.Module): In evaluation mode.
-        convert (bool): Whether to convert blocks for inference on CPUs.
-            Defaults to True.
+        convert (bool): Convert blocks for inference on CPUs. Defaults to
+            True.
 
     Returns:
         int: Number of merged modules.
@@ -191,7 +191,8 @@ class ReplaceMerge:
 def _plan(model: nn.Module, convert: bool = False) -> list:
     """List the merges inside a model, in the order of its modules.
 
-    What is inside a replaced module merges with it.
+    What is inside a replaced module merges with it. With ``convert``, blocks
+    for inference on CPUs are among them.
     """
     merges, replaced = [], {}
     for name, parent, child_name, child in _edges(model, convert):
@@ -207,14 +208,10 @@ def _plan(model: nn.Module, convert: bool = False) -> list:
 
 
 def _is_replaceable(module: nn.Module, convert: bool = False) -> bool:
-    """Whether a module merges, or is converted for inference on CPUs."""
     if callable(getattr(type(module), 'merged', None)):
         return True
-    return (
-        convert
-        and cpu_inference.can_convert(module)
-        and all(p.device.type == 'cpu' for p in module.parameters())
-    )
+    on_cpu = all(p.device.type == 'cpu' for p in module.parameters())
+    return convert and on_cpu and cpu_inference.can_convert(module)
 
 
 def _edges(model: nn.Module, convert: bool) -> Iterator[tuple]:
@@ -251,9 +248,10 @@ def _simplified(module: nn.Module, where: str) -> tuple[nn.Module, int]:
             merge.apply()
             size += merge.size
     if _is_replaceable(module):
-        new = module.merged().eval()
+        new = module.merged()
     else:
         new = cpu_inference.convert(module)
+    new.eval()
     if adapter is not None:
         size += 1
         for part, name, value in absorb(new, *adapter.affine()):

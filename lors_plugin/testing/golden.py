@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lors_plugin.reparam.compare import difference
+
 from .weights import rule_weight
 
 Errors = dict[str, float]
@@ -35,10 +37,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
             f'shape {tuple(value.shape)} is compared with '
             f'{tuple(reference.shape)}'
         )
-    if not reference.numel():
-        return 0.0
-    scale = reference.abs().max().clamp(min=1e-30)
-    return ((value.detach() - reference).abs().max() / scale).item()
+    return difference('', reference, value.detach()).relative
 
 
 class Golden:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from lors_plugin.adamixer.mixing import AdaptiveMixing, LORSAdaptiveMixing
+from lors_plugin.adamixer.lors_mixing import LORSAdaptiveMixing
+from lors_plugin.adamixer.mixing import AdaptiveMixing
 from lors_plugin.checkpoints import to_lors_plugin
 from lors_plugin.checkpoints.key_map import KEY_MAPS, find_rule
 from lors_plugin.ops import sampling_3d

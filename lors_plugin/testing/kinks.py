@@ -7,17 +7,13 @@ and the gradients differ by one element. :class:`Kinks` finds such elements
 and can put chosen ones on the other side, which tells rounding from error.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lors_plugin.ops import GradientSum, packed_linear
 from lors_plugin.ops.adaptive_mixing.reference import (
     LowRank,
     adaptive_mixing_reference,
@@ -75,25 +71,6 @@ class Kinks(TorchFunctionMode):
         self.flipped = flipped
         self._found: list[Element] = []
         self._calls = 0
-        self._patches = []
-
-    def __enter__(self) -> 'Kinks':
-        # Inside of a function of autograd no element can be flipped, and
-        # packed generators are mixed with in one. Entered within itself, too,
-        # see `_mix`.
-        patches = contextlib.ExitStack()
-        for owner, name, value in (
-            (GradientSum, 'fits', False),
-            (packed_linear, 'packing_refusal', 'kinks are watched'),
-        ):
-            patch = mock.patch.object(owner, name, return_value=value)
-            patches.enter_context(patch)
-        self._patches.append(patches)
-        return super().__enter__()
-
-    def __exit__(self, *error) -> None:
-        self._patches.pop().close()
-        super().__exit__(*error)
 
     def nearest(self) -> list[Element]:
         """The elements within ``width`` of their kink, nearest first."""
@@ -133,11 +110,6 @@ class Kinks(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is _OPS.adaptive_mixing_forward.default:
             x, weights, *factors, eps, _ = args
-            return self._mix(func, args, x, weights, factors, eps)
-        if func is _OPS.generated_mixing_forward.default:
-            x, query, weight, bias, *factors, eps = args
-            generated = F.linear(query, weight, bias)
-            weights = generated.unflatten(-1, (x.shape[2], -1))
             return self._mix(func, args, x, weights, factors, eps)
         x = args[0] if args else None
         if func not in _RELUS or not isinstance(x, Tensor):

@@ -5,6 +5,9 @@ import weakref
 
 import pytest
 import torch
+from mmengine.runner.activation_checkpointing import (
+    turn_on_activation_checkpointing,
+)
 from torch.testing import assert_close
 
 WAYS = {
@@ -62,3 +65,16 @@ def test_a_pass_without_backward_leaves_nothing_behind(
         assert alive() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.filterwarnings('ignore:torch.utils.checkpoint')
+@pytest.mark.parametrize('kind', ['adamixer', 'lors'])
+def test_mixing_recomputed_by_mmengine(kind, tiny_decoder, decoder_inputs):
+    """Its option ``activation_checkpointing`` names modules."""
+    inputs = decoder_inputs()
+    wanted = gradients(tiny_decoder(kind), inputs, None)
+    decoder = tiny_decoder(kind)
+    names = dict(adamixer=['mixing.0', 'mixing.2'], lors=['mixing'])
+    turn_on_activation_checkpointing(decoder, names[kind])
+    found = gradients(decoder, inputs, None)
+    assert_close(found, wanted, rtol=1e-3, atol=1e-4)

@@ -3,7 +3,8 @@
 import torch
 from torch.testing import assert_close
 
-from lors_plugin.adamixer.mixing import LORSAdaptiveMixing, PrivateMixing
+from lors_plugin.adamixer.lors_mixing import LORSAdaptiveMixing
+from lors_plugin.adamixer.mixing import PrivateMixing
 
 
 def test_stages_share_the_mixing_object(tiny_decoder):
@@ -28,9 +29,9 @@ def test_stages_call_the_shared_mixing_in_turn(
     called = []
     forward = decoder.mixing.forward
 
-    def spy(x, query, stage, **options):
+    def spy(x, query, stage):
         called.append(stage)
-        return forward(x, query, stage, **options)
+        return forward(x, query, stage)
 
     monkeypatch.setattr(decoder.mixing, 'forward', spy)
     decoder(*decoder_inputs())

@@ -3,13 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-from lors_plugin.adamixer.mixing import (
-    AdaptiveMixing,
-    LORSAdaptiveMixing,
-    PrivateMixing,
-)
+from lors_plugin.adamixer.lors_mixing import LORSAdaptiveMixing
+from lors_plugin.adamixer.mixing import AdaptiveMixing, PrivateMixing
 from lors_plugin.testing import randomize
 
 B, N, D, G, C, P, Q = 2, 3, 12, 2, 4, 5, 6
@@ -195,22 +193,38 @@ def test_private_mixing_calls_its_stage():
     assert (mixing(x, query, stage=0) != mixing(x, query, stage=1)).any()
 
 
-@pytest.mark.parametrize('backend', ['torch', 'reference'])
-def test_backend_reaches_the_operator(monkeypatch, backend):
-    from lors_plugin.adamixer import mixing as module
+def calls_of(mixing, *args):
+    graph = make_fx(mixing)(*args).graph
+    return [
+        node.args[-1]
+        for node in graph.nodes
+        if 'adaptive_mixing' in str(node.target)
+    ]
 
-    seen = []
-    operator = module.generated_mixing
 
-    def spy(*args, **kwargs):
-        seen.append(kwargs['backend'])
-        return operator(*args, **kwargs)
-
-    monkeypatch.setattr(module, 'generated_mixing', spy)
+@pytest.mark.parametrize('backend', ['torch', 'cpu', 'reference'])
+def test_backend_reaches_the_operator(backend):
     x, query = inputs(torch.float32)
-    AdaptiveMixing(**SIZES, backend=backend)(x, query)
-    lors(backend=backend)(x, query, 0)
-    assert seen == [backend, backend]
+    wanted = [] if backend == 'reference' else [backend]
+    mixing = AdaptiveMixing(**SIZES, backend=backend)
+    assert calls_of(mixing, x, query) == wanted
+    assert calls_of(lors(backend=backend), x, query, 0) == wanted
+
+
+@pytest.mark.parametrize('kind', ['lors', 'adamixer'])
+def test_layers_are_called(kind):
+    """So that hooks, adapters and FSDP reach them."""
+    if kind == 'lors':
+        mixing, stage = lors(), [2]
+    else:
+        mixing, stage = AdaptiveMixing(**SIZES), []
+    called = []
+    for name in ('generator', 'out_proj'):
+        getattr(mixing, name).register_forward_hook(
+            lambda *_, name=name: called.append(name)
+        )
+    mixing(*inputs(torch.float32), *stage)
+    assert called == ['generator', 'out_proj']
 
 
 @pytest.mark.parametrize('kind', ['lors', 'adamixer'])

@@ -15,11 +15,10 @@ from torch.utils.data import Dataset
 @pytest.fixture(autouse=True)
 def scope():
     """Runners leave their default scope behind, which others would find."""
-    known = DefaultScope._instance_dict
-    before = dict(known)
+    before = dict(DefaultScope._instance_dict)
     yield
-    known.clear()
-    known.update(before)
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(before)
 
 
 class Numbers(Dataset):

@@ -6,7 +6,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lors_plugin.adamixer.mixing import LORSAdaptiveMixing
+from lors_plugin.adamixer import LORSAdaptiveMixing
 from lors_plugin.adamixer.self_attention import BoxSelfAttention
 from lors_plugin.analysis import (
     ModelCounts,

@@ -12,7 +12,7 @@ from lors_plugin.analysis.flops import (
     mixing_multiply_adds,
     sampling_multiply_adds,
 )
-from lors_plugin.ops import adaptive_mixing
+from lors_plugin.ops import adaptive_mixing, sampling_3d
 
 # A stage of LORS-AdaMixer: an image, 100 queries.
 B, N, G, P, Q, C, RANK = 1, 100, 2, 64, 128, 128, 16
@@ -25,10 +25,14 @@ def giga(number):
 def test_pytorch_counts_our_operators():
     """Its counter takes two FLOPs per multiply-add."""
     x, weights = torch.rand(2, 3, 2, 4, 8), torch.rand(2, 3, 2, 8 * 8 + 5 * 4)
+    feats = [torch.rand(2, 16, 6, 6), torch.rand(2, 16, 3, 3)]
+    points = torch.rand(2, 3, 2, 4, 3)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         adaptive_mixing(x, weights, backend='torch')
+        sampling_3d(feats, points, (4, 8), backend='torch')
     mixing = mixing_multiply_adds(x.shape, weights.shape)['']
-    assert counter.get_total_flops() == 2 * mixing
+    sampling = sampling_multiply_adds((2, 3, 2, 4, 8), 2)
+    assert counter.get_total_flops() == 2 * (mixing + sampling)
 
 
 def test_products_of_mixing():

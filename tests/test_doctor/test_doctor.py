@@ -234,28 +234,22 @@ def test_operators_of_a_v100(monkeypatch):
 def test_operators_of_this_machine(monkeypatch):
     import torch
 
-    from lors_plugin.ops.packed_linear import packing_refusal
-
     monkeypatch.delenv('LORS_PLUGIN_BACKEND', raising=False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    check, compiled, packing = doctor.look_at_operators()
+    check, compiled = doctor.look_at_operators()
     assert compiled == doctor.look_at_compiled()
     assert check.what.startswith('operators on the CPU: torch for all types')
-    assert (packing.status == 'ok') == (not packing_refusal())
     monkeypatch.setenv('LORS_PLUGIN_BACKEND', 'triton')
     assert statuses(doctor.look_at_operators())[0] == 'trap'
 
 
 def test_compiled_code(monkeypatch):
-    from lors_plugin.ops import compiled_library
+    from lors_plugin.ops import cpu_library
 
     def look(variable, found):
         monkeypatch.setenv('LORS_PLUGIN_CPU_KERNELS', variable)
-        monkeypatch.setattr(compiled_library, 'find_sets', lambda: found)
-        compiled_library._choose.cache_clear()
-        check = doctor.look_at_compiled()
-        compiled_library._choose.cache_clear()
-        return check
+        monkeypatch.setattr(cpu_library, 'find_sets', lambda: found)
+        return doctor.look_at_compiled()
 
     wide, narrow = SimpleNamespace(name='AVX2'), SimpleNamespace(name='SSE')
     wide.runs, narrow.runs = False, True
@@ -269,13 +263,6 @@ def test_compiled_code(monkeypatch):
     assert missing.status == 'note' and missing.what.endswith('no file')
     assert 'apt install g++' in missing.remedy
     assert look('sse', 'no file').status == 'trap'
-
-
-def test_packing():
-    assert doctor.check_packing('').status == 'ok'
-    refused = doctor.check_packing('PyTorch was built without MKL')
-    assert refused.status == 'note'
-    assert refused.what.endswith('more slowly: PyTorch was built without MKL')
 
 
 def test_release():

@@ -4,15 +4,17 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from lors_plugin import ops
-from lors_plugin.ops import backend
+from lors_plugin.ops import backend, cpu_library
 from lors_plugin.ops.adaptive_mixing import LowRank, _too_large
 from lors_plugin.ops.backend import ENV_NAME, select_backend, triton_verdict
 
@@ -75,6 +77,37 @@ def test_request_beats_variable(monkeypatch, requested, variable, wanted):
 def test_unknown_request_names_the_argument():
     with pytest.raises(ValueError, match="backend='fast' is no backend"):
         select_backend('fast', X)
+    # Of an operator without C++ code.
+    with pytest.raises(ValueError, match="backend='cpu' is no backend"):
+        select_backend('cpu', X)
+
+
+@pytest.mark.parametrize(
+    ('requested', 'tensor', 'cpu_refusal', 'wanted'),
+    [
+        ('auto', X, '', 'cpu'),
+        ('auto', X, None, 'torch'),
+        ('auto', X, 'too large', 'torch'),
+        ('auto', X.double(), '', 'torch'),
+        ('auto', X.bfloat16(), '', 'torch'),
+        ('auto', X.to('meta'), '', 'torch'),
+        ('torch', X, '', 'torch'),
+        ('reference', X, '', 'reference'),
+        ('cpu', X, '', 'cpu'),
+        ('cpu', X, 'too large', "backend='cpu' cannot.*too large"),
+        ('cpu', X.double(), '', 'takes float32 on the CPU.*torch.float64'),
+        ('cpu', X.to('meta'), '', 'takes float32 on the CPU.*on meta'),
+    ],
+)
+def test_operators_with_cpp_code(requested, tensor, cpu_refusal, wanted):
+    if isinstance(cpu_library.find_sets(), str):
+        pytest.skip(cpu_library.find_sets())
+    if wanted in ('cpu', 'torch', 'reference'):
+        chosen = select_backend(requested, tensor, cpu_refusal=cpu_refusal)
+        assert chosen == wanted
+    else:
+        with pytest.raises(RuntimeError, match=wanted):
+            select_backend(requested, tensor, cpu_refusal=cpu_refusal)
 
 
 def test_unknown_variable_names_the_variable(monkeypatch):
@@ -152,21 +185,19 @@ def test_sizes_of_tiles(points, width, out_points, groups, rank, fits, side):
     assert (refusal == '') == fits
     assert fits or not groups or f'K r {groups * rank}' in refusal
     if importlib.util.find_spec('triton'):
-        from lors_plugin.ops.adaptive_mixing import triton_kernels
+        from lors_plugin.ops.adaptive_mixing.triton import launch
 
         size = dict(G=1, P=points, C=width, Q=out_points)
         for i, name in enumerate('CS'):
             here = parts[i] is not None
             size[f'K{name}'] = groups if here else 0
             size[f'R{name}'] = rank if here else 1
-        launch = functools.partial(
-            triton_kernels.config, size, HALF, 80, 'forward'
-        )
+        config = functools.partial(launch.config, size, HALF, 80, 'forward')
         if fits:
-            launch()
+            config()
         else:
             with pytest.raises(ValueError, match="backend='torch'"):
-                launch()
+                config()
 
 
 def test_auto_leaves_the_interpreter_alone(machine, monkeypatch, caplog):
@@ -297,3 +328,38 @@ def test_import_asks_nobody():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+def test_large_buffers_of_any_type():
+    like, shape = torch.zeros(1), (2**23 + 3, 3)
+    for dtype in (None, torch.int16):
+        out = backend.new_large(like, shape, dtype)
+        assert out.shape == shape and out.dtype == (dtype or torch.float32)
+        assert (out.fill_(3) == 3).all()
+    assert backend.new_large(like, (3, 2)).shape == (3, 2)
+    assert backend.new_large(like.to('meta'), shape).is_meta
+    with FakeTensorMode() as mode:
+        assert backend.new_large(mode.from_tensor(like), shape).shape == shape
+
+
+def flags_at(address):
+    """Linux's flags of the mapping that holds an address."""
+    inside = False
+    with open('/proc/self/smaps', encoding='utf-8') as file:
+        for line in file:
+            if match := re.match('([0-9a-f]+)-([0-9a-f]+) ', line):
+                start, stop = (int(side, 16) for side in match.groups())
+                inside = start <= address < stop
+            elif inside and line.startswith('VmFlags:'):
+                return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='flags of Linux')
+def test_large_buffers_ask_for_huge_pages():
+    middle = 2**26
+    plain = torch.empty(2**27, dtype=torch.uint8)
+    if not flags_at(plain.data_ptr() + middle):
+        pytest.skip('this kernel does not tell the flags')
+    large = backend.new_large(torch.zeros(1), (2**27,), torch.uint8)
+    assert 'hg' in flags_at(large.data_ptr() + middle)

@@ -367,6 +367,21 @@ def test_gradients_of_what_needs_them(needs, name):
             assert_close(leaf.grad, want, rtol=1e-4, atol=1e-4)
 
 
+def test_gradient_through_other_operations():
+    """As on GPUs, where PyTorch's own operations make the table."""
+    feats, points, strides = make()
+    rows = [2 * f.permute(0, 2, 3, 1).flatten(0, 2) for f in feats]
+    shared = share_levels(feats, 'torch')._replace(table=torch.cat(rows))
+    outs = [sampling_3d(shared, points + i, strides) for i in range(2)]
+    double = [2 * feat for feat in feats]
+    wanted = [
+        sampling_3d(double, points + i, strides, 'reference') for i in range(2)
+    ]
+    inputs = [points, *feats]
+    found, expected = gradients(outs, inputs), gradients(wanted, inputs)
+    assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_shared_levels_are_the_levels():
     feats, points, strides = make()
     assert share_levels(feats, 'reference') is feats

@@ -5,6 +5,7 @@ shapes, each kernel once with tensor cores and once without. The tool does
 all of them.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -41,10 +42,11 @@ GATED = [
 @pytest.fixture
 def gate(monkeypatch, tmp_path):
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'benchmarks'))
-    import compile_kernels
-
-    return compile_kernels
+    path = ROOT / 'tools' / 'benchmarks' / 'compile_kernels.py'
+    spec = importlib.util.spec_from_file_location('compile_kernels', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(

@@ -91,15 +91,16 @@ def error(value, truth):
 
 def mixing_errors(case, dtype, steps=False):
     """Errors of the kernels, and of PyTorch in the same type."""
-    from lors_plugin.ops.adaptive_mixing import triton_kernels
+    from lors_plugin.ops.adaptive_mixing.triton import launch
 
-    kept = triton_kernels.on_chip
+    kept = launch.on_chip
     if not steps:
-        triton_kernels.on_chip = lambda *_: True
+        launch.on_chip = lambda *_: True
     inputs, grad_out = mixing_inputs(case, dtype)
-    out, stats = triton_kernels.forward(*inputs, 1e-5)
-    triton_kernels.on_chip = kept
-    grads = triton_kernels.backward(grad_out, *inputs, stats, 1e-5)
+    given = *inputs[:2], inputs[2:]
+    out, stats = launch.forward(*given, 1e-5)
+    launch.on_chip = kept
+    grads = launch.backward(grad_out, *given, stats, 1e-5)
     names = [n for n, t in zip(NAMES, inputs) if t is not None]
     mine = [out, *[g for g in grads if g is not None]]
     double = [t if t is None else t.double() for t in inputs]
@@ -116,7 +117,7 @@ def below_80(case):
 
     With slices of 8 numbers, which Triton has from 3.8 on, and without.
     """
-    from lors_plugin.ops.adaptive_mixing import triton_kernels as kernels
+    from lors_plugin.ops.adaptive_mixing.triton import launch as kernels
 
     kept = kernels.capability, kernels.SHORT_SLICES
     found = {}
@@ -194,13 +195,14 @@ def far_away():
 
 def repeated():
     """Largest difference between two runs: there must be none."""
-    from lors_plugin.ops.adaptive_mixing import triton_kernels
+    from lors_plugin.ops.adaptive_mixing import triton
 
     inputs, grad_out = mixing_inputs(MIXING['odd'], torch.float32)
+    given = *inputs[:2], inputs[2:]
     runs = []
     for _ in range(2):
-        out, stats = triton_kernels.forward(*inputs, 1e-5)
-        grads = triton_kernels.backward(grad_out, *inputs, stats, 1e-5)
+        out, stats = triton.forward(*given, 1e-5)
+        grads = triton.backward(grad_out, *given, stats, 1e-5)
         runs.append([out, *grads])
     return max((a - b).abs().max().item() for a, b in zip(*runs))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lors_plugin.adamixer import mixing as layers
+from lors_plugin.adamixer import lors_mixing, mixing
 from lors_plugin.adamixer.mixing import AdaptiveMixing, MixingShape
 from lors_plugin.lors import AdaptiveLowRankStack
 from lors_plugin.ops.backend import ENV_NAME
@@ -158,28 +158,21 @@ def channel_transposed(shape, channel, spatial):
 
 @pytest.fixture
 def change_matrices(monkeypatch):
-    """Let numbers of the generator mean other entries of the matrices."""
-    plain = layers.generated_mixing
+    """Let what is generated mean other entries of the matrices."""
+    plain = mixing.adaptive_mixing
 
     def change(function):
-        def changed(x, query, weight, bias, *args, **kwargs):
-            groups, (points, width) = x.shape[2], x.shape[3:]
-            numbers = weight.shape[0] // groups
-            out_points = (numbers - width**2) // points
+        def changed(x, weights, *args, **kwargs):
+            groups, points, width = x.shape[2:]
+            size = weights.shape[-1]
+            out_points = (size - width**2) // points
             sizes = MixingShape(groups * width, groups, points, out_points)
+            parts = weights.split([width**2, size - width**2], -1)
+            moved = torch.cat(function(sizes, *parts), -1)
+            return plain(x, moved, *args, **kwargs)
 
-            def moved(rows):
-                parts = (
-                    rows.movedim(0, -1)
-                    .unflatten(-1, (groups, -1))
-                    .split([width**2, numbers - width**2], -1)
-                )
-                generated = torch.cat(function(sizes, *parts), -1)
-                return generated.flatten(-2).movedim(-1, 0)
-
-            return plain(x, query, moved(weight), moved(bias), *args, **kwargs)
-
-        monkeypatch.setattr(layers, 'generated_mixing', changed)
+        for module in (mixing, lors_mixing):
+            monkeypatch.setattr(module, 'adaptive_mixing', changed)
 
     return change
 

@@ -1,10 +1,10 @@
-"""Compile the Triton kernels for GPUs that need not be there.
+"""Compile the Triton kernels ahead of time, without a GPU.
 
 Prints registers, spills and shared memory of each kernel at the shapes of the
-papers, with the bytes and operations of one program (a group of a query)
-beside the roofline. The exit code is 1 if a kernel spills, needs more shared
-memory than the architecture has, or multiplies half types without tensor
-cores from compute capability 8.0 on.
+papers, with the bytes and operations of one program (a group of a query) and
+the side of the roofline that they are on. The exit code is 1 if a kernel
+spills, needs more shared memory than the architecture has, or multiplies half
+types without tensor cores from compute capability 8.0 on.
 
 Example:
     python tools/benchmarks/compile_kernels.py --capability 80 --dtype float16
@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lors_plugin.ops.adaptive_mixing import triton_kernels as mixing
+from lors_plugin.ops.adaptive_mixing.triton import launch as mixing
 from lors_plugin.ops.sampling_3d import triton_kernels as sampling
 
 # P, C, Q, parameter groups, rank; two groups of channels, four levels.
@@ -42,7 +42,7 @@ DTYPES = dict(
     float32=(torch.float32, 'fp32', 4),
 )
 SHARED_LIMIT = {70: 96 * 1024, 80: 163 * 1024, 90: 227 * 1024}
-# Operations a byte at which arithmetic and memory take equally long, from
+# Operations per byte at which arithmetic and memory take equally long, from
 # the data sheets of V100, A100 and H100 (SXM): float32 units below 8.0 and
 # for float32, tensor cores else.
 RIDGE = {
@@ -171,18 +171,18 @@ def traffic(kernel, shape, bytes_each):
     kr = k * r
     if kernel.startswith('sample'):
         reads = p * 4 * 4 * c
-        numbers = reads + p * c
+        elements = reads + p * c
         work = 2 if kernel == 'sample-fwd' else 2 * 2
-        return numbers * bytes_each + p * 3 * 4, work * reads
+        return elements * bytes_each + p * 3 * 4, work * reads
     x, matrices, out, cores = p * c, c * c + q * p, q * c, 2 * k * r * r
     low = p * kr * (2 * c + r) + kr * (q * p + r * p)
     if kernel == 'mix-fwd':
         work = 2 * (p * c * c + q * p * c + low)
         return (x + matrices + out + cores) * bytes_each + 16, work
     shares = kr * (2 * c + q + p)
-    numbers = 2 * (x + matrices + cores + shares) + out
+    elements = 2 * (x + matrices + cores + shares) + out
     work = 2 * (3 * (p * c * c + q * p * c) + 3 * low)
-    return numbers * bytes_each + 16, work
+    return elements * bytes_each + 16, work
 
 
 def measure(kernel, shape, dtype, cap):
@@ -231,7 +231,7 @@ def measure(kernel, shape, dtype, cap):
 
 HEADER = (
     '| kernel | shape | type | sm | warps | registers | spills | '
-    'shared, KiB | tensor-core instr. | KiB moved | MFLOP | FLOP a byte | '
+    'shared, KiB | tensor-core instr. | KiB moved | MFLOP | FLOP per byte | '
     'bound by |'
 )
 

@@ -1,10 +1,9 @@
-"""What the benchmarks share: lanes, the correctness gate, measuring.
+"""Check implementations against the reference, then time them in turns.
 
-A lane is one way to compute a case: a provider ('original', 'reference',
-'torch', 'triton', ...) in one type. All lanes of a case get the same inputs
-and weights, are checked against the reference in float32 first, and are then
-timed in turns, in a new random order each round, so that a machine that
-slows down slows all of them down.
+All implementations of a case get the same inputs and weights. Nothing is
+timed that computes something else than the reference. Timings are
+interleaved, in a new random order each round, so that a machine that slows
+down slows all of them down.
 """
 
 import contextlib
@@ -12,95 +11,78 @@ import dataclasses
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Optional
 from unittest import mock
 
-os.environ.setdefault('KINETO_LOG_LEVEL', '99')
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
-
-from lors_plugin.ops import backend as choice  # noqa: E402
-from lors_plugin.ops import compiled_library  # noqa: E402
-
-BACKENDS = ('reference', 'torch', 'triton')
-PLAIN = 'torch-plain'
-DTYPES = ('float32', 'bfloat16', 'float16')
+CLOCKS = dict(wall=time.perf_counter, process=time.process_time)
 MODES = ('forward', 'backward', 'full')
+SHORT = dict(float32='', bfloat16=' bf16', float16=' fp16')
 
 
 class GateError(RuntimeError):
-    """A lane computes something else than the reference."""
+    """An implementation computes something else than the reference."""
 
 
 @dataclasses.dataclass
-class Lane:
-    """One way to compute a case.
+class Implementation:
+    """One way to compute a case, in one type.
 
     Attributes:
-        provider (str): Who computes.
-        run (Callable): Takes nothing, returns the outputs.
-        leaves (dict[str, Tensor]): What gets gradients.
+        name (str): As on the command line.
+        run (Callable): Takes nothing and returns the outputs, a list of
+            tensors.
+        leaves (dict[str, Tensor]): What gets gradients, by name.
         dtype (str): Type of autocast; 'float32' for none.
-        backend (str): What LORS_PLUGIN_BACKEND is set to meanwhile.
+        backend (str): Value of LORS_PLUGIN_BACKEND while it runs.
         exact (bool): Whether it must agree with the reference.
-        trains (bool): Whether backward is measured.
-        gradients (list[Tensor], optional): Of the outputs; random ones are
-            made at the first backward.
-        finish (Callable, optional): Called after backward, as a part of it.
-        plain (bool): Whether the package's compiled code for CPUs is off.
-        joint (bool): Whether the gradients are checked as one vector.
+        trains (bool): Whether it has a backward pass.
+        finish (Callable, optional): Called after the backward pass and
+            timed with it.
+        joint (bool): Whether all gradients are compared as one vector.
+        facts (dict[str, tuple]): Value and unit of what is known without
+            measuring, by name.
     """
 
-    provider: str
+    name: str
     run: Callable[[], list[Tensor]]
-    leaves: dict[str, Tensor]
+    leaves: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     dtype: str = 'float32'
-    backend: str = 'reference'
+    backend: str = 'auto'
     exact: bool = True
     trains: bool = True
-    gradients: Optional[list[Tensor]] = None
     finish: Optional[Callable[[], None]] = None
-    plain: bool = False
     joint: bool = False
+    facts: dict = dataclasses.field(default_factory=dict)
+    gradients: Optional[list[Tensor]] = None
 
     @property
-    def name(self) -> str:
-        short = dict(float32='', bfloat16=' bf16', float16=' fp16')
-        return self.provider + short[self.dtype]
+    def label(self) -> str:
+        return self.name + SHORT[self.dtype]
 
-    def chosen(self) -> contextlib.AbstractContextManager:
-        """The program of this lane, also where backward computes again."""
-        variables = {choice.ENV_NAME: self.backend}
-        if self.plain:
-            variables[compiled_library.ENV_NAME] = compiled_library.OFF
-        return mock.patch.dict(os.environ, variables)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Autocast in the type of this lane."""
-        if self.dtype == 'float32':
-            return contextlib.nullcontext()
-        device = next(iter(self.leaves.values())).device.type
-        return torch.autocast(device, getattr(torch, self.dtype))
+    @property
+    def device(self) -> torch.device:
+        for leaf in self.leaves.values():
+            return leaf.device
+        return torch.device('cpu')
 
     def forward(self, training: bool) -> list[Tensor]:
-        """Run once, as in training (up to the outputs) or in inference."""
-        grad = torch.set_grad_enabled(training)
-        with grad, self.chosen(), self.autocast():
+        """Run once, with a graph (training) or without (inference)."""
+        cast = contextlib.nullcontext()
+        if self.dtype != 'float32':
+            cast = torch.autocast(self.device.type, getattr(torch, self.dtype))
+        with torch.set_grad_enabled(training), self._selected(), cast:
             return self.run()
 
-    def prepare(self, outputs: list) -> None:
-        """Make random gradients, the same for all lanes."""
-        if self.gradients is None:
-            self.gradients = upstream(outputs)
-
-    def backward(self, outputs: list) -> None:
+    def backward(self, outputs: list[Tensor]) -> None:
         """Run back from the outputs that have a graph."""
-        self.prepare(outputs)
+        self._prepare(outputs)
         pairs = [p for p in zip(outputs, self.gradients) if p[0].requires_grad]
-        with self.chosen():
+        with self._selected():  # recomputation selects again
             torch.autograd.backward(*map(list, zip(*pairs)))
             if self.finish is not None:
                 self.finish()
@@ -110,35 +92,135 @@ class Lane:
         for leaf in self.leaves.values():
             leaf.grad = None
 
+    def results(self) -> dict[str, Tensor]:
+        """Outputs and gradients, by name."""
+        self.forget()
+        outputs = self.forward(self.trains)
+        found = {}
+        if self.trains:
+            self.backward(outputs)
+            found = {
+                f'gradient of {name}': leaf.grad
+                for name, leaf in self.leaves.items()
+                if leaf.grad is not None
+            }
+            self.forget()
+        if self.joint and found:
+            flat = [gradient.flatten() for gradient in found.values()]
+            found = {'gradient of all': torch.cat(flat)}
+        for index, out in enumerate(outputs):
+            found[f'output {index}'] = out.detach()
+        return found
 
-def available_backends(device: torch.device, dtypes: list) -> list[str]:
-    """The backends that run here in all of the types, reference first."""
-    found = ['reference', 'torch']
-    verdicts = [
-        choice.device_verdict(device.type, device.index, getattr(torch, name))
-        for name in dtypes
-    ]
-    interpreted = os.environ.get('TRITON_INTERPRET') == '1'
-    if all(possible for possible, _ in verdicts) and not interpreted:
-        found.append('triton')
-    return found
+    def time(self, modes: Sequence[str], clock: str) -> dict[str, float]:
+        """Time one run.
 
+        Args:
+            modes (Sequence[str]): 'forward' is inference; 'full' is a
+                forward pass that keeps what backward needs, and the backward
+                pass, whose share is 'backward'.
+            clock (str): 'wall' or 'process'.
 
-def synchronize(device: torch.device) -> None:
-    """Wait for a device to finish."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+        Returns:
+            dict[str, float]: Seconds of each mode that it has.
+        """
 
+        def now():
+            self._synchronize()
+            return CLOCKS[clock]()
 
-def upstream(outputs: list, seed: int = 0) -> list[Tensor]:
-    """Random gradients of outputs of any shapes, the same at each call."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(out.shape, generator=generator).to(out) for out in outputs
-    ]
+        seconds = {}
+        if 'forward' in modes:
+            start = now()
+            self.forward(training=False)
+            seconds['forward'] = now() - start
+        if self.trains and {'backward', 'full'} & set(modes):
+            self.forget()
+            start = now()
+            outputs = self.forward(training=True)
+            ahead = now() - start
+            self._prepare(outputs)
+            start = now()
+            self.backward(outputs)
+            seconds['backward'] = now() - start
+            seconds['full'] = ahead + seconds['backward']
+            self.forget()
+        return {mode: seconds[mode] for mode in modes if mode in seconds}
 
+    def memory(self, modes: Sequence[str]) -> list[tuple[str, str, int]]:
+        """Measure memory.
 
-# --- the gate ------------------------------------------------------------
+        Returns:
+            list[tuple]: Mode, 'peak memory' or 'kept for backward', bytes.
+        """
+
+        def step():
+            self.backward(self.forward(training=True))
+
+        found = []
+        if 'forward' in modes:
+            peak = peak_memory(lambda: self.forward(False), self.device)
+            found.append(('forward', 'peak memory', peak))
+        if self.trains and 'full' in modes:
+            self.forget()
+            kept = self.saved_bytes()
+            peak = peak_memory(step, self.device)
+            self.forget()
+            found.append(('full', 'peak memory', peak))
+            found.append(('full', 'kept for backward', kept))
+        return found
+
+    def saved_bytes(self) -> int:
+        """Bytes kept for backward: storages, once each, no parameters."""
+        parameters = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in self.leaves.values()
+            if isinstance(leaf, torch.nn.Parameter)
+        }
+        kept = {}
+
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                # The tensor is held so that no address is used twice.
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            outputs = self.forward(training=True)
+        del outputs
+        return sum(size for size, _ in kept.values())
+
+    def profile(self, rows: int = 25) -> str:
+        """Profile a training step (inference where there is none)."""
+        activities = [ProfilerActivity.CPU]
+        if self.device.type == 'cuda':
+            activities.append(ProfilerActivity.CUDA)
+        for _ in range(2):  # the first is a warm-up
+            with profile(activities=activities) as record:
+                outputs = self.forward(self.trains)
+                if self.trains:
+                    self.backward(outputs)
+                self._synchronize()
+            self.forget()
+        key = f'self_{self.device.type}_time_total'
+        return record.key_averages().table(sort_by=key, row_limit=rows)
+
+    def _selected(self) -> contextlib.AbstractContextManager:
+        return mock.patch.dict(os.environ, LORS_PLUGIN_BACKEND=self.backend)
+
+    def _prepare(self, outputs: list[Tensor]) -> None:
+        """Draw gradients of the outputs, the same for all implementations."""
+        if self.gradients is None:
+            generator = torch.Generator().manual_seed(0)
+            self.gradients = [
+                torch.randn(out.shape, generator=generator).to(out)
+                for out in outputs
+            ]
+
+    def _synchronize(self) -> None:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -150,78 +232,59 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     return float(error / scale) if scale > 0 else float(error)
 
 
-def results_of(lane: Lane) -> dict[str, Tensor]:
-    """Outputs and gradients of a lane, by name."""
-    lane.forget()
-    found = {}
-    if not lane.trains:
-        outputs = lane.forward(training=False)
-    else:
-        outputs = lane.forward(training=True)
-        lane.backward(outputs)
-        found = {
-            f'gradient of {name}': leaf.grad
-            for name, leaf in lane.leaves.items()
-            if leaf.grad is not None
-        }
-        lane.forget()
-    if lane.joint and found:
-        found = {
-            'gradient of all': torch.cat([g.flatten() for g in found.values()])
-        }
-    for index, out in enumerate(outputs):
-        found[f'output {index}'] = out.detach()
-    return found
-
-
-def errors_of(found: dict, wanted: dict) -> dict[str, float]:
-    """Compare two results; what only one of them has is an infinite error."""
-    return {
-        name: difference(found[name], wanted[name])
-        if name in found and name in wanted
-        else float('inf')
-        for name in {**wanted, **found}
-    }
-
-
-def check_lanes(
-    lanes: list[Lane], tolerance: float, of_gradients: float
+def check(
+    implementations: Sequence[Implementation],
+    tolerance: float,
+    gradient_tolerance: float,
 ) -> dict[str, float]:
-    """Compare all lanes with the reference in float32.
+    """Compare implementations with the first, the reference in float32.
 
-    In half precision a lane may be twice as far off as the reference is at
-    its worst in that precision, outputs and gradients apart.
+    In half precision an error may be twice that of the reference in that
+    precision at its worst, outputs and gradients apart. A result that only
+    one of the two has is an infinite error. One that does not train is
+    compared in inference. TF32 is off meanwhile.
 
     Args:
-        lanes (list[Lane]): The first is the reference in float32.
-        tolerance (float): Largest allowed error of outputs in float32.
-        of_gradients (float): Largest allowed error of gradients.
+        implementations (Sequence[Implementation]): In half precision, the
+            reference comes before the others.
+        tolerance (float): Largest relative error of outputs in float32.
+        gradient_tolerance (float): Largest relative error of gradients.
 
     Returns:
-        dict[str, float]: The largest error of each lane.
+        dict[str, float]: The largest error of each implementation.
 
     Raises:
-        GateError: If a lane is wrong; the worst results are named.
+        GateError: If one is wrong; the worst results are named.
     """
-    wanted = results_of(lanes[0])
-    allowed, largest, wrong = {}, {lanes[0].name: 0.0}, []
-    for lane in lanes[1:]:
-        if not lane.exact:
+    reference, wanted = implementations[0], {}
+    noise, largest, wrong = {}, {reference.label: 0.0}, []
+    for other in implementations[1:]:
+        if not other.exact:
             continue
-        errors = errors_of(results_of(lane), wanted)
-        largest[lane.name] = max(errors.values())
-        if lane.dtype != 'float32' and lane.provider == 'reference':
-            for kind in ('output', 'gradient'):
-                allowed[lane.dtype, kind] = max(
-                    (e for n, e in errors.items() if n.startswith(kind)),
-                    default=0.0,
-                )
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            if other.trains not in wanted:
+                same = dataclasses.replace(reference, trains=other.trains)
+                wanted[other.trains] = same.results()
+            results = other.results()
+        right = wanted[other.trains]
+        errors = {
+            name: difference(results[name], right[name])
+            if name in results and name in right
+            else float('inf')
+            for name in {**right, **results}
+        }
+        largest[other.label] = max(errors.values())
         for name, error in errors.items():
             kind = name.split()[0]
-            limit = tolerance if kind == 'output' else of_gradients
-            limit += 2 * allowed.get((lane.dtype, kind), 0.0)
+            if other.name == reference.name:
+                known = noise.get((other.dtype, kind), 0.0)
+                noise[other.dtype, kind] = max(known, error)
+        for name, error in errors.items():
+            kind = name.split()[0]
+            limit = tolerance if kind == 'output' else gradient_tolerance
+            limit += 2 * noise.get((other.dtype, kind), 0.0)
             if not error <= limit:
-                wrong.append((error, f'{lane.name}, {name}', limit))
+                wrong.append((error, f'{other.label}, {name}', limit))
     if wrong:
         wrong = sorted(wrong, reverse=True)
         lines = [f'{n}: {e:.1e}, allowed {m:.1e}' for e, n, m in wrong[:10]]
@@ -232,25 +295,60 @@ def check_lanes(
     return largest
 
 
-# --- measuring -----------------------------------------------------------
+def time_in_turns(
+    implementations: Sequence,
+    modes: Sequence[str],
+    repeats: int,
+    budget: float = float('inf'),
+    clock: str = 'wall',
+    pause: float = 0.0,
+) -> dict[str, dict[str, list[float]]]:
+    """Time implementations in turns, in a random order each round.
+
+    Args:
+        implementations (Sequence): With ``label`` and ``time(modes, clock)``.
+        modes (Sequence[str]): See :meth:`Implementation.time`.
+        repeats (int): Rounds that count, after a warm-up round.
+        budget (float): Seconds after which no further round is begun, once
+            three count. Defaults to no limit.
+        clock (str): 'wall' or 'process'. Defaults to 'wall'.
+        pause (float): Seconds before each turn, in which idle threads of
+            other processes stop spinning. Defaults to 0.
+
+    Returns:
+        dict[str, dict[str, list[float]]]: By label and mode the seconds of
+        all rounds that count.
+    """
+    order, shuffle = list(implementations), random.Random(0).shuffle
+    seconds = {each.label: {} for each in implementations}
+    start = time.perf_counter()
+    for number in range(repeats + 1):
+        shuffle(order)
+        for each in order:
+            time.sleep(pause)
+            for mode, value in each.time(modes, clock).items():
+                if number:
+                    seconds[each.label].setdefault(mode, []).append(value)
+        if number >= 3 and time.perf_counter() - start > budget:
+            break
+    return seconds
 
 
 def peak_memory(function: Callable, device: torch.device) -> int:
     """Bytes that a call allocates at its worst moment.
 
-    On the CPU this is what PyTorch allocates, without the work space of the
+    On a CPU these are PyTorch's allocations, without the work space of the
     libraries below it.
     """
     if device.type == 'cuda':
-        synchronize(device)
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
-        synchronize(device)
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True
-    ) as record:
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True) as record:
         function()
     events = [
         event
@@ -264,136 +362,12 @@ def peak_memory(function: Callable, device: torch.device) -> int:
     return peak
 
 
-def saved_bytes(lane: Lane) -> int:
-    """Bytes kept for backward: storages, each once, without parameters."""
-    parameters = {
-        leaf.untyped_storage().data_ptr()
-        for leaf in lane.leaves.values()
-        if isinstance(leaf, torch.nn.Parameter)
-    }
-    kept = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            # Held on to, so that no address is given out a second time.
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        outputs = lane.forward(training=True)
-    del outputs
-    return sum(size for size, _ in kept.values())
-
-
-def training_memory(lane: Lane, device: torch.device) -> dict[str, int]:
-    """Bytes that training with a lane needs.
-
-    Returns:
-        dict[str, int]: 'saved' for backward and 'peak' of both ways.
-    """
-
-    def step():
-        outputs = lane.forward(training=True)
-        lane.backward(outputs)
-
-    lane.forget()
-    found = dict(saved=saved_bytes(lane))
-    found['peak'] = peak_memory(step, device)
-    lane.forget()
-    return found
-
-
-def time_once(
-    lane: Lane,
-    modes: list,
-    device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict:
-    """Time a lane once.
-
-    Returns:
-        dict[str, float]: Seconds of each mode. 'forward' is inference;
-        'full' is a forward pass that keeps what backward needs, and
-        backward, whose share is 'backward'.
-    """
-
-    def now():
-        synchronize(device)
-        return clock()
-
-    seconds = {}
-    if 'forward' in modes:
-        start = now()
-        lane.forward(training=False)
-        seconds['forward'] = now() - start
-    if lane.trains and {'backward', 'full'} & set(modes):
-        lane.forget()
-        start = now()
-        outputs = lane.forward(training=True)
-        ahead = now() - start
-        lane.prepare(outputs)
-        start = now()
-        lane.backward(outputs)
-        seconds['backward'] = now() - start
-        seconds['full'] = ahead + seconds['backward']
-        lane.forget()
-    return {mode: seconds[mode] for mode in modes if mode in seconds}
-
-
-def time_lanes(
-    lanes: list[Lane],
-    modes: list[str],
-    device: torch.device,
-    repeats: int,
-    budget: Optional[float] = None,
-    seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, dict[str, list[float]]]:
-    """Time all lanes in turns, in a random order each round.
-
-    Args:
-        lanes (list[Lane]): What to time.
-        modes (list[str]): Of 'forward', 'backward' and 'full'.
-        device (torch.device): Where they run.
-        repeats (int): Rounds that count, after one that does not.
-        budget (float, optional): Seconds after which no further round is
-            begun, once three count. Defaults to None.
-        seed (int): Of the order. Defaults to 0.
-        clock (Callable): Gives seconds. Defaults to the wall clock.
-
-    Returns:
-        dict[str, dict[str, list[float]]]: For each lane and mode the
-        seconds of all rounds.
-    """
-    order = list(lanes)
-    shuffle = random.Random(seed).shuffle
-    seconds = {lane.name: {} for lane in lanes}
-    start = time.perf_counter()
-    for number in range(repeats + 1):
-        shuffle(order)
-        for lane in order:
-            found = time_once(lane, modes, device, clock)
-            for mode, value in found.items():
-                if number:
-                    seconds[lane.name].setdefault(mode, []).append(value)
-        spent = time.perf_counter() - start
-        if budget is not None and number >= 3 and spent > budget:
-            break
-    return seconds
-
-
-def profile_table(lane: Lane, device: torch.device, rows: int = 25) -> str:
-    """Where the time of a training step goes, the costliest first."""
-    activities = [ProfilerActivity.CPU]
+def free_memory(device: torch.device) -> float:
+    """Free bytes of a device; infinite where that is unknown."""
     if device.type == 'cuda':
-        activities.append(ProfilerActivity.CUDA)
-    for _ in range(2):  # the first is for warming up
-        with profile(activities=activities) as record:
-            outputs = lane.forward(training=True)
-            if lane.trains:
-                lane.backward(outputs)
-            synchronize(device)
-        lane.forget()
-    key = f'self_{device.type}_time_total'
-    return record.key_averages().table(sort_by=key, row_limit=rows)
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError), open('/proc/meminfo') as file:
+        for line in file:
+            if line.startswith('MemAvailable'):
+                return 1024 * int(line.split()[1])
+    return float('inf')

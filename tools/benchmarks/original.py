@@ -1,28 +1,71 @@
-"""The decoder computed the way the original programs do it.
+"""Decoder and dynamic convolution as the original programs compute them.
 
-Plain functions of this package's modules, with their weights, so that the
-benchmarks compare two ways to compute the same numbers. They follow what is
-known of the originals: every low-rank product is formed for every query and
-joined to the shared matrix before the sum; norms, activations and sampled
-levels are tensors of their own; ``W + B A`` is formed.
+Functions of this package's modules that take nothing but their weights, so
+that a benchmark compares two formulations of the same result. They follow
+what is known of the original programs: every low-rank product is formed for
+every query and joined to the shared matrix before the sum; norms, activations
+and sampled levels are tensors of their own; ``W + B A`` is formed; the
+kernels of all images are mixed at once for one grouped convolution.
 
-Shapes: ``B`` images, ``N`` queries, ``G`` groups, ``P`` sampled points,
-``Q`` mixed points, ``C`` channels a group, ``K`` parameter groups, ``r``
-rank, ``L`` levels.
+Shapes: ``B`` images, ``N`` queries, ``G`` groups, ``P`` sampled points per
+group, ``Q`` mixed points per group, ``C`` channels per group, ``K`` parameter
+groups, ``r`` rank, ``L`` levels, ``M`` experts.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 
-from lors_plugin.adamixer.box_geometry import (
-    box_position_encoding,
-    box_sizes,
-    decode_boxes,
-    intersection_over_foreground,
-    refine_boxes,
-)
+from lors_plugin.models import DynamicConv2d
+
+# --- boxes (x, y, z, r): centre, log2 of the scale, log2 of height / width
+
+
+def box_sizes(boxes):
+    """Width and height, shape (..., 2)."""
+    _, _, z, r = boxes.unbind(-1)
+    return torch.stack([2 ** (z - r / 2), 2 ** (z + r / 2)], dim=-1)
+
+
+def corners(boxes):
+    """(x1, y1, x2, y2), shape (..., 4)."""
+    half = 0.5 * box_sizes(boxes)
+    return torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], dim=-1)
+
+
+def overlaps(boxes):
+    """Intersection over the area of the first box, shape (B, N, N)."""
+    x1, y1, x2, y2 = corners(boxes).unbind(-1)
+    width = torch.minimum(x2[:, :, None], x2[:, None])
+    width = width - torch.maximum(x1[:, :, None], x1[:, None])
+    height = torch.minimum(y2[:, :, None], y2[:, None])
+    height = height - torch.maximum(y1[:, :, None], y1[:, None])
+    area = ((x2 - x1) * (y2 - y1)).clamp(min=1e-6)
+    return width.clamp(min=0) * height.clamp(min=0) / area[:, :, None]
+
+
+def position_encoding(boxes, width):
+    """Sines and cosines in turns, shape (B, N, width)."""
+    boxes = boxes / boxes.new_tensor([1000, 1000, 1, 1])
+    number = width // 4
+    index = torch.arange(number, device=boxes.device) // 2
+    angles = boxes.unsqueeze(-1) / 10000 ** (2 * index / number)
+    code = torch.empty_like(angles)
+    code[..., 0::2] = angles[..., 0::2].sin()
+    code[..., 1::2] = angles[..., 1::2].cos()
+    return code.flatten(-2)
+
+
+def refine(boxes, delta):
+    """Move the centre in units of the scale, add to scale and aspect."""
+    delta = delta.to(boxes.dtype)
+    centre = boxes[..., :2] + delta[..., :2] * 2 ** boxes[..., 2:3]
+    return torch.cat([centre, boxes[..., 2:] + delta[..., 2:]], dim=-1)
+
+
+# --- the decoder
 
 
 def sampling(feats, points, strides):
@@ -31,7 +74,7 @@ def sampling(feats, points, strides):
     Args:
         feats (Sequence[Tensor]): Levels of shape (B, G C, H_l, W_l).
         points (Tensor): Shape (B, N, G, P, 3).
-        strides (Sequence[int]): Pixels a cell of each level.
+        strides (Sequence[int]): Pixels per cell of each level.
 
     Returns:
         Tensor: Shape (B, N, G, P, C).
@@ -42,7 +85,7 @@ def sampling(feats, points, strides):
         distance = points[..., 2:] - scales
         weights = (-(distance**2) / 2).softmax(-1)  # (B, N, G, P, L)
         weights = weights.permute(0, 2, 1, 3, 4).flatten(0, 1)
-        places = points[..., :2].permute(0, 2, 1, 3, 4).flatten(0, 1)
+        positions = points[..., :2].permute(0, 2, 1, 3, 4).flatten(0, 1)
         levels = []
         for level, (feat, stride) in enumerate(zip(feats, strides)):
             height, width = feat.shape[-2:]
@@ -52,7 +95,7 @@ def sampling(feats, points, strides):
             )  # (B G, C, H, W)
             sampled = F.grid_sample(
                 maps,
-                places / size * 2 - 1,
+                positions / size * 2 - 1,
                 padding_mode='zeros',
                 align_corners=False,
             )  # (B G, C, N, P)
@@ -147,12 +190,12 @@ def mixing(module, x, query, stage):
 
 
 def sampling_points(module, content, xyzr):
-    """Where a stage looks, shape (B, N, G, P, 3)."""
+    """Points that a stage samples, shape (B, N, G, P, 3)."""
     offsets = module.offsets(content).to(xyzr.dtype)
     offsets = offsets.unflatten(-1, (module.num_groups, module.num_points, 3))
     boxes = xyzr[:, :, None, None]
-    places = boxes[..., :2] + offsets[..., :2] * box_sizes(boxes)
-    return torch.cat([places, boxes[..., 2:3] + offsets[..., 2:]], dim=-1)
+    positions = boxes[..., :2] + offsets[..., :2] * box_sizes(boxes)
+    return torch.cat([positions, boxes[..., 2:3] + offsets[..., 2:]], dim=-1)
 
 
 def attention(module, query, overlap):
@@ -177,8 +220,8 @@ def attention(module, query, overlap):
 
 def run_stage(stage, feats, content, xyzr, strides, mix):
     """One stage; arguments and results as ``AdaMixerStage.forward``."""
-    content = content + box_position_encoding(xyzr, stage.embed_dims)
-    overlap = intersection_over_foreground(xyzr)
+    content = content + position_encoding(xyzr, stage.embed_dims)
+    overlap = overlaps(xyzr)
     content = stage.attention_norm(
         content + attention(stage.attention, content, overlap)
     )
@@ -188,7 +231,7 @@ def run_stage(stage, feats, content, xyzr, strides, mix):
     content = stage.ffn_norm(stage.ffn(content))
     scores = stage.fc_cls(stage.cls_branch(content))
     delta = stage.fc_reg(stage.reg_branch(content))
-    return scores.to(xyzr.dtype), refine_boxes(xyzr, delta), content
+    return scores.to(xyzr.dtype), refine(xyzr, delta), content
 
 
 def run_decoder(decoder, feats, content, xyzr):
@@ -202,5 +245,67 @@ def run_decoder(decoder, feats, content, xyzr):
         scores, xyzr, content = run_stage(
             stage, feats, content, xyzr.detach(), decoder.strides, mix
         )
-        outputs.append((scores, decode_boxes(xyzr), content))
+        outputs.append((scores, corners(xyzr), content))
     return tuple(torch.stack(values) for values in zip(*outputs))
+
+
+@contextlib.contextmanager
+def as_original(decoder):
+    """Replace the forward pass of a decoder for a while."""
+    decoder.forward = lambda *inputs: run_decoder(decoder, *inputs)
+    try:
+        yield
+    finally:
+        del decoder.forward
+
+
+# --- dynamic convolution
+
+
+def attend(router, pooled):
+    """Weights of the experts, shape (B, M)."""
+    if router.routing == 'sigmoid_linear':
+        return torch.sigmoid(router.fc(pooled) / router.temperature)
+    logits = router.fc(F.relu(router.hidden(pooled)))
+    return F.softmax(logits / router.temperature, dim=-1)
+
+
+def convolution(module, x):
+    """Convolve each image with its own mixture of kernels.
+
+    Args:
+        module (DynamicConv2d): Whose weights to take.
+        x (Tensor): Shape (B, C_in, H, W).
+
+    Returns:
+        Tensor: Shape (B, C_out, H_out, W_out).
+    """
+    batch, channels, height, width = x.shape
+    experts, rows, *size = module.weight.shape
+    pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
+    attention = attend(module.routing, pooled)
+    kernels = torch.matmul(attention, module.weight.view(experts, -1))
+    bias = module.bias
+    if bias is not None:
+        bias = torch.matmul(attention, bias).flatten()
+    out = F.conv2d(
+        x.reshape(1, batch * channels, height, width),
+        kernels.view(batch * rows, *size),
+        bias,
+        module.stride,
+        module.padding,
+        module.dilation,
+        groups=module.groups * batch,
+    )
+    return out.view(batch, rows, *out.shape[-2:])
+
+
+@contextlib.contextmanager
+def original_convolutions():
+    """Replace the forward pass of all dynamic convolutions for a while."""
+    forward = DynamicConv2d.forward
+    DynamicConv2d.forward = convolution
+    try:
+        yield
+    finally:
+        DynamicConv2d.forward = forward

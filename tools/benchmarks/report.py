@@ -1,151 +1,100 @@
-"""What the benchmarks write: a table, a CSV and plots."""
+"""Report measurements: a table per case, one CSV file, and plots."""
 
-import argparse
 import csv
-import dataclasses
 import json
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Optional
 
 import torch
 
-import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
-from lors_plugin.ops import compiled_library
-from lors_plugin.ops.backend import triton_version
-from lors_plugin.version import __version__
-
-from harness import Lane  # isort: skip
-
 COLUMNS = (
-    'benchmark', 'case', 'provider', 'dtype', 'mode', 'metric', 'unit',
-    'median', 'p20', 'p80', 'repeats', 'ratio_to_original', 'error',
-    'device', 'device_name', 'threads', 'torch', 'triton', 'cpu_kernels',
-    'lors_plugin', 'config',
+    'case', 'size', 'implementation', 'dtype', 'mode', 'metric', 'unit',
+    'median', 'p20', 'p80', 'fastest', 'repeats', 'ratio', 'error', 'device',
+    'device_name', 'threads', 'torch', 'triton', 'lors_plugin', 'config',
 )  # fmt: skip
-COLORS = ('#555555', '#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee')
-
-
-@dataclasses.dataclass
-class Case:
-    """One shape that is measured.
-
-    Attributes:
-        label (str): Short name.
-        config (dict): All sizes, written to the CSV as JSON.
-        build (Callable): Takes a batch size, returns the lanes, of which
-            the first is the reference in float32.
-        batch (int): Images.
-        rate (bool): Whether images per second are reported too.
-        double (Callable, optional): As ``build``, in float64 throughout,
-            where gradients in float32 prove nothing.
-    """
-
-    label: str
-    config: dict
-    build: Callable[[int], list[Lane]]
-    batch: int
-    rate: bool = False
-    double: Optional[Callable[[int], list[Lane]]] = None
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the processor that computes."""
+    """Name of the GPU or the processor."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            for line in file:
-                if line.startswith('model name'):
-                    return line.partition(':')[2].strip()
-    except OSError:
-        pass
+    cpuinfo = Path('/proc/cpuinfo')
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding='utf-8').splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
     return platform.processor() or platform.machine()
 
 
-def cpu_kernels(device: torch.device) -> str:
-    """Instructions of the compiled code that runs there, '' without."""
-    library = compiled_library.load() if device.type == 'cpu' else None
-    return library.name if library else ''
-
-
 class Report:
-    """Collects rows and writes them.
+    """Collect rows and write them.
 
     Args:
-        name (str): Name of the benchmark.
-        args (argparse.Namespace): From :func:`read_arguments`.
+        machine (dict): The columns that all rows share.
     """
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
-        version = triton_version()
-        self.name, self.args = name, args
+    def __init__(self, machine: dict) -> None:
+        self.machine = machine
         self.rows: list[dict] = []
-        self.machine = dict(
-            benchmark=name,
-            device=args.device.type,
-            device_name=device_name(args.device),
-            threads=torch.get_num_threads(),
-            torch=torch.__version__,
-            triton='.'.join(map(str, version)) if version else '',
-            cpu_kernels=cpu_kernels(args.device),
-            lors_plugin=__version__,
-        )
 
     def add(
         self,
-        case: Case,
-        lane: Lane,
-        mode: str,
-        metric: str,
-        unit: str,
-        values: list,
-        error: Optional[float],
+        case: str,
+        size: str,
+        config: dict,
+        baseline: str,
+        measured: list[tuple],
     ) -> None:
-        """Add a row for a case and lane."""
-        spread = values * 4
-        if len(values) > 1:
-            spread = quantiles(values, n=5, method='inclusive')
-        self.rows.append(
-            dict(
-                self.machine,
-                case=case.label,
-                provider=lane.provider,
-                dtype=lane.dtype,
-                mode=mode,
-                metric=metric,
-                unit=unit,
-                median=median(values),
-                p20=spread[0],
-                p80=spread[3],
-                repeats=len(values),
-                error='' if error is None else f'{error:.1e}',
-                config=json.dumps(case.config, sort_keys=True),
-            )
-        )
+        """Add and print what was measured of a case at one size.
 
-    def finish_case(self, case: Case) -> None:
-        """Compare with 'original' in float32, and show the case."""
-        rows = [row for row in self.rows if row['case'] == case.label]
+        Args:
+            case (str): Name of the case.
+            size (str): Short text.
+            config (dict): The same in full, for the CSV file.
+            baseline (str): Implementation that ratios refer to, in float32.
+            measured (list[tuple]): Implementation, dtype, mode, metric,
+                unit, values, largest error or None.
+        """
+        rows = []
+        for name, dtype, mode, metric, unit, values, error in measured:
+            spread = values * 4
+            if len(values) > 1:
+                spread = quantiles(values, n=5, method='inclusive')
+            rows.append(
+                dict(
+                    self.machine,
+                    case=case,
+                    size=size,
+                    implementation=name,
+                    dtype=dtype,
+                    mode=mode,
+                    metric=metric,
+                    unit=unit,
+                    median=median(values),
+                    p20=spread[0],
+                    p80=spread[3],
+                    fastest=min(values),
+                    repeats=len(values),
+                    error='' if error is None else f'{error:.1e}',
+                    config=json.dumps(config, sort_keys=True),
+                )
+            )
         base = {
             (row['mode'], row['metric']): row['median']
             for row in rows
-            if (row['provider'], row['dtype']) == ('original', 'float32')
+            if (row['implementation'], row['dtype']) == (baseline, 'float32')
         }
         for row in rows:
-            original = base.get((row['mode'], row['metric']))
-            row['ratio_to_original'] = (
-                round(row['median'] / original, 4) if original else ''
-            )
-        print(table(case.label, rows), flush=True)
+            wanted = base.get((row['mode'], row['metric']))
+            row['ratio'] = row['median'] / wanted if wanted else ''
+        self.rows += rows
+        print(f'\n{case}: {size}\n{table(rows)}', flush=True)
 
-    def write(self) -> Path:
-        """Write the CSV, and the plots where wanted."""
-        folder = Path(self.args.out_dir)
+    def write(self, folder: Path) -> None:
+        """Write ``benchmarks.csv`` and a plot per case."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f'{self.name}_{self.args.device.type}.csv'
+        path = folder / 'benchmarks.csv'
         with path.open('w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
             writer.writeheader()
@@ -155,15 +104,16 @@ class Report:
                     for key, value in row.items()
                 }
                 writer.writerow(values)
-        print(f'wrote {path}')
-        if not self.args.no_plots:
-            plot(self.rows, path.with_suffix('.png'))
-            print(f'wrote {path.with_suffix(".png")}')
-        return path
+        print(f'\nwrote {path}')
+        for case in dict.fromkeys(row['case'] for row in self.rows):
+            rows = [r for r in self.rows if r['case'] == case and r['ratio']]
+            if rows:
+                plot(rows, folder / f'{case}.png')
+                print(f'wrote {folder / f"{case}.png"}')
 
 
-def table(title: str, rows: list[dict]) -> str:
-    """Rows of a case as text: one line a lane, ratios to 'original'."""
+def table(rows: list[dict]) -> str:
+    """Markdown table of one size: medians, 20 to 80 %, ratios."""
     columns = list(dict.fromkeys((r['mode'], r['metric']) for r in rows))
     units = {(r['mode'], r['metric']): r['unit'] for r in rows}
     cells = {}
@@ -171,86 +121,78 @@ def table(title: str, rows: list[dict]) -> str:
         text = f'{row["median"]:.4g}'
         if row['repeats'] > 1:
             text += f' ({row["p20"]:.4g}..{row["p80"]:.4g})'
-        if row['ratio_to_original'] != '':
-            text += f' {row["ratio_to_original"]:.2f}x'
-        lane = f'{row["provider"]} {row["dtype"]}'
-        cells.setdefault(lane, {})[row['mode'], row['metric']] = text
-    head = ['', *(f'{m} {k}, {units[m, k]}' for m, k in columns)]
-    lines = [head]
-    for lane, found in cells.items():
-        lines.append([lane, *(found.get(column, '') for column in columns)])
+        if row['ratio']:
+            text += f' {row["ratio"]:.2f}x'
+        name = f'{row["implementation"]} {row["dtype"]}'
+        cells.setdefault(name, {})[row['mode'], row['metric']] = text
+    lines = [['', *(f'{m} {k}, {units[m, k]}'.strip() for m, k in columns)]]
+    lines.append(['---'] * len(lines[0]))
+    for name, found in cells.items():
+        lines.append([name, *(found.get(column, '') for column in columns)])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    text = [
-        '  '.join(cell.ljust(width) for cell, width in zip(line, widths))
-        for line in lines
-    ]
-    return '\n'.join([f'\n{title}', *(line.rstrip() for line in text)])
+    lines = [map(str.ljust, line, widths) for line in lines]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Draw the ratios to 'original' in float32, with the spread.
+    """Draw the ratios to the baseline of one case, with their spread.
 
     Args:
-        rows (list[dict]): All rows of a report.
-        path (Path): The file to write.
+        rows (list[dict]): Rows with a ratio.
+        path (Path): The image to write.
     """
     import matplotlib
 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row['ratio_to_original'] != '']
-    panels = list(dict.fromkeys((r['mode'], r['metric']) for r in rows))
-    cases = list(dict.fromkeys(row['case'] for row in rows))
-    lanes = list(dict.fromkeys((r['provider'], r['dtype']) for r in rows))
-    if not rows:
-        return
+    def distinct(*keys):
+        return list(dict.fromkeys(tuple(r[k] for k in keys) for r in rows))
+
+    panels, sizes = distinct('mode', 'metric'), distinct('size')
+    bars, names = (
+        distinct('implementation', 'dtype'),
+        distinct('implementation'),
+    )
     figure, axes = plt.subplots(
         len(panels),
-        1,
-        figsize=(2.5 + 1.5 * len(cases), 0.8 + 1.9 * len(panels)),
+        figsize=(3 + 1.5 * len(sizes), 0.8 + 1.9 * len(panels)),
         sharex=True,
         squeeze=False,
         layout='constrained',
     )
-    providers = list(dict.fromkeys(provider for provider, _ in lanes))
-    width = 0.8 / len(lanes)
-    for (mode, metric), axis in zip(panels, axes.flat):
-        for index, lane in enumerate(lanes):
-            found = {
-                row['case']: row
-                for row in rows
-                if (row['provider'], row['dtype']) == lane
-                and (row['mode'], row['metric']) == (mode, metric)
-            }
-            places = [cases.index(case) for case in found]
-            ratios = [row['ratio_to_original'] for row in found.values()]
-            spread = [
-                [
-                    row['ratio_to_original']
-                    * abs(row[end] / row['median'] - 1)
-                    for row in found.values()
-                ]
-                for end in ('p20', 'p80')
+    width, colors = 0.8 / len(bars), plt.get_cmap('tab20')
+    for panel, axis in zip(panels, axes.flat):
+        for index, bar in enumerate(bars):
+            found = [
+                r
+                for r in rows
+                if (r['mode'], r['metric']) == panel
+                and (r['implementation'], r['dtype']) == bar
             ]
+            start = (index + 0.5) * width - 0.4
             axis.bar(
-                [place - 0.4 + (index + 0.5) * width for place in places],
-                ratios,
+                [sizes.index((r['size'],)) + start for r in found],
+                [r['ratio'] for r in found],
                 width,
-                yerr=spread,
-                color=COLORS[providers.index(lane[0]) % len(COLORS)],
-                hatch='' if lane[1] == 'float32' else '///',
+                yerr=[
+                    [r['ratio'] * abs(r[end] / r['median'] - 1) for r in found]
+                    for end in ('p20', 'p80')
+                ],
+                color=colors(names.index(bar[:1]) % colors.N),
+                hatch='' if bar[1] == 'float32' else '///',
                 edgecolor='white',
-                label=' '.join(lane),
+                label=' '.join(bar),
                 error_kw=dict(lw=0.8),
             )
         axis.axhline(1, color='#bbbbbb', lw=0.8, zorder=0)
-        axis.set_title(f'{mode}: {metric}, original = 1', fontsize=9)
+        axis.set_title(f'{" ".join(panel)}, baseline = 1', fontsize=9)
         axis.spines[['top', 'right']].set_visible(False)
-    ticks = [case.replace(', ', '\n', 1) for case in cases]
-    axes[-1, 0].set_xticks(range(len(cases)), ticks, fontsize=8)
-    axes[0, 0].legend(
-        fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1, 1)
+    ticks = [size.replace(', ', '\n', 1) for (size,) in sizes]
+    axes[-1, 0].set_xticks(range(len(sizes)), ticks, fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, fontsize=7, frameon=False, loc='outside right upper'
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)

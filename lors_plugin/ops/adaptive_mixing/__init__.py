@@ -1,4 +1,9 @@
-"""Adaptive group mixing: the public function and its checks."""
+"""Adaptive group mixing: the public functions and their checks.
+
+``reference.py`` defines what is right. Three implementations compute it behind
+one registered operator (``op.py``): ``torch_impl.py`` (chunked PyTorch, any
+device), ``cpu_impl.py`` (C++, float32 on CPUs) and ``triton`` (NVIDIA GPUs).
+"""
 
 from functools import reduce
 from typing import Optional
@@ -6,23 +11,15 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..backend import select_backend
-from ..gradient_sum import GradientSum
-from ..low_precision import in_low_precision
-from ..packed_linear import can_pack
-from . import generated, low_precision
-from .op import (
-    LowPrecisionMixing,
-    SharedGeneratedMixing,
-    generated_forward,
-    mixing_forward,
-)
+from . import cpu_impl
+from .op import mixing_forward
 from .reference import LowRank, adaptive_mixing_reference
-from .regenerated import mix_regenerated
 
-# Of the kernels, 128 x 128: more does not fit into registers. Their launcher
-# takes it from here, so that nobody imports Triton for it.
+# Elements of the largest tile of the Triton kernels, 128 x 128: more does not
+# fit into registers. It is here because only their launcher imports Triton.
 LARGEST_TILE = 2**14
 
 __all__ = ['LowRank', 'adaptive_mixing', 'generated_mixing']
@@ -56,19 +53,23 @@ def adaptive_mixing(
 
     Args:
         x (Tensor): Sampled features, shape (B, N, G, P, C).
-        weights (Tensor): Generated numbers, shape (B, N, G, C C + Q P);
-            ``Q`` follows from the size.
+        weights (Tensor): Generated elements of both matrices, shape
+            (B, N, G, C C + Q P); ``Q`` follows from the size.
         channel_low_rank (LowRank, optional): Low-rank part of ``M``.
         spatial_low_rank (LowRank, optional): Low-rank part of ``S``.
         eps (float): Added to the variances. Defaults to 1e-5.
-        backend (str): 'auto', 'torch', 'triton' or 'reference', see
-            :func:`lors_plugin.ops.backend.select_backend`.
+        backend (str): 'auto', 'torch', 'cpu', 'triton' or 'reference', see
+            :func:`lors_plugin.ops.backend.select_backend`. 'auto' takes
+            Triton on NVIDIA GPUs, C++ for float32 on CPUs and PyTorch
+            otherwise.
 
     Returns:
         Tensor: Mixed features, shape (B, N, G, Q, C).
 
     Raises:
         ValueError: If shapes do not fit together.
+        RuntimeError: If ``backend`` names an implementation that cannot run
+            here.
     """
     _check(x, weights, channel_low_rank, spatial_low_rank)
     dtype = _product_dtype(
@@ -77,8 +78,12 @@ def adaptive_mixing(
     x, weights = x.to(dtype), weights.to(dtype)
     channel_low_rank = _cast(channel_low_rank, dtype)
     spatial_low_rank = _cast(spatial_low_rank, dtype)
-    refusal = _too_large(x, weights, channel_low_rank, spatial_low_rank)
-    chosen = select_backend(backend, x, refusal)
+    chosen = select_backend(
+        backend,
+        x,
+        _too_large(x, weights, channel_low_rank, spatial_low_rank),
+        cpu_impl.refusal(x, weights),
+    )
     if chosen == 'reference':
         return adaptive_mixing_reference(
             x, weights, channel_low_rank, spatial_low_rank, eps
@@ -103,13 +108,12 @@ def generated_mixing(
     spatial_low_rank: Optional[LowRank] = None,
     eps: float = 1e-5,
     backend: str = 'auto',
-    gradient_sum: Optional[GradientSum] = None,
+    recompute: bool = False,
 ) -> Tensor:
-    """Generate the matrices from queries and mix with them.
+    """Generate the matrices from the queries and mix with them.
 
-    The same as ``linear(query, weight, bias)`` and :func:`adaptive_mixing`,
-    to which the contract on types belongs. In one operator, the matrices are
-    made in the order in which mixing reads them, and so are their gradients.
+    The same as ``linear(query, weight, bias)``, the generator, followed by
+    :func:`adaptive_mixing`, to which the contract on types belongs.
 
     Args:
         x (Tensor): Sampled features, shape (B, N, G, P, C).
@@ -120,8 +124,8 @@ def generated_mixing(
         spatial_low_rank (LowRank, optional): Low-rank part of ``S``.
         eps (float): Added to the variances. Defaults to 1e-5.
         backend (str): As in :func:`adaptive_mixing`.
-        gradient_sum (GradientSum, optional): Of ``weight``, where calls of
-            one forward pass share it; used where it fits.
+        recompute (bool): Generate and mix again in the backward pass instead
+            of keeping the matrices. Defaults to False.
 
     Returns:
         Tensor: Mixed features, shape (B, N, G, Q, C).
@@ -129,133 +133,35 @@ def generated_mixing(
     Raises:
         ValueError: If shapes do not fit together.
     """
-    _check_generator(x, query, weight, bias)
-    parts = *(channel_low_rank or ()), *(spatial_low_rank or ())
-    dtype = _product_dtype(x, query, weight, *parts)
-    like = x if x.dtype == dtype else x.new_empty(0, dtype=dtype)
-    chosen = select_backend(backend, like)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    in_low = chosen == 'torch' and in_low_precision(weight, x, query, *parts)
-    if chosen != 'torch' or (autocast and not in_low):
-        # Autocast keeps the cast weight for all stages; kernels read the
-        # numbers of a query in one piece.
-        if not autocast:
-            query, weight = query.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        generated = F.linear(query, weight, bias)
-        weights = generated.unflatten(-1, (x.shape[2], -1))
-        return adaptive_mixing(
-            x, weights, channel_low_rank, spatial_low_rank, eps, backend
-        )
-    points, width = x.shape[-2:]
-    rows = (weight.shape[0] // x.shape[2] - width**2) // points
-    _check_parts(x, rows, channel_low_rank, spatial_low_rank)
-    none = (None,) * 3
-    factors = (
-        *(_cast(channel_low_rank, dtype) or none),
-        *(_cast(spatial_low_rank, dtype) or none),
-    )
-    if in_low:
-        x, query = x.to(dtype), query.to(dtype)
-        return _low(x, query, weight, bias, factors, eps, gradient_sum)
-    tensors = (
-        x.to(dtype),
-        query.to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        *factors,
-    )
-    if gradient_sum is None or weight.dtype != dtype:
-        return generated_forward(*tensors, eps)[0]
-    return _shared(*tensors, eps=eps, gradient_sum=gradient_sum)
-
-
-def _shared(x, query, weight, bias, *factors, eps, gradient_sum):
-    if gradient_sum.remembered is not None and gradient_sum.fits(weight):
-        args = x, query, weight, bias, factors, eps, gradient_sum
-        return mix_regenerated(*args)
-    packed = token = None
-    queries = x.shape[0] * x.shape[1]
-    if not gradient_sum.save_memory and can_pack(weight, queries):
-        sizes = x.shape[2], x.shape[4], queries
-
-        def pack():
-            with torch.no_grad(), torch.autocast('cpu', enabled=False):
-                return generated.pack(weight, bias, *sizes)
-
-        packed = gradient_sum.make(('packed', *sizes), pack)
-    tensors = x, query, weight, bias, *factors
-    if gradient_sum.fits(weight):
-        token = gradient_sum.take(weight, bias)
-        weight = weight.detach()
-    elif packed is None:
-        return generated_forward(*tensors, eps)[0]
-    if not torch.is_grad_enabled():
-        args = x, query, bias, packed, factors, eps
-        return generated.forward_packed(*args, keep=False)[0]
-    out, token = SharedGeneratedMixing.apply(
-        token, eps, packed, x, query, weight, bias, *factors
-    )
-    if token is not None:
-        gradient_sum.give(token)
-    return out
-
-
-def _low(x, query, weight, bias, factors, eps, gradient_sum):
-    def cast():
-        with torch.no_grad():
-            return low_precision.cast(weight, bias, x.dtype)
-
-    low = cast() if gradient_sum is None else gradient_sum.make(x.dtype, cast)
-    token = products = None
-    if gradient_sum is not None and gradient_sum.fits(weight):
-        token = gradient_sum.take(weight, bias)
-        products = gradient_sum.products
-        weight = weight.detach()
-        if products is not None and bias is not None:
-            bias = bias.detach()
-    out, token = LowPrecisionMixing.apply(
-        token, eps, low, products, x, query, weight, bias, *factors
-    )
-    if token is not None:
-        gradient_sum.give(token)
-    return out
-
-
-def _check_generator(x, query, weight, bias):
-    if x.dim() != 5:
+    groups = x.shape[2] if x.dim() == 5 else 0
+    if not groups or weight.shape[0] % groups:
         raise ValueError(
-            f'x must have shape (B, N, G, P, C), got {tuple(x.shape)}'
+            'weight must have shape (G (C C + Q P), D) for x of shape '
+            f'(B, N, G, P, C), got {tuple(weight.shape)} for '
+            f'{tuple(x.shape)}'
         )
-    batch, queries, groups, points, width = x.shape
-    if query.dim() != 3 or tuple(query.shape[:2]) != (batch, queries):
-        raise ValueError(
-            f'query must have shape {(batch, queries, "D")} for x of shape '
-            f'{tuple(x.shape)}, got {tuple(query.shape)}'
+    if recompute:
+        return checkpoint(
+            generated_mixing,
+            *(x, query, weight, bias, channel_low_rank, spatial_low_rank),
+            *(eps, backend),
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
-    numbers = weight.shape[0]
-    spatial = numbers - groups * width**2
-    if (
-        tuple(weight.shape[1:]) != tuple(query.shape[2:])
-        or not points
-        or spatial < groups * points
-        or spatial % (groups * points)
-    ):
-        raise ValueError(
-            'weight must have shape '
-            f'{(f"{groups} ({width**2} + {points} Q)", query.shape[2])} for '
-            f'x of shape {tuple(x.shape)}, got {tuple(weight.shape)}'
-        )
-    if bias is not None and tuple(bias.shape) != (numbers,):
-        raise ValueError(
-            f'bias must have shape {(numbers,)}, got {tuple(bias.shape)}'
-        )
+    weights = F.linear(query, weight, bias).unflatten(-1, (groups, -1))
+    return adaptive_mixing(
+        x, weights, channel_low_rank, spatial_low_rank, eps, backend
+    )
 
 
 def _product_dtype(*tensors: Tensor) -> torch.dtype:
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
     device = tensors[0].device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if (
+        dtype != torch.float64
+        and torch.amp.is_autocast_available(device)  # not so for 'meta'
+        and torch.is_autocast_enabled(device)
+    ):
         return torch.get_autocast_dtype(device)
     return dtype
 
@@ -273,14 +179,19 @@ def _check(x, weights, channel_low_rank, spatial_low_rank):
     out_points, rest = 0, 0
     if weights.dim() == 4 and points:
         # Not `divmod`, which the compiler does not know for dynamic shapes.
-        numbers = weights.shape[-1] - width**2
-        out_points, rest = numbers // points, numbers % points
+        size = weights.shape[-1] - width**2
+        out_points, rest = size // points, size % points
     if tuple(weights.shape[:-1]) != tuple(lead) or out_points < 1 or rest:
         raise ValueError(
             f'weights must have shape {(*lead, f"{width**2} + {points} Q")} '
             f'for x of shape {tuple(x.shape)}, got {tuple(weights.shape)}'
         )
-    _check_parts(x, out_points, channel_low_rank, spatial_low_rank)
+    for name, part, rows, cols in (
+        ('channel_low_rank', channel_low_rank, width, width),
+        ('spatial_low_rank', spatial_low_rank, out_points, points),
+    ):
+        if part is not None:
+            _check_low_rank(name, part, lead, rows, cols)
 
 
 def _too_large(
@@ -289,7 +200,7 @@ def _too_large(
     channel_low_rank: Optional[LowRank],
     spatial_low_rank: Optional[LowRank],
 ) -> str:
-    """Why the kernels, which keep whole matrices, cannot take the sizes."""
+    """Say why the Triton kernels, which hold whole matrices, cannot run."""
     if x.device.type != 'cuda':
         return ''
     points, width = x.shape[-2:]
@@ -310,18 +221,9 @@ def _too_large(
     text = f'C {width}, P {points}, Q {spatial}'
     text += ''.join(f', K r {rank}' for rank in ranks)
     return (
-        f'the kernels hold tiles of {LARGEST_TILE} numbers, too few for {text}'
+        f'the kernels hold tiles of {LARGEST_TILE} elements, too few for '
+        f'{text}'
     )
-
-
-def _check_parts(x, out_points, channel_low_rank, spatial_low_rank):
-    *lead, points, width = x.shape
-    for name, part, rows, cols in (
-        ('channel_low_rank', channel_low_rank, width, width),
-        ('spatial_low_rank', spatial_low_rank, out_points, points),
-    ):
-        if part is not None:
-            _check_low_rank(name, part, lead, rows, cols)
 
 
 def _check_low_rank(name, part, lead, rows, cols):

@@ -1,4 +1,8 @@
-"""Adaptive mixing as operators that autograd and the compiler know."""
+"""Adaptive mixing as one pair of registered operators.
+
+The pair is opaque to autograd, the compiler and exporters, which see shapes,
+types and gradients. Which implementation computes is an argument.
+"""
 
 import importlib
 from types import ModuleType
@@ -6,36 +10,13 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..gradient_sum import new_token, sum_so_far
-from . import generated, low_precision
-from .fused import of_group
-from .layout import empty_as
-
-_MODULES = {'torch': 'fused', 'triton': 'triton_kernels'}
+_MODULES = {'torch': 'torch_impl', 'cpu': 'cpu_impl', 'triton': 'triton'}
 
 
-def _implementation(backend: str) -> ModuleType:
+def _module(implementation: str) -> ModuleType:
     # Triton is imported by the first call that needs it.
-    return importlib.import_module(f'.{_MODULES[backend]}', __package__)
-
-
-def _no_autocast(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _filled(like: Tensor, *grads: Optional[Tensor]) -> tuple[Tensor, ...]:
-    """An operator returns tensors, so what is absent is empty."""
-    return tuple(like.new_empty(0) if g is None else g for g in grads)
-
-
-def _given(tensors: list, grads: tuple) -> list:
-    return [None if t is None else g for t, g in zip(tensors, grads)]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return importlib.import_module(f'.{_MODULES[implementation]}', __package__)
 
 
 @torch.library.custom_op(
@@ -51,21 +32,38 @@ def mixing_forward(
     s_core: Optional[Tensor],
     s_right: Optional[Tensor],
     eps: float,
-    backend: str,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`lors_plugin.ops.adaptive_mixing.fused.forward`."""
+    """Mix.
+
+    Args:
+        x (Tensor): Shape (B, N, G, P, C). All tensors have its type.
+        weights (Tensor): Shape (B, N, G, C C + Q P).
+        c_left, c_core, c_right (Tensor, optional): Low-rank factors of the
+            channel matrices, all or none, shaped as in :class:`LowRank`.
+        s_left, s_core, s_right (Tensor, optional): The same for the spatial
+            matrices.
+        eps (float): Added to the variances.
+        implementation (str): 'torch', 'cpu' or 'triton'.
+
+    Returns:
+        tuple[Tensor]: The output (B, N, G, Q, C), and in float32 at least
+        the statistics (B, N, G, 4) that backward needs: mean and reciprocal
+        standard deviation of ``x M``, then those of ``S y``.
+    """
     factors = c_left, c_core, c_right, s_left, s_core, s_right
-    with _no_autocast(x):
-        return _implementation(backend).forward(x, weights, *factors, eps)
+    with torch.autocast(x.device.type, enabled=False):
+        return _module(implementation).forward(x, weights, factors, eps)
 
 
 @mixing_forward.register_fake
 def _(x, weights, *rest):
     *lead, points, width = x.shape
     out_points = (weights.shape[-1] - width**2) // points
+    wide = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(*lead, out_points, width),
-        x.new_empty(*lead, 4, dtype=_wide(x.dtype)),
+        x.new_empty(*lead, 4, dtype=wide),
     )
 
 
@@ -84,312 +82,56 @@ def mixing_backward(
     s_right: Optional[Tensor],
     stats: Tensor,
     eps: float,
-    backend: str,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`lors_plugin.ops.adaptive_mixing.fused.backward`."""
+    """Compute the gradients of the inputs of :func:`mixing_forward`.
+
+    Returns:
+        tuple[Tensor]: Of ``x``, ``weights`` and the six factors; empty for
+        absent factors, since an operator returns tensors.
+    """
     factors = c_left, c_core, c_right, s_left, s_core, s_right
-    with _no_autocast(x):
-        grads = _implementation(backend).backward(
-            grad_out, x, weights, *factors, stats, eps
+    with torch.autocast(x.device.type, enabled=False):
+        grads = _module(implementation).backward(
+            grad_out, x, weights, factors, stats, eps
         )
-    return _filled(x, *grads)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
 @mixing_backward.register_fake
 def _(grad_out, x, weights, *rest):
-    in_groups = rest[-1] == 'torch'
+    *factors, _, _, implementation = rest
+    grad_x = x.new_empty(x.shape)
+    if implementation != 'triton':
+        grad_x = empty_by_group(x)
     return (
-        empty_as(x) if in_groups else x.new_empty(x.shape),
-        *(
-            x.new_empty(0 if t is None else t.shape)
-            for t in (weights, *rest[:6])
-        ),
+        grad_x,
+        weights.new_empty(weights.shape),
+        *(x.new_empty(0 if t is None else t.shape) for t in factors),
     )
 
 
+def empty_by_group(x: Tensor) -> Tensor:
+    """Allocate the gradient of ``x`` one group after another, as sampling,
+    which comes before, lays its output out."""
+    batch, queries, groups, *sizes = x.shape
+    out = x.new_empty(groups, batch, queries, *sizes)
+    return out.permute(1, 2, 0, 3, 4)
+
+
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.backend = inputs
+    *tensors, ctx.eps, ctx.implementation = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad_out, _):
     *tensors, stats = ctx.saved_tensors
-    grads = mixing_backward(grad_out, *tensors, stats, ctx.eps, ctx.backend)
-    return *_given(tensors, grads), None, None
+    grads = mixing_backward(
+        grad_out, *tensors, stats, ctx.eps, ctx.implementation
+    )
+    given = [None if t is None else g for t, g in zip(tensors, grads)]
+    return *given, None, None
 
 
 mixing_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op(
-    'lors_plugin::generated_mixing_forward', mutates_args=()
-)
-def generated_forward(
-    x: Tensor,
-    query: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    c_left: Optional[Tensor],
-    c_core: Optional[Tensor],
-    c_right: Optional[Tensor],
-    s_left: Optional[Tensor],
-    s_core: Optional[Tensor],
-    s_right: Optional[Tensor],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`lors_plugin.ops.adaptive_mixing.generated.forward`."""
-    factors = c_left, c_core, c_right, s_left, s_core, s_right
-    return generated.forward(x, query, weight, bias, factors, eps)
-
-
-@generated_forward.register_fake
-def _(x, query, weight, *rest):
-    batch, queries, groups, points, width = x.shape
-    out_points = (weight.shape[0] // groups - width**2) // points
-    number = batch * queries
-    return (
-        x.new_empty(batch, queries, groups, out_points, width),
-        x.new_empty(batch, queries, groups, 4, dtype=_wide(x.dtype)),
-        x.new_empty(groups, number, width, width),
-        x.new_empty(groups, number, out_points, points),
-    )
-
-
-@torch.library.custom_op(
-    'lors_plugin::generated_mixing_backward', mutates_args=()
-)
-def generated_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    query: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    needs_query: bool,
-    needs_generator: bool,
-    c_left: Optional[Tensor],
-    c_core: Optional[Tensor],
-    c_right: Optional[Tensor],
-    s_left: Optional[Tensor],
-    s_core: Optional[Tensor],
-    s_right: Optional[Tensor],
-    out: Tensor,
-    stats: Tensor,
-    channel: Tensor,
-    spatial: Tensor,
-    eps: float,
-) -> tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-]:
-    """See :func:`lors_plugin.ops.adaptive_mixing.generated.backward`."""
-    factors = c_left, c_core, c_right, s_left, s_core, s_right
-    *grads, grad_factors = generated.backward(
-        grad_out,
-        x,
-        query,
-        weight,
-        bias,
-        needs_query,
-        needs_generator,
-        factors,
-        out,
-        stats,
-        of_group(channel, spatial),
-        eps,
-    )
-    return _filled(x, *grads, *grad_factors)
-
-
-@generated_backward.register_fake
-def _(grad_out, x, query, weight, bias, needs_query, needs_generator, *rest):
-    rows = weight.shape[0]
-    return (
-        empty_as(x),
-        x.new_empty(query.shape if needs_query else 0),
-        x.new_empty(weight.shape if needs_generator else 0),
-        x.new_empty(rows if bias is not None and needs_generator else 0),
-        *(x.new_empty(0 if t is None else t.shape) for t in rest[:6]),
-    )
-
-
-def _generated_setup(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _generated_backward(ctx, grad_out, *_):
-    *tensors, out, stats, channel, spatial = ctx.saved_tensors
-    x, query, weight, bias, *factors = tensors
-    grads = generated_backward(
-        grad_out,
-        x,
-        query,
-        weight,
-        bias,
-        ctx.needs_input_grad[1],
-        any(ctx.needs_input_grad[2:4]),
-        *factors,
-        out,
-        stats,
-        channel,
-        spatial,
-        ctx.eps,
-    )
-    grads = [
-        grad if needed else None
-        for grad, needed in zip(grads, ctx.needs_input_grad)
-    ]
-    return *_given(tensors, grads), None
-
-
-generated_forward.register_autograd(
-    _generated_backward, setup_context=_generated_setup
-)
-
-
-class SharedGeneratedMixing(torch.autograd.Function):
-    """The same for calls that share a generator, see :class:`GradientSum`.
-
-    ``packed`` is what :func:`generated.pack` made of it, or None. With a
-    token, the gradient of the weight is added up along tokens.
-    """
-
-    @staticmethod
-    def forward(ctx, token, eps, packed, x, query, weight, bias, *factors):
-        if packed is None:
-            out, stats, channel, spatial = generated_forward(
-                x, query, weight, bias, *factors, eps
-            )
-        else:
-            with _no_autocast(x):
-                out, stats, channel, spatial = generated.forward_packed(
-                    x, query, bias, packed, factors, eps, keep=True
-                )
-        ctx.eps = eps
-        ctx.save_for_backward(
-            *(x, query, weight, bias, *factors),
-            *(out, stats, *channel, *spatial),
-        )
-        ctx.set_materialize_grads(False)
-        return out, None if token is None else new_token(token)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, total):
-        if grad_out is None:
-            return total, *[None] * 12
-        x, query, weight, bias, *rest = ctx.saved_tensors
-        factors, (out, stats, *matrices) = rest[:6], rest[6:]
-        token, _, _, _, needs_query, needs_weight, needs_bias = (
-            ctx.needs_input_grad[:7]
-        )
-        with _no_autocast(x):
-            grad_x, grad_query, grad_weight, grad_bias, grads = (
-                generated.backward(
-                    grad_out,
-                    x,
-                    query,
-                    weight,
-                    bias,
-                    needs_query,
-                    token or needs_weight or needs_bias,
-                    tuple(factors),
-                    out,
-                    stats,
-                    of_group(*_halves(matrices)),
-                    ctx.eps,
-                    sum_so_far(total),
-                )
-            )
-        return (
-            grad_weight if token else None,
-            None,
-            None,
-            grad_x,
-            grad_query,
-            grad_weight if needs_weight and not token else None,
-            grad_bias if needs_bias else None,
-            *grads,
-        )
-
-
-def _halves(matrices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    groups = len(matrices) // 2
-    return matrices[:groups], matrices[groups:]
-
-
-class LowPrecisionMixing(torch.autograd.Function):
-    """Generate and mix in half precision, see :mod:`low_precision`.
-
-    ``low`` is what :func:`low_precision.cast` made of ``weight`` and
-    ``bias``, which are here for their gradients alone. With a token, those
-    are made along tokens: with ``products``, at their start.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, token, eps, low, products, x, query, weight, bias, *factors
-    ):
-        with _no_autocast(x):
-            out, *kept = low_precision.forward(x, query, low, factors, eps)
-        ctx.eps, ctx.products = eps, products
-        ctx.save_for_backward(low, x, query, *factors, out, *kept)
-        ctx.set_materialize_grads(False)
-        return out, None if token is None else new_token(token)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, total):
-        if grad_out is None:
-            return total, *[None] * 13
-        low, x, query, *rest = ctx.saved_tensors
-        factors, (out, stats, channel, spatial) = rest[:6], rest[6:]
-        token, _, _, _, _, needs_query, needs_weight, needs_bias = (
-            ctx.needs_input_grad[:8]
-        )
-        products = ctx.products if token else None
-        with _no_autocast(x):
-            grad_x, grad_query, grad_weight, grad_bias, grads = (
-                low_precision.backward(
-                    grad_out,
-                    x,
-                    query,
-                    low,
-                    needs_query,
-                    token or needs_weight or needs_bias,
-                    tuple(factors),
-                    out,
-                    stats,
-                    channel,
-                    spatial,
-                    ctx.eps,
-                    sum_so_far(total),
-                    products,
-                )
-            )
-        if products is not None:
-            if total is None:
-                shape = len(low), query.shape[-1]
-                total = new_token(low, shape, torch.float32)
-            grad_weight = total
-        return (
-            grad_weight if token else None,
-            None,
-            None,
-            None,
-            grad_x,
-            grad_query,
-            grad_weight if needs_weight and not token else None,
-            grad_bias if needs_bias else None,
-            *grads,
-        )

@@ -114,7 +114,7 @@ def _run(
     """Run the PyTorch implementation, as an operator where one is needed."""
     given = x, weight, attention, bias
     geometry = list(stride), list(padding), list(dilation), groups
-    run = grouped.conv2d if op.is_plain(*given) else op.conv2d
+    run = grouped.conv2d if op.runs_directly(*given) else op.conv2d
     return run(*given, *geometry)
 
 

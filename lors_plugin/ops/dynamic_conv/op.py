@@ -82,7 +82,7 @@ def _(grad_out, x, weight, attention, bias, *rest):
     )
 
 
-def is_plain(*tensors: Optional[Tensor]) -> bool:
+def runs_directly(*tensors: Optional[Tensor]) -> bool:
     """Whether a call needs neither autograd nor the registered operator.
 
     The operator takes three times as long as a small convolution. A graph of
@@ -121,7 +121,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out):
     tensors, needed = ctx.saved_tensors, list(ctx.needs_input_grad[:4])
-    if is_plain(grad_out, *tensors):
+    if runs_directly(grad_out, *tensors):
         grads = _grads(grad_out, *tensors, ctx.geometry, needed)
     else:
         grads = conv2d_backward(grad_out, *tensors, *ctx.geometry, needed)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..memory import new_large
+from ..backend import new_large
 from .table import by_group, find_corners
 
 # Rows of the gradient that are computed at once on a CPU stay in its cache.

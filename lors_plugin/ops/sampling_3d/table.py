@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..memory import new_large
+from ..backend import new_large
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 

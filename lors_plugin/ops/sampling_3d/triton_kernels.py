@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import triton_version
-from ..triton_kernels_launch import block, dot_type, on
+from ..triton_utils import block, dot_type, on
 
 MAX_TILE = 4096
 
