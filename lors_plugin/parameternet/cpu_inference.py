@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lors_plugin.ops.backend import keep_memory
 from lors_plugin.ops.dynamic_conv.reference import mix_experts
 
 from .dynamic_conv import DynamicConv2d
@@ -78,6 +79,7 @@ def convert(module: nn.Module) -> nn.Module:
         nn.Module: Of the type of its weights, folded in float64. It takes
         and returns maps (B, C, H, W) of any strides.
     """
+    keep_memory()
     kind = CPUConvNorm if type(module) is ConvNorm else CPUGhostBottleneck
     return kind(module).requires_grad_(False)
 
@@ -155,8 +157,6 @@ class CPUConvNorm(_InferenceBlock):
             shift, bias = shift + bias.view(-1), None
         if weight.dim() == 4:  # a plain convolution
             weight = weight[None]
-        self.in_channels = conv.in_channels
-        self.kernel_size = conv.kernel_size
         self.geometry = conv.stride, conv.padding, conv.dilation
         self.groups = conv.groups
         # By the names that convolutions have.
