@@ -7,6 +7,7 @@ Exit code 2 means a mistake in the command, the config or the data.
 
 import argparse
 import sys
+from importlib import import_module
 
 from tool_utils import (
     add_common_arguments,
@@ -26,7 +27,7 @@ from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
 )
-from lors_plugin.engine.preflight import host_of
+from lors_plugin.engine.preflight import host_of, type_name
 
 
 def parse_args(argv=None):
@@ -85,6 +86,10 @@ def apply_visualization(cfg, args):
         hook.draw = True
         if args.show_dir:
             hook.test_out_dir = args.show_dir
+        if type_name(hook.type) == 'DetVisualizationHook':
+            # Ours draws a picture per image, also where names repeat.
+            import_module('lors_plugin.visualization.det_visualization_hook')
+            hook.type = 'lors_plugin.DetVisualizationHook'
     else:
         hook.update(enable=True, interval=1)
         if args.show_dir:

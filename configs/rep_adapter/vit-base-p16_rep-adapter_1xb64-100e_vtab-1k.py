@@ -1,5 +1,5 @@
 # Adapters before attention and FFN, and the classifier, as published. The
-# scale is searched for each task: tools/benchmarks/rep_adapter.py search.
+# scale is searched per task: tools/studies/run.py rep_adapter_scale.
 _base_ = './vit-base-p16_full_1xb64-100e_vtab-1k.py'
 
 optim_wrapper = dict(optimizer=dict(lr=1e-3))

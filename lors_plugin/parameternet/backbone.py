@@ -13,7 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_at_least
 
-from .cpu_inference import can_convert, convert
+from .cpu_inference import (
+    can_convert,
+    convert,
+    is_converted,
+    run_in_chunks,
+)
 from .dynamic_conv import DynamicConv2d
 from .ghost import (
     ConvFactory,
@@ -189,6 +194,11 @@ class ParameterNet(BaseModule):
             tuple[Tensor]: Shapes (B, out_channels[i], H / out_strides[i],
             W / out_strides[i]), rounded up.
         """
+        if is_converted(self.stem):
+            return run_in_chunks(self._compute, x)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)
         outs = {}
         for i, stage in enumerate(self.stages):

@@ -18,6 +18,7 @@ images, ``C`` channels.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -33,6 +34,9 @@ from .rep_conv import RepConv2d
 from .routing import average
 
 Size = tuple[int, int]
+# Eight images of 224 x 224: their maps stay below the 32 MB that glibc maps
+# anew for each allocation.
+CHUNK_PIXELS = 8 * 224**2
 
 
 def can_convert(module: nn.Module) -> bool:
@@ -83,6 +87,29 @@ def is_converted(module: nn.Module) -> bool:
     return isinstance(module, _InferenceBlock)
 
 
+def run_in_chunks(
+    network: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor
+) -> tuple[Tensor, ...]:
+    """Run a converted network on as many images at a time as caches like.
+
+    Args:
+        network (Callable): From images to maps.
+        images (Tensor): Shape (B, C, H, W).
+
+    Returns:
+        tuple[Tensor]: Maps of all images, contiguous.
+    """
+    if not len(images):  # as of one image, without it
+        one = images.new_zeros(1, *images.shape[1:])
+        return tuple(maps[:0] for maps in network(one))
+    step = len(images)
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        pixels = images.shape[2] * images.shape[3]
+        step = max(CHUNK_PIXELS // max(pixels, 1), 1)
+    outs = [network(part) for part in images.split(step)]
+    return tuple(torch.cat(maps).contiguous() for maps in zip(*outs))
+
+
 class _InferenceBlock(nn.Module):
     """A block that refuses to train."""
 
@@ -96,9 +123,12 @@ class _InferenceBlock(nn.Module):
             self._refuse('training mode')
         return super().train(mode)
 
-    def _check(self, x: Tensor) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, C_in, H, W) to (B, C_out, H', W'), in HWNC layout."""
         if x.requires_grad and torch.is_grad_enabled():
             self._refuse('gradients')
+        with torch.no_grad():
+            return self._compute(x)
 
     def _refuse(self, what: str) -> None:
         raise RuntimeError(
@@ -125,6 +155,8 @@ class CPUConvNorm(_InferenceBlock):
             shift, bias = shift + bias.view(-1), None
         if weight.dim() == 4:  # a plain convolution
             weight = weight[None]
+        self.in_channels = conv.in_channels
+        self.kernel_size = conv.kernel_size
         self.geometry = conv.stride, conv.padding, conv.dilation
         self.groups = conv.groups
         # By the names that convolutions have.
@@ -142,10 +174,7 @@ class CPUConvNorm(_InferenceBlock):
         if hasattr(self.act, 'inplace'):
             self.act.inplace = True
 
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, C_in, H, W) to (B, C_out, H', W'), in HWNC layout."""
-        self._check(x)
+    def _compute(self, x: Tensor) -> Tensor:
         if self.is_pointwise:
             maps, size = _to_maps(x)
             return _to_images(self.pointwise([maps], _mean(maps)), size)
@@ -191,9 +220,12 @@ class CPUConvNorm(_InferenceBlock):
         product = parts[0].transpose(0, 1).bmm(kernels[:, :width])
         if len(parts) > 1:
             product.baddbmm_(parts[1].transpose(0, 1), kernels[:, width:])
+        product = product.transpose(0, 1)
+        if torch.compiler.is_compiling():  # which has no layout of `out`
+            return self._finish(product.contiguous().add_(shift))
         # Back into HWNC layout while the shift is added.
         out = product.new_empty(length, batch, rows)
-        return self._finish(torch.add(product.transpose(0, 1), shift, out=out))
+        return self._finish(torch.add(product, shift, out=out))
 
     def depthwise(
         self,
@@ -296,10 +328,7 @@ class CPUGhostBottleneck(_InferenceBlock):
         if source.shortcut is not None:
             self.shortcut = nn.ModuleList(map(CPUConvNorm, source.shortcut))
 
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, C_in, H, W) to (B, C_out, H', W'), in HWNC layout."""
-        self._check(x)
+    def _compute(self, x: Tensor) -> Tensor:
         maps, size = _to_maps(x)
         before, pooled = size, _mean(maps)
         parts, mean = self.expand([maps], pooled, size)

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from lors_plugin.adapters import adapters_of
+from lors_plugin.build import build_model
 from lors_plugin.compat import MissingOpError
 
 FOLDER = 'configs/rep_adapter'
@@ -38,17 +39,22 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def tool(monkeypatch, root):
-    for folder in ('benchmarks', 'analysis_tools'):
-        monkeypatch.syspath_prepend(str(root / 'tools' / folder))
-    import rep_adapter_measure
-
-    return rep_adapter_measure
-
-
-@pytest.fixture
 def config(name, load_config):
     return load_config(f'{FOLDER}/{name}.py')
+
+
+def build_frozen(config):
+    """Build the model with what its hooks add and freeze."""
+    model = build_model(config)
+    for hook in config.get('custom_hooks', []):
+        if hook.type == 'lors_plugin.FreezeHook':
+            for name in hook.modules:
+                model.get_submodule(name).requires_grad_(False)
+    return model
+
+
+def count_trained(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def shrink(config):
@@ -83,12 +89,12 @@ def test_all_are_there(root):
     assert {p.stem for p in (root / FOLDER).glob('*.py')} == set(NAMES)
 
 
-def test_trains_a_step(name, config, tool, make_samples):
+def test_trains_a_step(name, config, make_samples):
     """What the name says is trained gets gradients, and nothing else."""
     shrink(config)
     if 'decoder' in config.model:
         config.model.decoder.update(in_points=4, out_points=8, num_stages=2)
-    model = tool.build_model(config).train()
+    model = build_frozen(config).train()
     inputs = [torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8)] * 2
     if 'head' in config.model:
         from mmpretrain.structures import DataSample
@@ -137,7 +143,7 @@ def add_masks(samples):
         sample.gt_instances.masks = BitmapMasks(ones, SIZE, SIZE)
 
 
-def test_counts(name, config, tool, root):
+def test_counts(name, config, root):
     """Metafile and table tell the truth."""
     if 'lora' in name:
         pytest.skip('LoRAModel initialises weights while it is built')
@@ -151,8 +157,8 @@ def test_counts(name, config, tool, root):
             return func(*args, **{**(kwargs or {}), **where})
 
     with torch.device('meta'), KeepValues():
-        model = tool.build_model(config)
-    count = tool.trained_parameters
+        model = build_frozen(config)
+    count = count_trained
     folder = root / FOLDER
     models = yaml.safe_load((folder / 'metafile.yml').read_text())['Models']
     (entry,) = (m for m in models if m['Name'] == name)

@@ -186,16 +186,39 @@ def test_width_replaces_that_of_the_arch():
     assert TINY['width'] == 0.5
 
 
+def block(*row):
+    return dict(arch=dict(rows=[[row]]))
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
         (dict(arch='900m'), "arch='900m' is none of"),
-        (dict(arch=dict(width=1)), 'must have rows'),
-        (dict(arch=dict(rows=[[]])), 'must have rows'),
+        (dict(arch=[]), 'arch=.* is none of'),
+        (dict(arch=dict(width=1)), 'arch=.*must have rows'),
+        (dict(arch=dict(rows=[])), 'arch=.*must have rows'),
+        (dict(arch=dict(rows=[[]])), 'arch=.*must have rows'),
+        (dict(arch=dict(rows=[[(3, 16, 16)]])), 'arch: rows with the block'),
+        (block(2, 16, 16, 0, 1), 'kernel size 2 must be odd'),
+        (block(3, 0, 16, 0, 1), 'expanded channels must be above 0'),
+        (block(3, 16, -4, 0, 1), 'out channels must be above 0'),
+        (block(3, 16, 16, 2, 1), 'squeeze ratio must be from 0 to 1'),
+        (block(3, 16, 16, 0, 0), 'stride must be at least 1'),
+        (dict(width=-1), 'width=-1 must be a number above 0'),
+        (dict(width=0), 'width=0 must be a number above 0'),
+        (dict(width='wide'), 'width=wide must be a number above 0'),
         (dict(conv='dense'), "conv='dense' is none of"),
-        (dict(out_indices=(4,)), 'must be stages from 0 to 3'),
-        (dict(out_indices=()), 'must be stages from 0 to 3'),
-        (dict(frozen_stages=4), 'must be from -1 to 3'),
+        (dict(num_experts=0), 'num_experts=0 must be a whole number'),
+        (dict(num_experts=1.5), 'num_experts=1.5 must be a whole number'),
+        (dict(temperature=-1), 'temperature=-1 must be positive'),
+        (dict(conv='rep', num_branches=-1), 'num_branches=-1'),
+        (dict(in_channels=0), 'in_channels=0 must be a whole number'),
+        (dict(stem_stride=0), 'stem_stride=0 must be a whole number'),
+        (dict(out_indices=(4,)), 'out_indices=.*stages from 0 to 3'),
+        (dict(out_indices=()), 'out_indices=.*stages from 0 to 3'),
+        (dict(out_indices=2), 'out_indices=2 must be stages'),
+        (dict(frozen_stages=4), 'frozen_stages=4 must be from -1 to 3'),
+        (dict(frozen_stages=None), 'frozen_stages=None must be from -1'),
         (dict(routing='top'), "routing='top' must be one of"),
     ],
 )

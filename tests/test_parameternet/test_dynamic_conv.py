@@ -153,8 +153,43 @@ def test_copies_and_state_dicts():
         (dict(num_experts=0), 'num_experts=0'),
         (dict(routing='top1'), "routing='top1'"),
         (dict(temperature=0), 'temperature=0'),
+        (dict(kernel_size=0), 'kernel_size=0'),
+        (dict(in_channels=0), 'in_channels=0'),
+        (dict(out_channels=-2), 'out_channels=-2'),
+        (dict(groups=0), 'groups=0'),
+        (dict(stride=0), 'stride=0'),
+        (dict(dilation=(1, 2, 3)), 'dilation='),
+        (dict(padding=-1), 'padding=-1'),
+        (dict(padding='full'), "padding='full'"),
+        (dict(padding='same', stride=2), "padding='same'.*stride 1"),
+        (dict(padding='same', kernel_size=2), "padding='same'"),
     ],
 )
 def test_what_cannot_be_built(options, words):
     with pytest.raises(ValueError, match=words):
-        DynamicConv2d(4, 6, 3, **options)
+        given = dict(in_channels=4, out_channels=6, kernel_size=3)
+        DynamicConv2d(**{**given, **options})
+
+
+@pytest.mark.parametrize('padding', ['same', 'valid'])
+def test_padding_by_name(padding):
+    conv = layer(4, 6, (3, 5), padding=padding, dilation=(2, 1))
+    plain = nn.Conv2d(4, 6, (3, 5), padding=padding, dilation=(2, 1))
+    x = torch.randn(2, 4, 9, 8)
+    assert conv(x).shape == plain(x).shape
+
+
+def test_channels_last_and_quantised_routing():
+    """Experts of five dimensions stay contiguous, values stay the same."""
+    conv = layer(4, 6, 3, bias=True)
+    x = torch.randn(2, 4, 7, 7)
+    wanted = conv(x)
+    copied = copy.deepcopy(conv).to(memory_format=torch.channels_last)
+    assert copied.weight.is_contiguous()
+    assert copied.weight.shape == conv.weight.shape
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert_close(copied(last), wanted)
+    assert copied.half().double().weight.dtype == torch.float64
+    quantised = torch.ao.quantization.quantize_dynamic(conv, {nn.Linear})
+    assert not isinstance(quantised.routing.fc, nn.Linear)
+    assert_close(quantised(x), wanted, rtol=0.05, atol=0.05)

@@ -1,9 +1,15 @@
+"""What the converters share, tiles, wheels, the data of the quick start."""
+
 import hashlib
 import json
+import re
 import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
+import mmcv
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,24 +19,19 @@ FOLDER = Path(__file__).parents[2] / 'tools' / 'dataset_converters'
 
 @pytest.fixture
 def tools(monkeypatch):
-    """Import the converters as they import each other."""
+    """The modules of the converters, imported as they import each other."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import converter_utils
     import fetch_wheel_members
-    import labelled_images
     import tile_coco
     import tree_crowns
-    import voc_to_coco
 
-    class Tools:
-        utils = converter_utils
-        fetch = fetch_wheel_members
-        images = labelled_images
-        tile = tile_coco
-        crowns = tree_crowns
-        voc = voc_to_coco
-
-    return Tools
+    return SimpleNamespace(
+        utils=converter_utils,
+        fetch=fetch_wheel_members,
+        tile=tile_coco,
+        crowns=tree_crowns,
+    )
 
 
 def test_failed_write_leaves_nothing(tools, tmp_path):
@@ -58,9 +59,9 @@ def test_tile_starts(tools, length, overlap, strip, starts):
 def test_tile_keeps_boxes_by_inside_fraction(tools):
     def keep(box, fraction, crowd=0):
         annotation = dict(bbox=box, category_id=3, iscrowd=crowd)
-        return tools.tile.tile_annotations(
-            [annotation], (100, 100, 200, 200), fraction
-        )
+        tile = (100, 100, 200, 200)
+        kept = tools.tile.tile_annotations([annotation], tile, fraction)
+        return list(kept.values())
 
     assert keep([90, 100, 20, 10], 0.5) == [
         dict(category_id=3, bbox=[0, 0, 10, 10], area=100, iscrowd=0)
@@ -104,15 +105,146 @@ def test_tile_pixels_and_boxes_belong_together(tools, tmp_path):
     assert len(dropped['images']) == len(with_boxes) < len(files)
 
 
-def test_tile_refuses_other_image_size(tools, tmp_path, caplog):
-    Image.new('RGB', (20, 20)).save(tmp_path / 'a.png')
-    coco = dict(
-        images=[dict(id=1, file_name='a.png', width=30, height=20)],
-        annotations=[],
-        categories=[],
+@pytest.fixture
+def cut(tools, tmp_path):
+    """Cut images into tiles of 64 pixels.
+
+    Images are arrays by file name; other options of the first image and of
+    the only box, 20x20 pixels, may be changed.
+    """
+
+    def run(images, box=None, info=None, *options):
+        infos = []
+        for file_name, pixels in images.items():
+            path = tmp_path / 'i' / file_name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+            height, width = pixels.shape[:2]
+            infos.append(
+                dict(id=len(infos), file_name=file_name, height=height)
+                | dict(width=width)
+            )
+        infos[0].update(info or {})
+        box = dict(id=1, image_id=0, category_id=1, bbox=[9, 9, 20, 20]) | (
+            box or {}
+        )
+        coco = dict(images=infos, annotations=[box])
+        coco['categories'] = [dict(id=1, name='x')]
+        (tmp_path / 'a.json').write_text(json.dumps(coco))
+        names = ('a.json', 'i', 'o.json', 't')
+        argv = [str(tmp_path / name) for name in names]
+        code = tools.tile.main([*argv, '--size', '64', *options])
+        out = tmp_path / 'o.json'
+        return code, json.loads(out.read_text()) if out.exists() else None
+
+    return run
+
+
+RAMP = np.linspace(0, 1, 128)[None].repeat(64, 0)
+GREY = (255 * RAMP).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ('file', 'pixels'),
+    [
+        ('a.png', (65535 * RAMP).astype(np.uint16)),
+        ('a.tif', (4095 * RAMP).astype(np.uint16)),
+        ('a.tif', RAMP > 0.5),
+        ('a.png', np.stack([GREY] * 4, -1)),
+        ('a.tif', RAMP.astype(np.float32)),
+        ('a.tif', (70000 * RAMP).astype(np.int32)),
+    ],
+)
+def test_tiles_hold_what_the_loader_shows(cut, tmp_path, caplog, file, pixels):
+    code, coco = cut({file: pixels})
+    whole = mmcv.imread(str(tmp_path / 'i' / file))
+    if whole is None:
+        assert (code, coco) == (1, None)
+        assert f'cannot read {tmp_path / "i" / file}' in caplog.text
+        return
+    tiles = [
+        mmcv.imread(str(tmp_path / 't' / info['file_name']))
+        for info in coco['images']
+    ]
+    np.testing.assert_array_equal(np.hstack(tiles), whole)
+
+
+def test_tiles_have_names_of_their_own(cut, tmp_path):
+    files = ('x.jpg', 'x.png', 'X.bmp', 'x-2.png', 'a/b.png', 'a_b.png')
+    images = {name: np.full_like(GREY, i) for i, name in enumerate(files)}
+    _, coco = cut(images)
+    names = [info['file_name'] for info in coco['images']]
+    assert len({name.lower() for name in names}) == 2 * len(files)
+    greys = [cv2.imread(str(tmp_path / 't' / name)).max() for name in names]
+    assert greys == [i for i in range(len(files)) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ('box', 'info', 'expected'),
+    [
+        (dict(image_id='0'), {}, r"annotations\[0\]: its image_id is '0'"),
+        (dict(image_id=[0]), {}, r'its image_id is \[0\]'),
+        (dict(category_id=2), {}, 'its category_id is 2'),
+        (dict(bbox=None), {}, 'its bbox None'),
+        (dict(bbox=[]), {}, r'its bbox \[\]'),
+        (dict(bbox=['9', '9', '20', '20']), {}, 'its bbox'),
+        (dict(bbox=[1, 2, 3, float('nan')]), {}, 'its bbox'),
+        ({}, dict(id=None), r'images\[0\], a.png: its id None'),
+        ({}, dict(file_name=3), r'images\[0\] has the file_name 3'),
+        ({}, dict(file_name='b.png'), 'b.png is missing'),
+        ({}, dict(width=127), 'a.png is 128x64, .* the width 127'),
+        ({}, dict(height='six'), "the height 'six'"),
+    ],
+)
+def test_faults_of_annotations_are_named(cut, caplog, box, info, expected):
+    assert cut({'a.png': GREY}, box, info) == (1, None)
+    assert re.search(expected, caplog.text)
+
+
+@pytest.mark.parametrize('info', [dict(width='128'), dict(height=64.0)])
+def test_sizes_in_other_forms(cut, info):
+    _, coco = cut({'a.png': GREY}, None, info)
+    assert coco['annotations'][0]['bbox'] == [9, 9, 20, 20]
+
+
+@pytest.mark.parametrize(
+    'bbox', [[200, 0, 9, 9], [9, 9, 0, 9], [54, 9, 20, 20]]
+)
+def test_boxes_in_no_tile_are_told(cut, caplog, bbox):
+    code, coco = cut(
+        {'a.png': GREY}, dict(bbox=bbox), {}, '--min-fraction', '0.6'
     )
-    with pytest.raises(tools.utils.ConverterError, match='20x20'):
-        tools.tile.tile_coco(coco, tmp_path, tmp_path)
+    assert code == 0 and coco['annotations'] == []
+    assert '1 of 1 boxes are in no tile' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('content', 'expected'),
+    [
+        ('{"images": []}', 'is not a COCO file'),
+        ('{"images": 1, "annotations": [], "categories": []}', 'COCO file'),
+        ('{', 'is not JSON'),
+        (None, 'does not exist'),
+    ],
+)
+def test_other_files_than_coco(tools, tmp_path, content, expected):
+    path = tmp_path / 'a.json'
+    if content is not None:
+        path.write_text(content, 'utf-8')
+    with pytest.raises(
+        tools.utils.ConverterError, match=f'a.json.*{expected}'
+    ):
+        tools.utils.read_coco(path)
+
+
+def test_sizes_of_maps_and_scans(tools, tmp_path):
+    """More pixels than Pillow opens by default; they are not decoded."""
+    path = tmp_path / 'map.png'
+    Image.new('1', (14000, 14000), 1).save(path)
+    with path.open('r+b') as file:
+        file.truncate(500)
+    size = tools.utils.read_size(path)
+    assert size.loaded == size.stored == (14000, 14000)
 
 
 @pytest.fixture
@@ -184,3 +316,46 @@ def test_fetch_downloads_and_checks(tools, tmp_path, wheel, monkeypatch):
 def test_fetch_wants_a_pinned_version(tools, tmp_path):
     with pytest.raises(tools.utils.ConverterError, match='pin a version'):
         tools.fetch.fetch_wheel_members('a>=1', '', ['b'], tmp_path, tmp_path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Photos of 400x300 pixels with their xml, the first with two trees."""
+    folder = tmp_path / 'photos'
+    folder.mkdir()
+    for name, lefts in (('p', (1, 290)), ('q', ())):
+        Image.new('RGB', (400, 300)).save(folder / f'{name}.png')
+        objects = ''.join(
+            f'<object><name>Tree</name><bndbox><xmin>{x}</xmin><ymin>1</ymin>'
+            f'<xmax>{x + 20}</xmax><ymax>20</ymax></bndbox></object>'
+            for x in lefts
+        )
+        (folder / f'{name}.xml').write_text(f'<a>{objects}</a>')
+    return folder
+
+
+def test_tree_crowns_are_cut_once(tools, tmp_path, photos, monkeypatch):
+    splits = {
+        'train': (('p',), 0, True, 2, 2),
+        'val': (('q',), 0, False, 4, 0),
+    }
+    monkeypatch.setattr(tools.crowns, 'SPLITS', splits)
+    calls = []
+    monkeypatch.setattr(
+        tools.crowns, 'fetch_wheel_members', lambda *a: calls.append(a)
+    )
+    assert tools.crowns.main(['--out-dir', str(tmp_path)]) == 0
+    train = json.loads((tmp_path / 'annotations' / 'train.json').read_text())
+    assert [c['name'] for c in train['categories']] == ['tree']
+    assert tools.crowns.main(['--out-dir', str(tmp_path)]) == 0
+    assert len(calls) == 1
+    next((tmp_path / 'val').iterdir()).unlink()
+    assert tools.crowns.main(['--out-dir', str(tmp_path)]) == 0
+    assert len(calls) == 2
+
+
+def test_edited_tree_crowns_are_noticed(tools, tmp_path, photos, monkeypatch):
+    splits = {'val': (('p',), 0, False, 4, 3)}
+    monkeypatch.setattr(tools.crowns, 'SPLITS', splits)
+    with pytest.raises(tools.utils.ConverterError, match='instead of'):
+        tools.crowns.make_split(tmp_path, 'val')

@@ -55,7 +55,7 @@ def files(tmp_path_factory):
 def test_points_are_in_pixels_of_the_original_image(sampling, files):
     """The first boxes of this model are a grid over the whole image."""
     model = sampling.load_model(*files[:2], device='cpu')
-    records, factors = sampling.record(model, cv2.imread(files[2]))
+    records, factors = sampling.record(model, files[2])
     assert factors.tolist() == [2, 2]
     (view,) = sampling.stage_views(records, factors, [0], range(64), ['tree'])
     assert view.points.shape == (64, 2, 16, 2)
@@ -87,6 +87,29 @@ def test_writes_a_picture(sampling, files, tmp_path, options):
     picture = cv2.imread(str(path))
     assert min(picture.shape[:2]) > 200
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+
+
+def test_images_of_the_same_name(sampling, files, tmp_path):
+    *model, image = files
+    images = [tmp_path / 'north' / '1.jpg', tmp_path / 'south' / '1.jpg']
+    for path in images:
+        path.parent.mkdir()
+        path.write_bytes(Path(image).read_bytes())
+    argv = [*model, *map(str, images), '--out', str(tmp_path / 'out')]
+    assert sampling.main(argv) == 0
+    found = {p.parent.name for p in tmp_path.glob('out/*/1_sampling.png')}
+    assert found == {'north', 'south'}
+
+
+@pytest.mark.parametrize('content', [b'', b'no image'])
+def test_images_that_cannot_be_read(
+    sampling, files, tmp_path, caplog, content
+):
+    image = tmp_path / 'bad.jpg'
+    image.write_bytes(content)
+    argv = [*files[:2], str(image), '--out', str(tmp_path)]
+    assert sampling.main(argv) == 1
+    assert 'bad.jpg cannot be read' in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -190,7 +213,7 @@ def test_best_queries_one_an_object(sampling):
 
 def test_other_models_are_refused(sampling):
     with pytest.raises(sampling.DrawError, match='for AdaMixer'):
-        sampling.record(torch.nn.Linear(1, 1), None)
+        sampling.record(torch.nn.Linear(1, 1), 'a.png')
 
 
 def make_view(sampling, points, box=(40, 10, 60, 30)):

@@ -1,6 +1,9 @@
+"""``yolo_to_coco.py``."""
+
 import json
 from pathlib import Path
 
+import mmcv
 import pytest
 from PIL import Image
 
@@ -95,17 +98,22 @@ def test_same_names_in_two_folders(yolo, tmp_path):
     [
         ('names: [cat, "a dog"]', ['cat', 'a dog']),
         ('names: {1: dog, 0: cat}\nnc: 2', ['cat', 'dog']),
-        ('names:\n  - 7\n  - yes', ['7', 'True']),
+        ('names: [no, yes]', ['no', 'yes']),
+        ('names: [on, off, null, ~]', ['on', 'off', 'null', '~']),
+        ('names:\n  0: 001\n  1: 1.10\nnc: 2', ['001', '1.10']),
+        ('names: [猫, "狗"]', ['猫', '狗']),
         ('names: {1: dog, 2: cat}', 'keys of `names`'),
         ('names: [cat]\nnc: 3', 'nc=3'),
         ('nc: 3', '`names` is missing'),
+        ('names: [{name: cat}]', 'no list of names'),
+        ('names: !!python/object/apply:os.getcwd []', 'unique'),
         ('names: [cat, cat]', 'unique'),
         ('names: [', 'not yaml'),
     ],
 )
 def test_names_in_yaml(yolo, tmp_path, text, expected):
     path = tmp_path / 'data.yaml'
-    path.write_text(text)
+    path.write_text(text, 'utf-8')
     if isinstance(expected, list):
         assert yolo.read_names(path) == expected
     else:
@@ -113,6 +121,28 @@ def test_names_in_yaml(yolo, tmp_path, text, expected):
             yolo.read_names(path)
         assert expected in str(error.value)
         assert 'data.yaml' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('file', 'encoding', 'read'),
+    [
+        ('classes.txt', 'utf-16', True),
+        ('classes.txt', 'utf-8-sig', True),
+        ('classes.txt', 'gbk', False),
+        ('classes.txt', 'utf-16-le', False),
+        ('data.yaml', 'utf-16', True),
+        ('data.yaml', 'gbk', False),
+    ],
+)
+def test_encodings(yolo, tmp_path, file, encoding, read):
+    path = tmp_path / file
+    text = 'names: [狗, a]' if file == 'data.yaml' else '狗\na\n'
+    path.write_bytes(text.encode(encoding))
+    if read:
+        assert yolo.read_names(path) == ['狗', 'a']
+    else:
+        with pytest.raises(yolo.ConverterError, match=f'{file} .*UTF-8'):
+            yolo.read_names(path)
 
 
 @pytest.mark.parametrize('text', ['cat\n\ndog\n', ''])
@@ -156,16 +186,26 @@ def test_polygons(yolo, tmp_path):
     assert boxes == [[4, 2, 16, 8], [10, 5, 20, 10]]
 
 
-def test_turned_photo(yolo, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ('suffix', 'orientation'),
+    [('.jpg', 8), ('.jpg', 3), ('.png', 9), ('.tif', 6), ('.webp', 6)],
+)
+def test_photos_with_an_orientation(
+    yolo, tmp_path, caplog, suffix, orientation
+):
+    """Boxes are fractions of the photo as the image loader shows it."""
     exif = Image.Exif()
-    exif[0x0112] = 8
+    exif[0x0112] = orientation
     label = ('labels/a.txt', '0 0.5 0.5 0.5 0.5')
-    write(tmp_path, 'images/a.jpg', label, exif=exif)
+    write(tmp_path, f'images/a{suffix}', label, exif=exif)
     _, coco = run(yolo, tmp_path, '--classes', 'cat')
+    image = mmcv.imread(str(tmp_path / 'images' / f'a{suffix}'))
+    height, width = image.shape[:2]
     info = coco['images'][0]
-    assert (info['width'], info['height']) == (20, 40)
-    assert coco['annotations'][0]['bbox'] == [5, 10, 10, 20]
-    assert 'turned by EXIF' in caplog.text
+    assert (info['width'], info['height']) == (width, height)
+    box = [width / 4, height / 4, width / 2, height / 2]
+    assert coco['annotations'][0]['bbox'] == box
+    assert ('EXIF orientation' in caplog.text) == (orientation != 9)
 
 
 def test_split_file(yolo, tmp_path, caplog):

@@ -12,74 +12,105 @@ Example:
 """
 
 import argparse
-import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
+import mmcv
 import numpy as np
-from drawing import (
+import torch
+from matplotlib.colors import hsv_to_rgb
+from trained_detector import (
+    DATASETS,
+    Config,
     DrawError,
-    Sample,
-    best_threshold,
-    contact_sheet,
-    draw_pair,
-    draw_truth,
-    truth_sheet,
+    load_config,
+    load_detector,
+    logger,
+    predict,
+    run_tool,
 )
 
-logger = logging.getLogger('draw_predictions')
+# isort: split
+from mmdet.structures.bbox import bbox_overlaps
+from mmdet.visualization import DetLocalVisualizer
+
+from lors_plugin.checkpoints import load_pickle_file
+from lors_plugin.visualization import picture_names
+
+# RGB
+YELLOW, GREEN, MAGENTA = (255, 230, 0), (60, 220, 70), (255, 60, 220)
+WHITE, DARK = (255, 255, 255), (40, 40, 40)
+HEADER, GAP = 34, 6  # pixels
+IOU = 0.5
+SHEET = 'contact_sheet'
 
 
-def load_dataset(
-    config: str,
-    options: Mapping | None = None,
-    split: str = 'test',
-    trust: bool = False,
-):
-    """Build a data set of a config.
+@dataclass
+class Sample:
+    """One image with its boxes, all in pixels of the original image.
 
-    Args:
-        config (str): Path of the config.
-        options (Mapping, optional): Changes to the config. Defaults to None.
-        split (str): 'train', 'val' or 'test'. Defaults to 'test'.
-        trust (bool): Allow files to run code of their own while they are
-            read. Defaults to False.
-
-    Returns:
-        tuple: The config and the data set.
+    Attributes:
+        path (str): The image.
+        gt_boxes (np.ndarray): Corners, has shape (G, 4).
+        gt_labels (np.ndarray): Has shape (G, ).
+        boxes (np.ndarray): Predicted corners, best score first, has shape
+            (N, 4).
+        scores (np.ndarray): Has shape (N, ).
+        labels (np.ndarray): Has shape (N, ).
     """
-    from lors_plugin.compat import install_mmcv_ext_fallback, read_safely
 
-    install_mmcv_ext_fallback()
-    from mmdet.registry import DATASETS
-    from mmdet.utils import register_all_modules
-    from mmengine.config import Config
+    path: str
+    gt_boxes: np.ndarray
+    gt_labels: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
 
-    register_all_modules()
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(dict(options or {}))
-    read_safely(trust)
-    return cfg, DATASETS.build(cfg[f'{split}_dataloader'].dataset)
+    def match(self) -> np.ndarray:
+        """Assign predictions to ground truth, best score first.
+
+        Returns:
+            np.ndarray: Index of the ground truth of the same class with the
+            largest IoU, or -1, for each prediction; has shape (N, ).
+        """
+        pair = (torch.as_tensor(b) for b in (self.boxes, self.gt_boxes))
+        ious = bbox_overlaps(*pair).numpy().copy()
+        ious[self.labels[:, None] != self.gt_labels[None]] = 0
+        hits = np.full(len(ious), -1)
+        for i, row in enumerate(ious if ious.size else ()):
+            best = int(row.argmax())
+            if row[best] >= IOU:
+                hits[i] = best
+                ious[:, best] = 0
+        return hits
 
 
-def read_pickle(path: str, trust: bool = False) -> dict[str, Mapping]:
-    """Read the predictions that ``tools/test.py --out`` wrote.
+def best_threshold(samples: Sequence[Sample]) -> float:
+    """Find the score threshold with the best F1 over all images.
 
-    Args:
-        path (str): The pickle.
-        trust (bool): Allow it to run code of its own while it is read.
-            Defaults to False.
-
-    Returns:
-        dict[str, Mapping]: Image id, then its predicted ``bboxes``,
-        ``scores`` and ``labels``.
+    It is 0.3 when no prediction is right.
     """
-    from lors_plugin.checkpoints import load_pickle_file
+    scores = np.concatenate([s.scores for s in samples])
+    right = np.concatenate([s.match() >= 0 for s in samples])
+    if not right.any():
+        return 0.3
+    order = np.argsort(-scores, kind='stable')
+    hits = np.cumsum(right[order])
+    total = sum(len(s.gt_boxes) for s in samples)
+    f1 = 2 * hits / (np.arange(1, len(hits) + 1) + total)
+    return float(scores[order][f1.argmax()])
 
-    results = load_pickle_file(path, trust)
+
+# From files to samples
+
+
+def read_pickle(path: str, trust: bool = False) -> dict[object, Mapping]:
+    """Read predictions of ``tools/test.py --out`` by the ids of images."""
     try:
+        results = load_pickle_file(path, trust)
         found = {r['img_id']: r['pred_instances'] for r in results}
         good = all(_are_detections(item) for item in found.values())
     except (KeyError, TypeError):
@@ -92,101 +123,60 @@ def read_pickle(path: str, trust: bool = False) -> dict[str, Mapping]:
 
 
 def _are_detections(item: Mapping) -> bool:
-    from torch import Tensor
-
     parts = [item[key] for key in ('bboxes', 'scores', 'labels')]
-    if not all(isinstance(part, Tensor) for part in parts):
+    if not all(isinstance(part, torch.Tensor) for part in parts):
         return False
     boxes, scores, labels = (tuple(part.shape) for part in parts)
     return len(scores) == 1 and labels == scores and boxes == (*scores, 4)
 
 
 def infer(
-    cfg,
-    checkpoint: str,
-    infos: Sequence[Mapping],
-    device: str,
-    trust: bool = False,
-) -> dict[str, Mapping]:
-    """Run the detector.
-
-    Args:
-        cfg (Config): The config.
-        checkpoint (str): Path of the weights.
-        infos (Sequence[Mapping]): Images of the data set.
-        device (str): Where to run.
-        trust (bool): Allow the weights' file to run code of its own while it
-            is read. Defaults to False.
-
-    Returns:
-        dict[str, Mapping]: See :func:`read_pickle`.
-    """
-    from mmdet.apis import inference_detector
-    from trained_detector import load_detector
-
-    model = load_detector(cfg, checkpoint, device, trust)
+    cfg: Config, infos: Sequence[Mapping], args: argparse.Namespace
+) -> dict[object, Mapping]:
+    """Run the detector of a config, as :func:`read_pickle`."""
+    model = load_detector(cfg, args.checkpoint, args.device, args.trust)
     return {
-        info['img_id']: inference_detector(
-            model, info['img_path']
-        ).pred_instances
+        info['img_id']: predict(model, info['img_path']).pred_instances
         for info in infos
     }
 
 
 def make_sample(info: Mapping, prediction: Mapping | None) -> Sample:
-    """Bring ground truth and predictions of an image together.
-
-    Args:
-        info (Mapping): Image of the data set.
-        prediction (Mapping, optional): Predicted ``bboxes``, ``scores``,
-            ``labels``.
-
-    Returns:
-        Sample: The image with its boxes.
-    """
+    """Bring ground truth and predictions of an image together."""
     truth = [i for i in info['instances'] if not i['ignore_flag']]
-    sample = Sample(
+    empty = dict(bboxes=torch.zeros(0, 4), scores=torch.zeros(0))
+    found = prediction or dict(empty, labels=torch.zeros(0))
+    scores = found['scores'].cpu().double().numpy()
+    order = np.argsort(-scores, kind='stable')
+    return Sample(
         path=info['img_path'],
         gt_boxes=np.array([i['bbox'] for i in truth], float).reshape(-1, 4),
         gt_labels=np.array([i['bbox_label'] for i in truth], int),
+        boxes=found['bboxes'].cpu().double().numpy()[order],
+        scores=scores[order],
+        labels=found['labels'].cpu().long().numpy()[order],
     )
-    if prediction is None:
-        return sample
-    scores = np.asarray(prediction['scores'].cpu(), np.float64)
-    order = np.argsort(-scores, kind='stable')
-    sample.boxes = np.asarray(prediction['bboxes'].cpu(), float)[order]
-    sample.scores = scores[order]
-    sample.labels = np.asarray(prediction['labels'].cpu(), int)[order]
-    return sample
 
 
 def collect_samples(args: argparse.Namespace) -> tuple[list[Sample], tuple]:
-    """Get all images with ground truth and predictions.
-
-    Args:
-        args (argparse.Namespace): The options.
-
-    Returns:
-        tuple: The samples and the class names.
-    """
-    cfg, dataset = load_dataset(
-        args.config, split=args.split, trust=args.trust
-    )
+    """Get images with ground truth and predictions, and class names."""
+    cfg = load_config(args.config, args.trust)
+    loader = cfg.get(f'{args.split}_dataloader')
+    if loader is None:
+        raise DrawError(f'{args.config} has no {args.split}_dataloader')
+    dataset = DATASETS.build(loader.dataset)
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     if not infos:
         raise DrawError(f'the {args.split} data set is empty')
-    if args.truth:
+    # Without a threshold all images are needed to choose one.
+    if args.truth or (args.checkpoint and args.score_thr is not None):
         infos = spread(infos, args.num)
+    if args.truth:
         predictions = dict.fromkeys(i['img_id'] for i in infos)
     elif args.pkl:
         predictions = read_pickle(args.pkl, args.trust)
     else:
-        # Without a threshold all images are needed to choose one.
-        if args.score_thr is not None:
-            infos = spread(infos, args.num)
-        predictions = infer(
-            cfg, args.checkpoint, infos, args.device, args.trust
-        )
+        predictions = infer(cfg, infos, args)
     missing = [i for i in infos if i['img_id'] not in predictions]
     if missing:
         raise DrawError(
@@ -198,77 +188,208 @@ def collect_samples(args: argparse.Namespace) -> tuple[list[Sample], tuple]:
 
 
 def spread(items: Sequence, number: int) -> list:
-    """Choose items at even distances.
+    """Choose a number of items at even distances, all if there are fewer."""
+    indices = np.linspace(0, len(items) - 1, min(number, len(items)))
+    return [items[i] for i in indices.round().astype(int)]
+
+
+# Drawing
+
+
+class Painter:
+    """Draw samples by MMDetection's visualizer; pictures are RGB.
 
     Args:
-        items (Sequence): What to choose from.
-        number (int): How many; all when there are fewer.
-
-    Returns:
-        list: The choice, in the old order.
-    """
-    places = np.linspace(0, len(items) - 1, min(number, len(items)))
-    return [items[i] for i in places.round().astype(int)]
-
-
-def draw_pairs(
-    samples: Sequence[Sample],
-    classes: Sequence[str],
-    args: argparse.Namespace,
-) -> dict[str, np.ndarray]:
-    """Draw ground truth and predictions side by side.
-
-    Args:
-        samples (Sequence[Sample]): All images with predictions.
         classes (Sequence[str]): Class names.
-        args (argparse.Namespace): The options.
-
-    Returns:
-        dict[str, np.ndarray]: The pictures and their names.
+        score_thr (float): Predictions below are not drawn. Defaults to 0.
     """
-    score_thr = args.score_thr
-    if score_thr is None:
-        score_thr = best_threshold(samples)
-        logger.info('score threshold with the best F1: %.2f', score_thr)
-    samples = spread(samples, args.num)
-    pictures = {
-        Path(s.path).stem: draw_pair(s, classes, score_thr) for s in samples
-    }
-    pictures['contact_sheet'] = contact_sheet(samples, classes, score_thr)
-    return pictures
+
+    def __init__(self, classes: Sequence[str], score_thr: float = 0) -> None:
+        self.classes, self.score_thr = classes, score_thr
+        self.visualizer = DetLocalVisualizer()
+        # Bright, and neighbours differ most.
+        hues = (30 + 111 * np.arange(len(classes))) % 180 / 180
+        colors = [hsv_to_rgb((hue, 2 / 3, 1)) for hue in hues]
+        self.colors = [
+            tuple(map(int, color)) for color in np.multiply(colors, 255)
+        ]
+
+    def load(self, path: str, side: int) -> tuple[np.ndarray, float]:
+        """Load an image with a longer side of that length, and its scale."""
+        try:
+            image = mmcv.imread(path, channel_order='rgb')
+        except Exception as error:  # whatever OpenCV makes of no image
+            raise DrawError(f'cannot read image {path}: {error}') from error
+        if image is None:
+            raise DrawError(f'cannot read image {path}')
+        scale = side / max(image.shape[:2])
+        size = [max(round(n * scale), 1) for n in image.shape[1::-1]]
+        way = 'bicubic' if scale > 1 else 'area'
+        return mmcv.imresize(image, size, interpolation=way), scale
+
+    def boxes(
+        self,
+        image: np.ndarray,
+        boxes: np.ndarray,
+        colors: Sequence[tuple],
+        texts: Sequence[str] = (),
+        dashed: Sequence[bool] = (),
+    ) -> np.ndarray:
+        """Draw boxes, in pixels of the image, the last ones on top."""
+        if not len(boxes):
+            return image
+        height, width = image.shape[:2]
+        boxes = np.clip(boxes, 0, [width, height] * 2)
+        styles = ['--' if d else '-' for d in dashed] or '-'
+        self.visualizer.set_image(image)
+        self.visualizer.draw_bboxes(boxes, colors, styles, 2, alpha=1)
+        for (x, y, _, _), color, text in zip(boxes, colors, texts):
+            ground = dict(facecolor=np.divide(color, 255), pad=1, linewidth=0)
+            left = x < 0.85 * width  # to the right, a text would be cut off
+            self.visualizer.draw_texts(
+                text,
+                np.array([x + 2 if left else width - 2, y + 2]),
+                8,
+                'k',
+                horizontal_alignments='left' if left else 'right',
+                bboxes=ground,
+            )
+        return self.visualizer.get_image()
+
+    def header(self, width: int, parts: Sequence[tuple]) -> np.ndarray:
+        """Write texts in their colours on a bar above a picture."""
+        total = sum(len(text) + 2 for text, _ in parts)
+        advance = min(8.4, (width - 16) / total)  # pixels of a character
+        size = advance / 0.602 * 72 / self.visualizer.dpi
+        bar = np.full((HEADER, width, 3), DARK, np.uint8)
+        self.visualizer.set_image(bar)
+        x = 8.0
+        for text, color in parts:
+            self.visualizer.draw_texts(
+                text,
+                np.array([x, HEADER / 2]),
+                size,
+                color,
+                vertical_alignments='center',
+                font_families='monospace',
+            )
+            x += (len(text) + 2) * advance
+        return self.visualizer.get_image()
+
+    def truth(
+        self, sample: Sample, side: int = 720, texts: bool = True
+    ) -> np.ndarray:
+        """Draw ground truth alone, a colour per class.
+
+        ``side`` is the longer side of the image in pixels; ``texts`` adds
+        labels and a header.
+        """
+        image, scale = self.load(sample.path, side)
+        names = [self.classes[i] for i in sample.gt_labels] if texts else ()
+        colors = [self.colors[i] for i in sample.gt_labels]
+        image = self.boxes(image, sample.gt_boxes * scale, colors, names)
+        if not texts:
+            return image
+        counts = np.bincount(sample.gt_labels, minlength=len(self.classes))
+        found = zip(counts, self.classes, self.colors)
+        parts = [(f'{n} {name}', color) for n, name, color in found if n]
+        parts = parts or [('no boxes', WHITE)]
+        return np.vstack([self.header(image.shape[1], parts), image])
+
+    def pair(
+        self, sample: Sample, side: int = 720, texts: bool = True
+    ) -> np.ndarray:
+        """Draw ground truth and predictions beside it, as :meth:`truth`."""
+        image, scale = self.load(sample.path, side)
+        shown = sample.scores >= self.score_thr
+        hits = np.where(shown, sample.match(), -1)
+        single = len(self.classes) == 1
+        number = len(sample.gt_boxes)
+        names = [self.classes[i] for i in sample.gt_labels]
+        left = self.boxes(
+            image,
+            sample.gt_boxes * scale,
+            [YELLOW] * number,
+            names if texts and not single else (),
+            [i not in hits for i in range(number)],
+        )
+        order = np.flatnonzero(shown)[::-1]
+        names = [
+            '' if single else f'{self.classes[sample.labels[i]]} '
+            for i in order
+        ]
+        scores = [f'{sample.scores[i]:.2f}' for i in order]
+        right = self.boxes(
+            image,
+            sample.boxes[order] * scale,
+            [GREEN if hits[i] >= 0 else MAGENTA for i in order],
+            [a + b for a, b in zip(names, scores)] if texts else (),
+        )
+        if texts:
+            found = int((hits >= 0).sum())
+            kind = self.classes[0] if single else 'object'
+            left_parts = [
+                (f'{number} {kind} boxes by hand', YELLOW),
+                (f'dashed: {number - found} missed', YELLOW),
+            ]
+            right_parts = [
+                (f'predictions, score >= {self.score_thr:.2f}:', WHITE),
+                (f'{found} right (IoU {IOU})', GREEN),
+                (f'{len(order) - found} wrong', MAGENTA),
+            ]
+            width = image.shape[1]
+            left = np.vstack([self.header(width, left_parts), left])
+            right = np.vstack([self.header(width, right_parts), right])
+        gap = np.full((left.shape[0], GAP, 3), WHITE, np.uint8)
+        return np.hstack([left, gap, right])
+
+    def sheet(self, samples: Sequence[Sample], truth: bool) -> np.ndarray:
+        """Draw all images small on one sheet, with or without predictions."""
+        if truth:
+            parts = list(zip(self.classes, self.colors))
+        else:
+            parts = [
+                ('left of each pair: boxes by hand', YELLOW),
+                ('(dashed: missed)', YELLOW),
+                (f'right: predictions, score >= {self.score_thr:.2f}:', WHITE),
+                ('right', GREEN),
+                ('wrong', MAGENTA),
+            ]
+        draw = self.truth if truth else self.pair
+        pictures = [draw(sample, 400, False) for sample in samples]
+        height = max(p.shape[0] for p in pictures) + 2 * GAP
+        width = max(p.shape[1] for p in pictures) + 3 * GAP
+        columns = min(4 if truth else 2, len(pictures))
+        rows = math.ceil(len(pictures) / columns)
+        sheet = np.full((rows * height, columns * width, 3), WHITE, np.uint8)
+        for i, picture in enumerate(pictures):
+            y, x = i // columns * height + GAP, i % columns * width + GAP
+            sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+        return np.vstack([self.header(sheet.shape[1], parts), sheet])
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Draw all pictures, as the command line says.
-
-    Args:
-        args (argparse.Namespace): The options.
-    """
+    """Draw all pictures, as the command line says."""
     samples, classes = collect_samples(args)
-    out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if args.truth:
-        pictures = {Path(s.path).stem: draw_truth(s, classes) for s in samples}
-        pictures['contact_sheet'] = truth_sheet(samples, classes)
-    else:
-        pictures = draw_pairs(samples, classes, args)
+    score_thr = args.score_thr or 0
+    if args.score_thr is None and not args.truth:
+        score_thr = best_threshold(samples)
+        logger.info('score threshold with the best F1: %.2f', score_thr)
+    samples = spread(samples, args.num)
+    painter = Painter(classes, score_thr)
+    names = picture_names([s.path for s in samples], [SHEET])
+    one = painter.truth if args.truth else painter.pair
+    pictures = {name: one(sample) for name, sample in zip(names, samples)}
+    pictures[SHEET] = painter.sheet(samples, args.truth)
     for name, picture in pictures.items():
-        path = out_dir / f'{name}.png'
-        if not cv2.imwrite(str(path), picture):
+        path = Path(args.out_dir, f'{name}.png')
+        if not mmcv.imwrite(picture[..., ::-1], str(path)):
             raise DrawError(f'cannot write {path}')
-    logger.info('%d pictures: %s', len(pictures), out_dir)
+    logger.info('%d pictures: %s', len(pictures), args.out_dir)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None, which
-            means the ones of the process.
-
-    Returns:
-        argparse.Namespace: The options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description='Draw ground truth and predictions side by side'
     )
@@ -318,22 +439,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None.
-
-    Returns:
-        int: Exit code.
-    """
-    args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
-    try:
-        draw(args)
-    except (DrawError, ValueError, OSError) as error:
-        logger.error('error: %s', error)
-        return 1
-    return 0
+    """Run the tool and return the exit code."""
+    return run_tool(draw, parse_args(argv))
 
 
 if __name__ == '__main__':

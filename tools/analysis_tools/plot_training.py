@@ -37,8 +37,7 @@ class History:
     """Logged values of one training.
 
     Attributes:
-        train (list[dict]): Records with ``step`` and ``minutes`` and the
-            loss values.
+        train (list[dict]): Records with ``step``, ``minutes`` and the losses.
         val (list[dict]): Records with ``step`` (counted in iterations) and
             the metrics.
     """
@@ -48,14 +47,7 @@ class History:
 
 
 def read_scalars(path: Path) -> list[dict]:
-    """Read one log; a last line that was cut off is left out.
-
-    Args:
-        path (Path): A ``scalars.json``, one json object a line.
-
-    Returns:
-        list[dict]: The records.
-    """
+    """Read the records of one log; a line that was cut off is left out."""
     records = []
     for line in path.read_text(encoding='utf-8').splitlines():
         try:
@@ -66,17 +58,10 @@ def read_scalars(path: Path) -> list[dict]:
 
 
 def read_history(work_dir: str | Path) -> History:
-    """Join the logs of a training.
+    """Join the logs of a training, one folder per run named by its time.
 
     What a later run did again replaces the earlier records, so that both a
     resumed and a repeated training come out right.
-
-    Args:
-        work_dir (str or Path): Folder with one folder a run, named by its
-            time.
-
-    Returns:
-        History: Records in the order of the iterations.
     """
     history = History()
     for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
@@ -104,14 +89,7 @@ def read_history(work_dir: str | Path) -> History:
 
 
 def collect_losses(train: Sequence[dict]) -> dict[str, np.ndarray]:
-    """Sort out the losses, each summed over the stages of a decoder.
-
-    Args:
-        train (Sequence[dict]): Training records.
-
-    Returns:
-        dict[str, np.ndarray]: ``loss`` first, then its parts.
-    """
+    """Sort out ``loss`` and its parts, each summed over a decoder's stages."""
     losses: dict[str, np.ndarray] = {'loss': np.zeros(len(train))}
     for i, record in enumerate(train):
         for key, value in record.items():
@@ -122,14 +100,7 @@ def collect_losses(train: Sequence[dict]) -> dict[str, np.ndarray]:
 
 
 def collect_metrics(val: Sequence[dict]) -> dict[str, list[tuple]]:
-    """Sort out AP and AP50.
-
-    Args:
-        val (Sequence[dict]): Evaluation records.
-
-    Returns:
-        dict[str, list[tuple]]: Label, then pairs of iteration and value.
-    """
+    """Sort out AP and AP50, as pairs of iteration and value."""
     labels = {'bbox_mAP': 'AP', 'bbox_mAP_50': 'AP50'}
     metrics: dict[str, list[tuple]] = {}
     for record in val:
@@ -143,47 +114,30 @@ def collect_metrics(val: Sequence[dict]) -> dict[str, list[tuple]]:
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Smooth a curve by a centred mean that shrinks at the ends.
 
-    Args:
-        values (np.ndarray): Has shape (n, ).
-        window (int): Number of values on each side.
-
-    Returns:
-        np.ndarray: Has shape (n, ).
+    ``window`` is the number of values on each side.
     """
+    last = len(values) - 1
+    reaches = [min(window, i, last - i) for i in range(len(values))]
     return np.array(
-        [
-            values[i - reach : i + reach + 1].mean()
-            for i in range(len(values))
-            for reach in [min(window, i, len(values) - 1 - i)]
-        ]
+        [values[i - r : i + r + 1].mean() for i, r in enumerate(reaches)]
     )
 
 
 def style_axes(axes: plt.Axes, train: Sequence[dict], ylabel: str) -> None:
-    """Label the axes: iterations below, minutes of training above.
-
-    Args:
-        axes (Axes): The axes.
-        train (Sequence[dict]): Training records.
-        ylabel (str): Label of the vertical axis.
-    """
+    """Label the axes: iterations below, minutes of training above."""
     last = train[-1]
     epochs = last.get('epoch', 1)
     suffix = f' ({epochs} epochs)' if epochs > 1 else ''
-    axes.set_xlabel(f'iteration{suffix}')
-    axes.set_ylabel(ylabel)
+    axes.set(xlabel=f'iteration{suffix}', ylabel=ylabel)
     axes.set_xlim(0, last['step'])
     axes.grid(color='#dddddd', linewidth=0.6)
     axes.spines[['top', 'right']].set_visible(False)
-    steps = [0] + [record['step'] for record in train]
-    minutes = [0.0] + [record['minutes'] for record in train]
-    if minutes[-1] <= 0:
+    if last['minutes'] <= 0:
         return
-    for i in range(1, len(minutes)):
-        minutes[i] = max(minutes[i], minutes[i - 1] + 1e-9)
-    # Beyond the end, where no tick may bend back.
-    steps.append(2 * steps[-1])
-    minutes.append(2 * minutes[-1])
+    # To beyond the end, where no tick may bend back.
+    steps = [0, *(r['step'] for r in train), 2 * last['step']]
+    minutes = [0, *(r['minutes'] for r in train), 2 * last['minutes']]
+    minutes = np.array(minutes) + 1e-9 * np.arange(len(minutes))
     top = axes.secondary_xaxis(
         'top',
         functions=(
@@ -197,21 +151,15 @@ def style_axes(axes: plt.Axes, train: Sequence[dict], ylabel: str) -> None:
 
 
 def plot_history(history: History, out: str | Path, title: str) -> None:
-    """Draw the figure.
-
-    Args:
-        history (History): What was logged.
-        out (str or Path): Picture to write.
-        title (str): Title of the figure.
-    """
+    """Draw the losses and the metrics into a picture."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.8), layout='constrained'
     )
     steps = [record['step'] for record in history.train]
     for i, (name, values) in enumerate(collect_losses(history.train).items()):
-        color = '#222222' if name == 'loss' else COLORS[i % len(COLORS)]
-        wide = 2.2 if name == 'loss' else 1.5
-        label = 'sum of all losses' if name == 'loss' else name
+        color, wide, label = COLORS[i % len(COLORS)], 1.5, name
+        if name == 'loss':
+            color, wide, label = '#222222', 2.2, 'sum of all losses'
         left.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
         curve = smooth(values, max(1, len(values) // 40))
         left.plot(steps, curve, color=color, linewidth=wide, label=label)
@@ -219,20 +167,16 @@ def plot_history(history: History, out: str | Path, title: str) -> None:
     left.legend(frameon=False)
     style_axes(left, history.train, 'training loss (stages added up)')
     metrics = collect_metrics(history.val)
-    for i, (label, points) in enumerate(sorted(metrics.items())):
-        color = COLORS[i]
+    highest = 0.05
+    for color, (label, points) in zip(COLORS, sorted(metrics.items())):
         right.plot(*zip(*points), 'o-', color=color, label=label, ms=4)
-        right.annotate(
-            f'{points[-1][1]:.3f}',
-            points[-1],
-            (0, 6),
-            textcoords='offset points',
-            ha='right',
-            color=color,
-        )
+        offset = dict(xytext=(0, 6), textcoords='offset points')
+        last = f'{points[-1][1]:.3f}'
+        right.annotate(last, points[-1], **offset, ha='right', color=color)
+        highest = max(highest, *(value for _, value in points))
     style_axes(right, history.train, 'COCO box AP on the validation set')
     if metrics:
-        right.set_ylim(0, 1.15 * max(0.05, *(m[1] for m in flat(metrics))))
+        right.set_ylim(0, 1.15 * highest)
         right.legend(frameon=False, loc='upper left')
     else:
         right.text(0.5, 0.5, 'not evaluated yet', transform=right.transAxes)
@@ -242,28 +186,8 @@ def plot_history(history: History, out: str | Path, title: str) -> None:
     plt.close(figure)
 
 
-def flat(metrics: dict[str, list[tuple]]) -> list[tuple]:
-    """Return the points of all metrics in one list.
-
-    Args:
-        metrics (dict[str, list[tuple]]): See :func:`collect_metrics`.
-
-    Returns:
-        list[tuple]: Pairs of iteration and value.
-    """
-    return [point for points in metrics.values() for point in points]
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None, which
-            means the ones of the process.
-
-    Returns:
-        argparse.Namespace: The options.
-    """
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool and return the exit code."""
     parser = argparse.ArgumentParser(
         description='Plot the losses and the AP of a training'
     )
@@ -272,19 +196,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--out', help='picture to write (default: WORK_DIR/training.png)'
     )
     parser.add_argument('--title', help='(default: name of WORK_DIR)')
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None.
-
-    Returns:
-        int: Exit code.
-    """
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     out = Path(args.out or Path(args.work_dir) / 'training.png')
     try:

@@ -58,15 +58,9 @@ def view_limits(
 ) -> tuple[float, float, float, float]:
     """Choose the part of the plane that all panels show.
 
-    Args:
-        views (Sequence[StageView]): The stages.
-        size (tuple[int, int]): Width and height of the image.
-        zoom (float, optional): None for the whole image, with a margin
-            where boxes or points lie outside; else the surroundings of the
-            last boxes, so many times as large as these.
-
-    Returns:
-        tuple[float]: Left, top, right, bottom.
+    Without ``zoom`` it is the whole image, with a margin where boxes or
+    points lie outside; else the surroundings of the last boxes, so many times
+    as large as these. Returns left, top, right and bottom.
     """
     if zoom is not None:
         boxes = views[-1].boxes_out
@@ -84,39 +78,23 @@ def view_limits(
 
 
 def draw_boxes(ax: Axes, view: StageView) -> None:
-    """Draw boxes at the start (dashed) and the end of a stage.
-
-    Args:
-        ax (Axes): The panel.
-        view (StageView): The stage.
-    """
+    """Draw boxes at the start (dashed) and the end of a stage."""
     outline = [effects.withStroke(linewidth=2.6, foreground='#000000b0')]
     for boxes, style, width in (
         (view.boxes_in, (0, (4, 3)), 1.1),
         (view.boxes_out, '-', 1.4),
     ):
         for x1, y1, x2, y2 in boxes:
+            look = dict(linewidth=width, linestyle=style, edgecolor='white')
             patch = Rectangle(
-                (x1, y1),
-                x2 - x1,
-                y2 - y1,
-                fill=False,
-                edgecolor='white',
-                linewidth=width,
-                linestyle=style,
-                zorder=3,
+                (x1, y1), x2 - x1, y2 - y1, fill=False, zorder=3, **look
             )
             patch.set_path_effects(outline)
             ax.add_patch(patch)
 
 
 def draw_texts(ax: Axes, view: StageView) -> None:
-    """Write the text of each box at its upper left corner.
-
-    Args:
-        ax (Axes): The panel; its limits are set.
-        view (StageView): The stage.
-    """
+    """Write the text of each box at its upper left corner."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     for (x1, y1, _, _), text in zip(view.boxes_out, view.texts):
         ax.text(
@@ -135,13 +113,8 @@ def draw_texts(ax: Axes, view: StageView) -> None:
 def draw_points(ax: Axes, view: StageView, groups: bool) -> int:
     """Draw the points in the colours of their levels.
 
-    Args:
-        ax (Axes): The panel; its limits are set.
-        view (StageView): The stage.
-        groups (bool): Whether groups have markers of their own.
-
-    Returns:
-        int: Number of points outside the panel.
+    With ``groups`` each group has a marker of its own. Returns the number of
+    points outside the panel, whose limits are set.
     """
     colors = level_colors(view.weights.shape[-1])
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
@@ -172,12 +145,7 @@ def draw_points(ax: Axes, view: StageView, groups: bool) -> int:
 
 
 def draw_shares(ax: Axes, view: StageView) -> None:
-    """Draw how much each level counts in all points together.
-
-    Args:
-        ax (Axes): The strip below a panel.
-        view (StageView): The stage.
-    """
+    """Draw the share of each level, over all points, in a strip."""
     shares = view.weights.reshape(-1, view.weights.shape[-1]).mean(0)
     start = 0.0
     for share, color in zip(shares, level_colors(len(shares))):
@@ -200,33 +168,15 @@ def draw_shares(ax: Axes, view: StageView) -> None:
 def legend_of(
     strides: Sequence[int], groups: int, with_groups: bool
 ) -> list[Line2D]:
-    """Make the entries of the legend.
-
-    Args:
-        strides (Sequence[int]): Of the levels.
-        groups (int): Number of groups.
-        with_groups (bool): Whether groups have markers of their own.
-
-    Returns:
-        list[Line2D]: The entries.
-    """
+    """Make the entries of the legend."""
     dot = dict(linestyle='', markeredgecolor='black', markeredgewidth=0.4)
     entries = [
         Line2D([], [], marker='o', color=c, label=f'stride {s}', **dot)
         for c, s in zip(level_colors(len(strides)), strides)
     ]
-    if with_groups:
-        entries += [
-            Line2D(
-                [],
-                [],
-                marker=MARKERS[g % len(MARKERS)],
-                color='white',
-                label=f'group {g}',
-                **dot,
-            )
-            for g in range(groups)
-        ]
+    for g in range(groups if with_groups else 0):
+        marker = dict(marker=MARKERS[g % len(MARKERS)], color='white')
+        entries.append(Line2D([], [], label=f'group {g}', **marker, **dot))
     frame = dict(color='#444444', linewidth=1.4)
     entries.append(Line2D([], [], label='box at the end', **frame))
     entries.append(
@@ -244,17 +194,17 @@ def sampling_figure(
     zoom: float | None = None,
     columns: int | None = None,
 ) -> Figure:
-    """Draw one panel a stage.
+    """Draw one panel per stage.
 
     Args:
         image (np.ndarray): RGB, shape (H, W, 3).
         views (Sequence[StageView]): The stages.
-        strides (Sequence[int]): Of the levels.
+        strides (Sequence[int]): Strides of the levels.
         title (str): Above the picture.
         groups (bool): Whether groups have markers of their own. Defaults to
             False.
         zoom (float, optional): See :func:`view_limits`.
-        columns (int, optional): Panels a row. Defaults to None, which means
+        columns (int, optional): Panels per row. Defaults to None, which means
             three at most.
 
     Returns:

@@ -1,19 +1,51 @@
-"""A detector of a config with the weights of a checkpoint, for drawing."""
+"""What the drawing tools share: configs, detectors, their predictions."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from drawing import DrawError
+# First: it makes mmcv.ops importable.
+from lors_plugin.adapters import is_adapter_checkpoint
+from lors_plugin.checkpoints import load_checkpoint_file, weights_of
+from lors_plugin.compat import read_safely
+from lors_plugin.engine.checkpoint_fit import check_weights
+from lors_plugin.reparam.structure import adapt, build_base, has_adapters
+
+# isort: split
+from mmdet.apis import inference_detector
 from mmdet.registry import DATASETS
+from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from lors_plugin.adapters import is_adapter_checkpoint
-from lors_plugin.checkpoints import load_checkpoint_file, weights_of
-from lors_plugin.engine.checkpoint_fit import check_weights
-from lors_plugin.reparam.structure import adapt, build_base, has_adapters
+logger = logging.getLogger('draw')
+
+
+class DrawError(RuntimeError):
+    """A mistake in the input that the user can repair."""
+
+
+def run_tool(work: Callable[..., None], *args: object) -> int:
+    """Run a tool; its errors become a message and the exit code 1."""
+    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    try:
+        work(*args)
+    except (DrawError, ValueError, OSError) as error:
+        logger.error('error: %s', error)
+        return 1
+    return 0
+
+
+def load_config(path: str, trust: bool = False) -> Config:
+    """Read a config of MMDetection, and files afterwards as ``trust`` says."""
+    register_all_modules(init_default_scope=False)
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    read_safely(trust)
+    return cfg
 
 
 def load_detector(
@@ -44,8 +76,6 @@ def load_detector(
     for field in ('model', 'test_dataloader'):
         if cfg.get(field) is None:
             raise DrawError(f'{cfg.filename} has no {field}')
-    register_all_modules(init_default_scope=False)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
     content = load_checkpoint_file(checkpoint, trust)
     if is_adapter_checkpoint(content):
         raise DrawError(
@@ -65,11 +95,7 @@ def load_detector(
 
 
 def config_classes(cfg: Config) -> Sequence[str]:
-    """Return the class names of a config's test set; no file is read.
-
-    Args:
-        cfg (Config): The config.
-    """
+    """Return the class names of a config's test set; no file is read."""
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset['dataset']
@@ -92,3 +118,16 @@ def _classes_in(meta: dict, path: str) -> Sequence[str]:
     ):
         raise DrawError(f'{path}: its class names are {names!r:.80}')
     return tuple(names)
+
+
+def predict(model: nn.Module, path: str) -> DetDataSample:
+    """Run a detector on an image; an error names the image."""
+    if not Path(path).is_file():
+        raise DrawError(f'the image {path} does not exist')
+    try:
+        return inference_detector(model, path)
+    except Exception as error:  # of OpenCV, the pipeline or the model
+        raise DrawError(
+            f'the image {path} cannot be read, or the detector cannot take '
+            f'it ({type(error).__name__}: {error})'
+        ) from error

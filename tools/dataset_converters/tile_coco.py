@@ -6,19 +6,23 @@ Example:
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
+import numpy as np
 from converter_utils import (
     ConverterError,
-    atomic_path,
+    load_image,
     logger,
     read_coco,
     run_tool,
     write_json,
 )
-from PIL import Image, ImageOps
+
+from lors_plugin.checkpoints.files import replace_file
 
 Tile = tuple[int, int, int, int]
 
@@ -26,19 +30,10 @@ Tile = tuple[int, int, int, int]
 def tile_starts(
     length: int, size: int, overlap: int = 0, min_strip: int = 32
 ) -> list[int]:
-    """Place tiles along one side of an image.
+    """Return the first pixels of tiles along one side of an image.
 
     The last tile is moved inwards to end at the border, so that all tiles
     have one size, unless it would show fewer than ``min_strip`` new pixels.
-
-    Args:
-        length (int): Length of the side.
-        size (int): Length of a tile.
-        overlap (int): Pixels that neighbours share. Defaults to 0.
-        min_strip (int): Smallest rest that gets a tile. Defaults to 32.
-
-    Returns:
-        list[int]: First pixel of each tile.
     """
     if not 0 <= overlap < size:
         raise ConverterError(
@@ -51,16 +46,7 @@ def tile_starts(
 
 
 def clip_box(box: Sequence[float], tile: Tile) -> list[float] | None:
-    """Cut a box off at the borders of a tile.
-
-    Args:
-        box (Sequence[float]): COCO box, x, y, width and height.
-        tile (tuple[int]): Left, upper, right and lower border.
-
-    Returns:
-        list[float] or None: COCO box in coordinates of the tile, None when
-        nothing is inside.
-    """
+    """Clip a COCO box to a tile, None when nothing is inside."""
     x1, y1 = max(box[0], tile[0]), max(box[1], tile[1])
     x2 = min(box[0] + box[2], tile[2])
     y2 = min(box[1] + box[3], tile[3])
@@ -71,20 +57,15 @@ def clip_box(box: Sequence[float], tile: Tile) -> list[float] | None:
 
 def tile_annotations(
     annotations: Sequence[dict], tile: Tile, min_fraction: float = 0.5
-) -> list[dict]:
-    """Select and cut the annotations of one tile.
+) -> dict[int, dict]:
+    """Select and clip the annotations of one tile.
 
-    Args:
-        annotations (Sequence[dict]): COCO annotations of the whole image.
-        tile (tuple[int]): Left, upper, right and lower border.
-        min_fraction (float): A box stays when at least this part of its area
-            is inside. Crowd regions always stay. Defaults to 0.5.
-
-    Returns:
-        list[dict]: Annotations without ``id`` and ``image_id``.
+    A box stays when at least ``min_fraction`` of its area is inside; crowd
+    regions always stay. Returns what is kept by its index in
+    ``annotations``, without ``id`` and ``image_id``.
     """
-    kept = []
-    for annotation in annotations:
+    kept = {}
+    for index, annotation in enumerate(annotations):
         box = clip_box(annotation['bbox'], tile)
         if box is None:
             continue
@@ -92,15 +73,53 @@ def tile_annotations(
         _, _, width, height = annotation['bbox']
         if not crowd and box[2] * box[3] < min_fraction * width * height:
             continue
-        kept.append(
-            dict(
-                category_id=annotation['category_id'],
-                bbox=box,
-                area=box[2] * box[3],
-                iscrowd=crowd,
-            )
+        kept[index] = dict(
+            category_id=annotation['category_id'],
+            bbox=box,
+            area=box[2] * box[3],
+            iscrowd=crowd,
         )
     return kept
+
+
+def load_checked(info: dict, img_dir: str | Path) -> np.ndarray:
+    """Load an image as the training does; its size is the annotated one."""
+    path = Path(img_dir) / info['file_name']
+    if not path.is_file():
+        raise ConverterError(f'image {path} is missing')
+    image = load_image(path)
+    for name, length in zip(('height', 'width'), image.shape):
+        stated = info.get(name, length)
+        try:
+            right = float(stated) == length
+        except (TypeError, ValueError):
+            right = False
+        if not right:
+            height, width = image.shape[:2]
+            raise ConverterError(
+                f'{path} is {width}x{height}, and its annotation has the '
+                f'{name} {stated!r}'
+            )
+    return image
+
+
+def tile_stems(images: Sequence[dict]) -> list[str]:
+    """Choose the beginnings of the tiles' names, all different.
+
+    They are the images' names without suffix and in one word, with a number
+    where another image has the same.
+    """
+    stems: dict[str, str] = {}
+    for info in images:
+        stem = Path(info['file_name']).with_suffix('').as_posix()
+        stem = name = stem.replace('/', '_')
+        # Some file systems take upper and lower case for the same.
+        for number in itertools.count(2):
+            if name.casefold() not in stems:
+                break
+            name = f'{stem}-{number}'
+        stems[name.casefold()] = name
+    return list(stems.values())
 
 
 def tile_coco(
@@ -113,12 +132,12 @@ def tile_coco(
     min_strip: int = 32,
     drop_empty: bool = False,
 ) -> dict:
-    """Cut all images of a COCO data set and write the tiles as png files.
+    """Cut all images of a COCO data set and write the tiles as PNG files.
 
     Masks and key points are not carried over.
 
     Args:
-        coco (dict): Content of the COCO file.
+        coco (dict): Content of the COCO file, see :func:`read_coco`.
         img_dir (str or Path): Folder of the images.
         out_dir (str or Path): Folder for the tiles.
         size (int): Width and height of a tile. Images that are smaller stay
@@ -132,35 +151,24 @@ def tile_coco(
     Returns:
         dict: Content of the COCO file of the tiles.
     """
-    by_image: dict[int, list[dict]] = {}
+    by_image: dict[object, list[dict]] = {}
     for annotation in coco['annotations']:
         by_image.setdefault(annotation['image_id'], []).append(annotation)
-    images, annotations = [], []
-    for info in coco['images']:
-        path = Path(img_dir) / info['file_name']
-        if not path.is_file():
-            raise ConverterError(f'image {path} is missing')
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert('RGB')
-        width, height = image.size
-        if (width, height) != (info['width'], info['height']):
-            raise ConverterError(
-                f'{path} is {width}x{height}, its annotation says '
-                f'{info["width"]}x{info["height"]}'
-            )
-        stem = Path(info['file_name']).with_suffix('').as_posix()
+    images, annotations, lost = [], [], 0
+    for info, stem in zip(coco['images'], tile_stems(coco['images'])):
+        image = load_checked(info, img_dir)
+        height, width = image.shape[:2]
+        own, found = by_image.get(info['id'], []), set()
         for top in tile_starts(height, size, overlap, min_strip):
             for left in tile_starts(width, size, overlap, min_strip):
                 right, bottom = left + size, top + size
                 tile = (left, top, min(right, width), min(bottom, height))
-                kept = tile_annotations(
-                    by_image.get(info['id'], []), tile, min_fraction
-                )
+                kept = tile_annotations(own, tile, min_fraction)
+                found.update(kept)
                 if drop_empty and not kept:
                     continue
-                name = f'{stem.replace("/", "_")}_{top:05d}_{left:05d}.png'
-                with atomic_path(Path(out_dir) / name) as temporary:
-                    image.crop(tile).save(temporary, compress_level=1)
+                name = f'{stem}_{top:05d}_{left:05d}.png'
+                write_tile(image, tile, Path(out_dir) / name)
                 images.append(
                     dict(
                         id=len(images) + 1,
@@ -169,11 +177,20 @@ def tile_coco(
                         height=tile[3] - top,
                     )
                 )
-                for annotation in kept:
+                for annotation in kept.values():
                     annotation.update(
                         id=len(annotations) + 1, image_id=len(images)
                     )
                     annotations.append(annotation)
+        lost += len(own) - len(found)
+    if lost:
+        logger.warning(
+            '%d of %d boxes are in no tile: without area, outside of their '
+            'image, or less than %g of them in any tile',
+            lost,
+            len(coco['annotations']),
+            min_fraction,
+        )
     return dict(
         images=images,
         annotations=annotations,
@@ -181,16 +198,17 @@ def tile_coco(
     )
 
 
+def write_tile(image: np.ndarray, tile: Tile, path: Path) -> None:
+    """Write a part of a BGR image as a PNG file."""
+    left, top, right, bottom = tile
+    options = [cv2.IMWRITE_PNG_COMPRESSION, 1]
+    _, data = cv2.imencode('.png', image[top:bottom, left:right], options)
+    with replace_file(path) as beside:
+        beside.write_bytes(data.tobytes())
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None, which
-            means the ones of the process.
-
-    Returns:
-        argparse.Namespace: The options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description='Cut the large images of a COCO data set into tiles'
     )
@@ -224,11 +242,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Cut and write, as the command line says.
-
-    Args:
-        args (argparse.Namespace): The options.
-    """
+    """Cut and write, as the command line says."""
     coco = tile_coco(
         read_coco(args.ann_file),
         args.img_dir,
@@ -249,16 +263,8 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None.
-
-    Returns:
-        int: Exit code.
-    """
-    args = parse_args(argv)
-    return run_tool(lambda: convert(args))
+    """Run the tool and return the exit code."""
+    return run_tool(convert, parse_args(argv))
 
 
 if __name__ == '__main__':

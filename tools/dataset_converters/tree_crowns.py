@@ -39,15 +39,7 @@ SPLITS = {
 
 
 def is_complete(ann_file: Path, img_dir: Path) -> bool:
-    """Tell whether a split was already made.
-
-    Args:
-        ann_file (Path): COCO file of the split; it is written last.
-        img_dir (Path): Folder of its tiles.
-
-    Returns:
-        bool: True when the file and all of its images exist.
-    """
+    """Tell whether a split was made; its COCO file is written last."""
     if not ann_file.is_file():
         return False
     try:
@@ -58,12 +50,7 @@ def is_complete(ann_file: Path, img_dir: Path) -> bool:
 
 
 def make_split(out_dir: Path, name: str) -> None:
-    """Cut the photos of one split and write its COCO file.
-
-    Args:
-        out_dir (Path): Root of the data set, with the folder ``photos``.
-        name (str): Key of ``SPLITS``.
-    """
+    """Cut the photos of one split of ``SPLITS`` and write its COCO file."""
     photos, overlap, drop_empty, tiles, boxes = SPLITS[name]
     img_dir = out_dir / 'photos'
     coco = voc_to_coco(
@@ -132,15 +119,7 @@ def make_tree_crowns(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None, which
-            means the ones of the process.
-
-    Returns:
-        argparse.Namespace: The options.
-    """
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description='Make the tree crown data set of the quick start'
     )
@@ -155,18 +134,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None.
-
-    Returns:
-        int: Exit code.
-    """
+    """Run the tool and return the exit code."""
     args = parse_args(argv)
-    return run_tool(
-        lambda: make_tree_crowns(args.out_dir, args.wheel_dir, args.force)
-    )
+    return run_tool(make_tree_crowns, args.out_dir, args.wheel_dir, args.force)
 
 
 if __name__ == '__main__':

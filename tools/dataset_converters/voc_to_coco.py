@@ -1,4 +1,4 @@
-"""Convert Pascal VOC annotations (one xml an image) to COCO json.
+"""Convert Pascal VOC annotations (one xml per image) to COCO json.
 
 Example:
     python tools/dataset_converters/voc_to_coco.py VOC2007/Annotations \
@@ -9,6 +9,7 @@ Example:
 """
 
 import argparse
+import codecs
 import math
 import re
 import sys
@@ -17,41 +18,55 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
-from converter_utils import ConverterError, logger, run_tool
-from labelled_images import (
+from converter_utils import (
     IMG_SUFFIXES,
+    ConverterError,
     ImageFolder,
     LabelledBox,
     LabelledImage,
-    add_output_arguments,
     check_classes,
-    check_output_arguments,
-    read_orientation,
+    logger,
+    make_parser,
+    parse_output,
+    read_size,
+    read_text,
+    run_tool,
     to_coco,
     visible_files,
     write_coco_files,
 )
 
+# Programs write the larger set of characters under the name of the smaller.
+SUPERSETS = {
+    'gb2312': 'gb18030',
+    'gbk': 'gb18030',
+    'shift_jis': 'cp932',
+    'euc_kr': 'cp949',
+}
+NOTES = dict(
+    size='%d files state no or a wrong image size; the images count',
+    lying='%d photos lie on their side and so do their boxes; the boxes are '
+    'turned as EXIF says',
+    unclear='%d photos are turned or mirrored by EXIF, and the size in the '
+    'xml does not tell whether their boxes are; the boxes are taken for those '
+    'of the photo as the image loader shows it',
+    difficult='dropped %d difficult boxes',
+)
+
 
 def list_xmls(xml_dir: str | Path, split: str | Path | None) -> list[Path]:
-    """List the annotation files.
+    """List the annotation files, sorted or in the order of a split file.
 
-    Args:
-        xml_dir (str or Path): Folder of the xml files; those in its folders
-            count too.
-        split (str or Path, optional): File with one name a line, as in
-            ``ImageSets/Main``. Names whose second column is -1 (image
-            without the class of the file) are left out.
-
-    Returns:
-        list[Path]: Paths, sorted or in the order of the split file.
+    A split has one name per line, as in ``ImageSets/Main``. Names whose second
+    column is -1 (image without the class of the file) are left out.
     """
     xml_dir = Path(xml_dir)
     if split is None:
         paths = visible_files(xml_dir, ('.xml',))
     else:
-        names = read_split(split, xml_dir)
-        paths = [xml_dir / f'{name}.xml' for name in names]
+        paths = [
+            xml_dir / f'{name}.xml' for name in read_split(split, xml_dir)
+        ]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
             raise ConverterError(
@@ -64,20 +79,14 @@ def list_xmls(xml_dir: str | Path, split: str | Path | None) -> list[Path]:
 
 
 def read_split(path: str | Path, xml_dir: Path) -> list[str]:
-    """Read the names of a split.
+    """Read the names of a split, see :func:`list_xmls`.
 
-    Args:
-        path (str or Path): See :func:`list_xmls`. Image suffixes are left
-            away, and names may hold spaces.
-        xml_dir (Path): Folder of the xml files.
-
-    Returns:
-        list[str]: The names.
+    Suffixes of images are removed; names may hold spaces.
     """
     names = []
-    for row in Path(path).read_text(encoding='utf-8-sig').splitlines():
-        match = re.fullmatch(r'(.*\S)\s+(-1|0|1)', row.strip())
+    for row in read_text(path).splitlines():
         name = row.strip()
+        match = re.fullmatch(r'(.*\S)\s+(-1|0|1)', name)
         # A name may end in a number too, after a space.
         if match and not (xml_dir / f'{name}.xml').is_file():
             name = '' if match[2] == '-1' else match[1]
@@ -87,22 +96,30 @@ def read_split(path: str | Path, xml_dir: Path) -> list[str]:
     return [name for name in dict.fromkeys(names) if name]
 
 
+def read_xml(path: Path) -> ElementTree.Element:
+    """Parse an xml file in any encoding that Python knows, unlike Expat."""
+    start = path.read_bytes()[:200]
+    stated = re.match(rb'<\?xml[^>]*?\sencoding\s*=\s*["\']([\w.-]+)', start)
+    encoding = stated[1].decode() if stated else 'utf-8'
+    try:
+        encoding = codecs.lookup(encoding).name
+    except LookupError as error:
+        raise ConverterError(f'{path}: {error}') from error
+    text = read_text(path, SUPERSETS.get(encoding, encoding))
+    try:
+        return ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise ConverterError(f'{path} is not xml: {error}') from error
+
+
 def find_image(
     root: ElementTree.Element, xml: Path, folder: ImageFolder
 ) -> Path:
     """Find the image of an annotation file.
 
-    The image of the same name as the xml file counts first, since the file
-    name inside is often that of another machine; it decides where several
-    images have the name, and where none has.
-
-    Args:
-        root (Element): Parsed xml.
-        xml (Path): Path of the xml file.
-        folder (ImageFolder): The images.
-
-    Returns:
-        Path: The image.
+    The image of the same name as the xml file comes first, since the file name
+    inside is often that of another machine; the latter decides where several
+    images have the name of the xml file, or none.
     """
     stated = (root.findtext('filename') or '').strip()
     named = PureWindowsPath(stated)  # splits at both kinds of slashes
@@ -129,35 +146,26 @@ def turn_corners(
 ) -> tuple[float, float, float, float]:
     """Turn a box as the image loader turns a photo by a quarter.
 
-    Args:
-        corners (Sequence[float]): x1, y1, x2, y2 in the photo as stored.
-        size (tuple[int, int]): Width and height as stored.
-        orientation (int): EXIF orientation, from 5 to 8.
-
-    Returns:
-        tuple[float]: x1, y1, x2, y2 in the upright photo.
+    ``corners`` and ``size`` are those of the photo as it is stored, and the
+    EXIF ``orientation`` is one of 5 to 8.
     """
-    x1, y1, x2, y2 = corners
-    across = (size[1] - y2, size[1] - y1) if orientation in (6, 7) else None
-    down = (size[0] - x2, size[0] - x1) if orientation in (7, 8) else None
-    (left, right), (top, bottom) = across or (y1, y2), down or (x1, x2)
+    (x1, y1, x2, y2), (width, height) = corners, size
+    left, right = (
+        (height - y2, height - y1) if orientation in (6, 7) else (y1, y2)
+    )
+    top, bottom = (
+        (width - x2, width - x1) if orientation in (7, 8) else (x1, x2)
+    )
     return left, top, right, bottom
 
 
 def read_box(
     node: ElementTree.Element, xml: Path, zero_based: bool = False
 ) -> tuple[float, float, float, float]:
-    """Read the corners of one box.
+    """Read x1, y1, x2, y2 of an ``object`` element.
 
-    Args:
-        node (Element): The ``object`` element.
-        xml (Path): Path of the xml file, for messages.
-        zero_based (bool): False: corners are numbers of pixels that begin at
-            1 and both belong to the box, as in Pascal VOC. True: corners are
-            plain coordinates that begin at 0. Defaults to False.
-
-    Returns:
-        tuple[float]: x1, y1, x2, y2.
+    In Pascal VOC corners are indices of pixels that begin at 1, and both
+    belong to the box; with ``zero_based`` they are coordinates from 0.
     """
     try:
         x1, y1, x2, y2 = (
@@ -171,6 +179,17 @@ def read_box(
     return (x1, y1, x2, y2) if zero_based else (x1 - 1, y1 - 1, x2, y2)
 
 
+def stated_size(root: ElementTree.Element) -> tuple[float, float] | None:
+    """Read the image size in an xml, None if it is not there."""
+    try:
+        width, height = (
+            float(root.findtext(f'size/{key}')) for key in ('width', 'height')
+        )
+    except (TypeError, ValueError):
+        return None
+    return width, height
+
+
 def read_voc(
     xmls: Sequence[Path],
     folder: ImageFolder,
@@ -180,45 +199,37 @@ def read_voc(
 ) -> list[LabelledImage]:
     """Read annotation files.
 
-    Args:
-        xmls (Sequence[Path]): The xml files.
-        folder (ImageFolder): The images.
-        rename (Mapping[str, str], optional): New names of classes. Defaults
-            to None.
-        zero_based (bool): See :func:`read_box`. Defaults to False.
-        difficult (str): What becomes of boxes marked difficult: 'ignore'
-            (``iscrowd=1``, neither hit nor miss), 'keep' or 'drop'. Defaults
-            to 'ignore'.
-
-    Returns:
-        list[LabelledImage]: In the order of the files.
+    Boxes marked difficult are read as crowd (``difficult='ignore'``: neither
+    hit nor miss), as others ('keep') or not at all ('drop').
     """
     images, owners, counts = [], {}, Counter()
     for xml in xmls:
-        try:
-            root = ElementTree.parse(xml).getroot()
-        except ElementTree.ParseError as error:
-            raise ConverterError(f'{xml} is not xml: {error}') from error
+        root = read_xml(xml)
         path = find_image(root, xml, folder)
         if path in owners:
             raise ConverterError(
                 f'{owners[path]} and {xml} belong to the same image, {path}'
             )
         owners[path] = xml
-        stored, orientation = read_orientation(path)
-        turned = orientation >= 5
-        size = stored[::-1] if turned else stored
-        stated = [root.findtext(f'size/{k}') for k in ('width', 'height')]
-        unturned = turned and stated == [str(v) for v in stored]
-        counts['unturned'] += unturned
-        if not unturned and stated != [str(v) for v in size]:
-            counts['size'] += 1
-        image = LabelledImage(path, size)
+        size, stated = read_size(path), stated_size(root)
+        lying = stated == size.stored != size.loaded
+        wrong = stated not in (size.stored, size.loaded)
+        quarter = size.orientation >= 5
+        if wrong and quarter and stated == size.loaded[::-1]:
+            raise ConverterError(
+                f'{xml}: its boxes are those of the turned photo, and the '
+                f'image loader does not turn {path}; save it upright'
+            )
+        told = quarter and not wrong and len(set(size.stored)) == 2
+        counts['lying'] += lying
+        counts['size'] += wrong
+        counts['unclear'] += size.orientation > 1 and not told
+        image = LabelledImage(path, size.loaded)
         for node in root.iter('object'):
             label = (node.findtext('name') or '').strip()
             corners = read_box(node, xml, zero_based)
-            if unturned:
-                corners = turn_corners(corners, stored, orientation)
+            if lying:
+                corners = turn_corners(corners, size.stored, size.orientation)
             hard = (node.findtext('difficult') or '0').strip() == '1'
             if hard and difficult == 'drop':
                 counts['difficult'] += 1
@@ -227,15 +238,7 @@ def read_voc(
             label = (rename or {}).get(label, label)
             image.boxes.append(LabelledBox(label, corners, crowd))
         images.append(image)
-    for key, text in (
-        ('size', '%d files state no or a wrong image size; the images count'),
-        (
-            'unturned',
-            '%d photos lie on their side and so do their boxes; the boxes '
-            'are turned as EXIF says',
-        ),
-        ('difficult', 'dropped %d difficult boxes'),
-    ):
+    for key, text in NOTES.items():
         if counts[key]:
             logger.warning(text, counts[key])
     return images
@@ -244,33 +247,21 @@ def read_voc(
 def choose_classes(
     images: Sequence[LabelledImage], classes: Sequence[str] | None
 ) -> list[str]:
-    """Check the classes that are wanted, or take all that occur, sorted.
-
-    Args:
-        images (Sequence[LabelledImage]): The images.
-        classes (Sequence[str], optional): What is wanted.
-
-    Returns:
-        list[str]: Class names.
-    """
-    found = {}
-    for image in images:
-        for box in image.boxes:
-            found.setdefault(box.label, image.path)
-    if classes is None:
-        classes = sorted(found)
-        if not classes:
-            raise ConverterError(
-                'there is no box in any file, so the classes are not known; '
-                'name them with --classes'
-            )
+    """Check the classes that are wanted, or take all that occur, sorted."""
+    found = {box.label: i.path for i in reversed(images) for box in i.boxes}
+    if classes is None and not found:
+        raise ConverterError(
+            'there is no box in any file, so the classes are not known; '
+            'name them with --classes'
+        )
+    classes = sorted(found) if classes is None else list(classes)
     check_classes(classes, '--classes')
     for label in sorted(set(found) - set(classes)):
         raise ConverterError(
             f'the boxes of {found[label]}: class {label!r} is not one of '
-            f'{list(classes)}; add it to --classes or use --rename'
+            f'{classes}; add it to --classes or use --rename'
         )
-    return list(classes)
+    return classes
 
 
 def voc_to_coco(
@@ -279,45 +270,16 @@ def voc_to_coco(
     classes: Sequence[str] | None = None,
     rename: Mapping[str, str] | None = None,
 ) -> dict:
-    """Convert annotation files.
-
-    Args:
-        xmls (Sequence[Path]): The xml files.
-        img_dir (str or Path): Folder of the images.
-        classes (Sequence[str], optional): Class names in their order.
-            Defaults to None, which means all that occur, sorted.
-        rename (Mapping[str, str], optional): New names of classes. Defaults
-            to None.
-
-    Returns:
-        dict: Content of a COCO file.
-    """
+    """Convert annotation files to the content of a COCO file."""
     images = read_voc(xmls, ImageFolder(img_dir), rename)
     return to_coco(images, Path(img_dir), choose_classes(images, classes))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None, which
-            means the ones of the process.
-
-    Returns:
-        argparse.Namespace: The options.
-    """
-    parser = argparse.ArgumentParser(
-        description='Convert Pascal VOC xml files to COCO json'
+    """Parse the command line."""
+    parser = make_parser(
+        'Convert Pascal VOC xml files to COCO json', 'xml_dir'
     )
-    parser.add_argument('xml_dir', help='folder of the xml files')
-    parser.add_argument(
-        'img_dir', help='folder of the images; may be the same'
-    )
-    parser.add_argument('out', help='json file to write')
-    parser.add_argument(
-        '--split', help='file with one name a line: convert these only'
-    )
-    add_output_arguments(parser)
     parser.add_argument(
         '--rename', nargs='+', default=[], metavar='OLD=NEW', help='classes'
     )
@@ -333,23 +295,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='boxes marked difficult (default: ignore, which makes them '
         'neither hit nor miss)',
     )
-    args = parser.parse_args(argv)
-    check_output_arguments(parser, args)
+    args = parse_output(parser, argv)
     if any(pair.count('=') != 1 for pair in args.rename):
         parser.error('--rename wants OLD=NEW')
     return args
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Convert and write, as the command line says.
-
-    Args:
-        args (argparse.Namespace): The options.
-    """
+    """Convert and write, as the command line says."""
     folder = ImageFolder(args.img_dir)
-    xmls = list_xmls(args.xml_dir, args.split)
     images = read_voc(
-        xmls,
+        list_xmls(args.xml_dir, args.split),
         folder,
         rename=dict(pair.split('=') for pair in args.rename),
         zero_based=args.zero_based,
@@ -367,16 +323,8 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None.
-
-    Returns:
-        int: Exit code.
-    """
-    args = parse_args(argv)
-    return run_tool(lambda: convert(args))
+    """Run the tool and return the exit code."""
+    return run_tool(convert, parse_args(argv))
 
 
 if __name__ == '__main__':

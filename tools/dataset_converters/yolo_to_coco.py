@@ -1,4 +1,4 @@
-"""Convert YOLO labels (one txt an image) to COCO json.
+"""Convert YOLO labels (one txt per image) to COCO json.
 
 Each row of a label file is a class number and the centre, width and height of
 a box as fractions of the image. An image without label file is background.
@@ -18,16 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import yaml
-from converter_utils import ConverterError, logger, run_tool
-from labelled_images import (
+from converter_utils import (
     IMG_SUFFIXES,
+    ConverterError,
     ImageFolder,
     LabelledBox,
     LabelledImage,
-    add_output_arguments,
     check_classes,
-    check_output_arguments,
-    read_orientation,
+    logger,
+    make_parser,
+    parse_output,
+    read_size,
+    read_text,
+    run_tool,
     visible_files,
     write_coco_files,
 )
@@ -39,23 +42,12 @@ SLACK = 0.01
 
 
 def find_names(label_dir: Path, img_dir: Path) -> Path:
-    """Find the file that names the classes.
-
-    Args:
-        label_dir (Path): Folder of the labels.
-        img_dir (Path): Folder of the images.
-
-    Returns:
-        Path: The first of ``NAME_FILES`` in these folders or the two above.
-    """
-    places = []
-    for folder in (label_dir, img_dir):
-        folder = folder.absolute()
-        places += [folder, *folder.parents[:2]]
-    for folder in dict.fromkeys(places):
-        for name in NAME_FILES:
-            if (folder / name).is_file():
-                return folder / name
+    """Find the file that names the classes, near labels or images."""
+    for folder in (label_dir.absolute(), img_dir.absolute()):
+        for place in (folder, *folder.parents[:2]):
+            for name in NAME_FILES:
+                if (place / name).is_file():
+                    return place / name
     raise ConverterError(
         f'no file with class names ({", ".join(NAME_FILES)}) in {label_dir} '
         'or above; give --names FILE or --classes NAME ...'
@@ -65,40 +57,41 @@ def find_names(label_dir: Path, img_dir: Path) -> Path:
 def read_names(path: Path) -> list[str]:
     """Read class names in the order of their numbers.
 
-    Args:
-        path (Path): A yaml file with ``names``, a list or numbers and
-            names, or a text file with one name a line.
-
-    Returns:
-        list[str]: The names.
+    A yaml file has ``names``, a list or numbers and names; a text file one
+    name per line.
     """
-    text = path.read_text(encoding='utf-8-sig')
-    if path.suffix.lower() not in ('.yaml', '.yml'):
-        names = [row.strip() for row in text.rstrip().splitlines()]
+    text = read_text(path)
+    if path.suffix.lower() in ('.yaml', '.yml'):
+        names = _names_in_yaml(text, path)
     else:
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConverterError(f'{path} is not yaml: {error}') from error
-        names = content.get('names') if isinstance(content, dict) else None
-        if isinstance(names, dict):
-            numbers = {str(key): name for key, name in names.items()}
-            wanted = [str(i) for i in range(len(names))]
-            if set(numbers) != set(wanted):
-                raise ConverterError(
-                    f'{path}: the keys of `names` are not 0 to '
-                    f'{len(names) - 1}'
-                )
-            names = [numbers[key] for key in wanted]
-        if not isinstance(names, list):
-            raise ConverterError(f'{path}: `names` is missing or no list')
-        names = [str(name).strip() for name in names]
-        if content.get('nc', len(names)) != len(names):
-            raise ConverterError(
-                f'{path}: nc={content["nc"]}, but `names` has {len(names)}'
-            )
-    check_classes(names, str(path))
+        names = [row.strip() for row in text.rstrip().splitlines()]
+    check_classes(names, path)
     return names
+
+
+def _names_in_yaml(text: str, path: Path) -> list[str]:
+    try:
+        # Values as they are written: `no`, `on` and `001` are names too.
+        content = yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ConverterError(f'{path} is not yaml: {error}') from error
+    names = content.get('names') if isinstance(content, dict) else None
+    if isinstance(names, dict):
+        wanted = [str(i) for i in range(len(names))]
+        if set(names) != set(wanted):
+            raise ConverterError(
+                f'{path}: the keys of `names` are not 0 to {len(names) - 1}'
+            )
+        names = [names[key] for key in wanted]
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) for name in names
+    ):
+        raise ConverterError(f'{path}: `names` is missing or no list of names')
+    if content.get('nc', str(len(names))) != str(len(names)):
+        raise ConverterError(
+            f'{path}: nc={content["nc"]}, but `names` has {len(names)}'
+        )
+    return [name.strip() for name in names]
 
 
 def read_row(
@@ -107,17 +100,10 @@ def read_row(
     names: Sequence[str],
     polygons: bool = False,
 ) -> LabelledBox:
-    """Read one row of a label file.
+    """Read the words of one row of a label file.
 
-    Args:
-        fields (Sequence[str]): What the row holds.
-        size (tuple[int, int]): Width and height of the image.
-        names (Sequence[str]): Class names.
-        polygons (bool): Take the box around an outline, a row of x and y
-            of three points at least. Defaults to False.
-
-    Returns:
-        LabelledBox: The box in pixels.
+    With ``polygons`` a row may be an outline, x and y of three points at
+    least, of which the box around it is taken.
     """
     try:
         label, *values = (float(field) for field in fields)
@@ -164,21 +150,9 @@ def read_labels(
     names: Sequence[str],
     polygons: bool = False,
 ) -> list[LabelledBox]:
-    """Read one label file.
-
-    Args:
-        path (Path): The file.
-        size, names, polygons: See :func:`read_row`.
-
-    Returns:
-        list[LabelledBox]: The boxes; rows that occur twice count once.
-    """
+    """Read the boxes of a label file; rows that occur twice count once."""
     boxes, seen = [], set()
-    try:
-        rows = path.read_text(encoding='utf-8-sig').splitlines()
-    except UnicodeDecodeError as error:
-        raise ConverterError(f'{path} is not text: {error}') from error
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(read_text(path).splitlines(), start=1):
         fields = tuple(row.split())
         if not fields or fields in seen:
             continue
@@ -191,23 +165,14 @@ def read_labels(
 
 
 def choose_images(folder: ImageFolder, split: str | Path | None) -> list[Path]:
-    """List the images of a split.
+    """List the images of a split file, or all.
 
-    Args:
-        folder (ImageFolder): All images.
-        split (str or Path, optional): File with one image a line, a path or
-            a name, with or without suffix. Defaults to None, which means
-            all.
-
-    Returns:
-        list[Path]: The images.
+    It has one image per line, a path or a name, with or without suffix.
     """
     if split is None:
         return folder.paths
     chosen = []
-    for row in Path(split).read_text(encoding='utf-8-sig').splitlines():
-        if not row.strip():
-            continue
+    for row in filter(str.strip, read_text(split).splitlines()):
         path = PurePosixPath(row.strip().replace('\\', '/'))
         known = path.suffix.lower() in IMG_SUFFIXES
         found = folder.find(path.stem if known else path.name)
@@ -227,34 +192,23 @@ def choose_images(folder: ImageFolder, split: str | Path | None) -> list[Path]:
 
 
 def read_yolo(
-    label_dir: str | Path,
+    label_dir: Path,
     folder: ImageFolder,
     names: Sequence[str],
     split: str | Path | None = None,
     polygons: bool = False,
 ) -> list[LabelledImage]:
-    """Read all labels.
+    """Read the labels of all images.
 
-    Args:
-        label_dir (str or Path): Folder of the label files, in the same
-            folders as the images or all in one.
-        folder (ImageFolder): The images.
-        names (Sequence[str]): Class names.
-        split (str or Path, optional): See :func:`choose_images`.
-        polygons (bool): See :func:`read_row`. Defaults to False.
-
-    Returns:
-        list[LabelledImage]: The images, with and without boxes.
+    Label files lie in the same folders as the images or all in one.
     """
-    label_dir = Path(label_dir)
     paths = choose_images(folder, split)
     stems = Counter(path.stem for path in paths)
-    images, used, turned = [], set(), 0
+    images, used, tagged = [], set(), 0
     for path in paths:
-        (width, height), orientation = read_orientation(path)
-        turned += orientation >= 5
-        size = (height, width) if orientation >= 5 else (width, height)
-        image = LabelledImage(path, size)
+        size = read_size(path)
+        tagged += size.orientation > 1
+        image = LabelledImage(path, size.loaded)
         nested = path.relative_to(folder.root).with_suffix('.txt')
         label = label_dir / nested
         if not label.is_file() and stems[path.stem] == 1:
@@ -263,18 +217,18 @@ def read_yolo(
             raise ConverterError(f'{label} belongs to {path} and to another')
         if label.is_file():
             used.add(label)
-            image.boxes = read_labels(label, size, names, polygons)
+            image.boxes = read_labels(label, size.loaded, names, polygons)
         images.append(image)
     if not used:
         raise ConverterError(
             f'none of {len(images)} images of {folder.root} has a label file '
             f'in {label_dir}'
         )
-    if turned:
+    if tagged:
         logger.warning(
-            '%d photos are turned by EXIF; their boxes are taken for those '
-            'of the upright photo',
-            turned,
+            '%d photos have an EXIF orientation; their boxes are taken for '
+            'those of the photo as the image loader shows it',
+            tagged,
         )
     others = [
         path
@@ -291,79 +245,43 @@ def read_yolo(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None, which
-            means the ones of the process.
-
-    Returns:
-        argparse.Namespace: The options.
-    """
-    parser = argparse.ArgumentParser(
-        description='Convert YOLO label files to COCO json'
-    )
-    parser.add_argument('label_dir', help='folder of the txt files')
-    parser.add_argument(
-        'img_dir', help='folder of the images; may be the same'
-    )
-    parser.add_argument('out', help='json file to write')
+    """Parse the command line."""
+    parser = make_parser('Convert YOLO label files to COCO json', 'label_dir')
     parser.add_argument(
         '--names',
-        help='file of the class names, data.yaml or one a line (default: '
+        help='file of the class names, data.yaml or one per line (default: '
         f'{", ".join(NAME_FILES)} near the labels)',
-    )
-    parser.add_argument(
-        '--split', help='file with one image a line: convert these only'
     )
     parser.add_argument(
         '--polygons',
         action='store_true',
         help='labels may be outlines; take the box around each',
     )
-    add_output_arguments(parser)
-    args = parser.parse_args(argv)
-    check_output_arguments(parser, args)
+    args = parse_output(parser, argv)
     if args.classes and args.names:
         parser.error('give either --classes or --names')
     return args
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Convert and write, as the command line says.
-
-    Args:
-        args (argparse.Namespace): The options.
-    """
-    folder = ImageFolder(args.img_dir)
-    if not Path(args.label_dir).is_dir():
-        raise ConverterError(
-            f'the label folder {args.label_dir} does not exist'
-        )
+    """Convert and write, as the command line says."""
+    folder, label_dir = ImageFolder(args.img_dir), Path(args.label_dir)
+    if not label_dir.is_dir():
+        raise ConverterError(f'the label folder {label_dir} does not exist')
     if args.classes:
-        check_classes(args.classes, '--classes')
         names = args.classes
+        check_classes(names, '--classes')
     else:
-        path = args.names or find_names(Path(args.label_dir), folder.root)
-        names = read_names(Path(path))
+        path = Path(args.names or find_names(label_dir, folder.root))
+        names = read_names(path)
         logger.info('class names of %s', path)
-    images = read_yolo(
-        args.label_dir, folder, names, args.split, args.polygons
-    )
+    images = read_yolo(label_dir, folder, names, args.split, args.polygons)
     write_coco_files(images, folder.root, names, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool.
-
-    Args:
-        argv (Sequence[str], optional): Arguments. Defaults to None.
-
-    Returns:
-        int: Exit code.
-    """
-    args = parse_args(argv)
-    return run_tool(lambda: convert(args))
+    """Run the tool and return the exit code."""
+    return run_tool(convert, parse_args(argv))
 
 
 if __name__ == '__main__':

