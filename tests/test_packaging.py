@@ -69,7 +69,7 @@ def test_what_measures_this_project_is_not_installed(setup_script, tmp_path):
     there = {path.name for path in (ROOT / 'tools').iterdir()}
     left_out = there - kept - {'__pycache__'}
     assert left_out <= {'benchmarks', 'studies', 'lint', 'run_tests.sh'}
-    assert {'benchmarks', 'lint', 'run_tests.sh'} <= left_out
+    assert {'benchmarks', 'studies', 'lint', 'run_tests.sh'} <= left_out
     assert list((tmp_path / '.mim' / 'configs').rglob('*.py'))
 
 
@@ -130,7 +130,8 @@ def test_wheel(tmp_path, compiler):
     assert 'lors_plugin/version.py' in names
     assert 'lors_plugin/.mim/tools/train.py' in names
     assert not any(n.startswith(('tests/', 'tools/')) for n in names)
-    assert not any('/tools/benchmarks/' in n for n in names)
+    for folder in ('benchmarks', 'studies'):
+        assert not any(f'/tools/{folder}/' in n for n in names)
     if any((ROOT / 'configs').rglob('*.py')):
         assert any(n.startswith('lors_plugin/.mim/configs/') for n in names)
     compiled = not compiler and shutil.which('g++') is not None

@@ -66,15 +66,15 @@ test_evaluator = val_evaluator
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.03))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=3),
-    dict(type='CosineAnnealingLR', T_max=7)]
-train_cfg = dict(by_epoch=True, max_epochs=7, val_interval=5)
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=10, T_max=80)]
+train_cfg = dict(by_epoch=False, max_iters=80, val_interval=10)
 val_cfg = dict()
 test_cfg = dict()
 default_hooks = dict(
-    checkpoint=dict(type='lors_plugin.CheckpointHook', interval=1,
-                    max_keep_ckpts=1),
+    checkpoint=dict(type='lors_plugin.CheckpointHook', interval=5,
+                    by_epoch=False, max_keep_ckpts=1, save_best='auto'),
     epoch_seed=dict(type='lors_plugin.EpochSeedHook'),
-    logger=dict(type='LoggerHook', interval=1))
+    logger=dict(type='LoggerHook', interval=20))
 custom_hooks = [dict(type='lors_plugin.FreezeHook', modules=['neck'])]
 """
 STUDY = """
@@ -84,7 +84,7 @@ OPTIONS = {{'custom_hooks.FreezeHook.modules': ['backbone']}}
 STUDY = Study(
     title='Tiny',
     page='docs/tiny.md',
-    runs=[Run('tiny/probe', {config!r}, OPTIONS, test=True)],
+    runs=[Run('tiny/probe', {config!r}, OPTIONS, best=True, test=True)],
     metrics=dict(test=('test/accuracy/top1', 1),
                  validation=('val/accuracy/top1', 0.01)),
     seeds=(3, 4),
@@ -120,7 +120,7 @@ def wait_for(path, process):
 
 
 def scalars(folder):
-    """All evaluations of a training by their epoch."""
+    """All evaluations of a training by their iteration."""
     found = {}
     for path in sorted(folder.glob('*/vis_data/scalars.json')):
         for line in path.read_text().splitlines():
@@ -134,7 +134,7 @@ def scalars(folder):
 def test_a_study_is_stopped_and_goes_on(tiny):
     """A run with two seeds, from the command to the report."""
     work = tiny[-1]
-    length = ['--epochs', 30, '--jobs', 2]
+    length = ['--jobs', 2]
     words = [*COMMAND, *tiny, *length, '--seeds', 3]
     process = subprocess.Popen(
         [*map(str, words)], stderr=subprocess.PIPE, text=True
@@ -159,18 +159,19 @@ def test_a_study_is_stopped_and_goes_on(tiny):
     for seed, folder in folders.items():
         result = json.loads((folder / 'result.json').read_text())
         accuracy = scalars(folder)
-        assert set(accuracy) == {*range(5, 31, 5)}
+        assert set(accuracy) == {*range(10, 81, 10)}
         assert result['curve'] == [[k, v / 100] for k, v in accuracy.items()]
         (test,) = folder.glob('test/*/*.json')
         values['test'].append(json.loads(test.read_text())['accuracy/top1'])
-        values['validation'].append(accuracy[30] / 100)
+        values['validation'].append(max(accuracy.values()) / 100)
         assert result['values'] == {k: v[-1] for k, v in values.items()}
         # A linear layer is trained, and of LeNet's weights none.
         assert result['trained'] == result['head'] == 2 * 121
         assert result['parameters'] > 50000
         assert result['peak_memory'] > 1e8
-        options = [f'randomness.seed={seed}', 'param_scheduler.1.T_max=30']
-        assert set(options) < set(result['recipe'])
+        assert f'randomness.seed={seed}' in result['recipe']
+        (best,) = folder.glob('best_*.pth')
+        assert f' {best} ' in (folder / 'test.log').read_text()
 
     report = json.loads((work / 'report' / 'results.json').read_text())
     for label, (a, b) in values.items():
@@ -190,7 +191,8 @@ def test_a_study_is_stopped_and_goes_on(tiny):
     out, _ = run(*tiny, *length, '--runs', 'tiny/*', '--seeds', 3)
     assert '1 of 1 runs are finished' in out
     assert all(p.stat().st_mtime_ns == t for p, t in times.items())
-    _, error = run(*tiny, '--epochs', 8, code=2)
+    other = ['--cfg-options', 'train_cfg.max_iters=8']
+    _, error = run(*tiny, *other, code=2)
     assert 'was trained by another command' in error
 
 
@@ -205,6 +207,8 @@ def test_mistakes_in_the_command(tiny, tmp_path):
     config.write_text(CONFIG.replace('FreezeHook', 'EpochSeedHook'))
     _, error = run(*tiny, '--config', config, code=2)
     assert 'FreezeHook, and custom_hooks has EpochSeedHook' in error
+    _, error = run(*tiny, '--epochs', 2, code=2)
+    assert 'counts iterations: give --cfg-options' in error
     _, error = run('llama_moe', '--epochs', '2', code=2)
     assert 'without configs' in error
 
@@ -276,6 +280,59 @@ def test_list():
     configs = re.findall(r' (configs/\S+\.py)', out)
     assert len(configs) == 4 + 8 + 3 + 5 + 3 * 8
     assert all((ROOT / config).is_file() for config in configs)
+
+
+def test_length_of_a_training(tmp_path):
+    """Schedules follow the length; a quick one has two evaluations."""
+    iterations = tmp_path / 'iterations.py'
+    iterations.write_text(CONFIG)
+    epochs = tmp_path / 'epochs.py'
+    epochs.write_text(
+        CONFIG
+        + """
+param_scheduler = [
+    dict(type='LinearLR', end=5),
+    dict(type='CosineAnnealingLR', begin=5, T_max=7, end=7),
+    dict(type='LinearLR', by_epoch=False, begin=7, end=9)]
+train_cfg = dict(by_epoch=True, max_epochs=7, val_interval=5)
+"""
+    )
+    code = (
+        'import json, sys\n'
+        'from recipe import make_options\n'
+        'from study import Run\n'
+        'cases = json.loads(sys.argv[1])\n'
+        'print(json.dumps([make_options(Run("r", config), *rest, ["a=b"])\n'
+        '                  for config, *rest in cases]))\n'
+    )
+    cases = [
+        (str(epochs), 3, False),
+        (str(epochs), None, True),
+        (str(iterations), None, True),
+        (str(epochs), None, False),
+    ]
+    done = subprocess.run(
+        [sys.executable, '-c', code, json.dumps(cases)],
+        cwd=STUDIES,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found[0] == [
+        'train_cfg.max_epochs=3', 'train_cfg.val_interval=3',
+        'param_scheduler.1.T_max=3', 'param_scheduler.1.end=3',
+        'param_scheduler.1.begin=2', 'a=b',
+    ]  # fmt: skip
+    short = ['train_cfg.max_epochs=2', 'train_cfg.val_interval=1',
+             'param_scheduler.1.begin=1', 'train_dataloader.dataset.indices=8',
+             'default_hooks.logger.interval=1', 'a=b']  # fmt: skip
+    assert set(short) < set(found[1])
+    short = ['train_cfg.max_iters=4', 'train_cfg.val_interval=2',
+             'param_scheduler.1.begin=3', 'a=b',
+             'default_hooks.logger.log_metric_by_epoch=False']  # fmt: skip
+    assert set(short) < set(found[2])
+    assert found[3] == ['a=b']
 
 
 def test_report_by_hand(tmp_path):

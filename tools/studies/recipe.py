@@ -30,9 +30,12 @@ def make_options(
     options = {resolve_types(k, cfg): v for k, v in run.options.items()}
     words = [f'{k}={v}'.replace(' ', '') for k, v in options.items()]
     cfg, options = load_config(run, words), {}
+    if 'max_iters' in cfg.train_cfg:
+        # Else MMEngine logs all evaluations as those of epoch 0.
+        options['default_hooks.logger.log_metric_by_epoch'] = False
     if quick:
         loaders = [name for name in LOADERS if cfg.get(name)]
-        options = {f'{k}.dataset.indices': QUICK_IMAGES for k in loaders}
+        options |= {f'{k}.dataset.indices': QUICK_IMAGES for k in loaders}
         options['default_hooks.logger.interval'] = 1
         epochs = epochs or QUICK_EPOCHS
     if epochs:

@@ -107,11 +107,11 @@ class Children:
         self._running: set[int] = set()
 
     def listen(self) -> None:
-        """From now on forward SIGTERM, and Ctrl-C as SIGTERM.
+        """From now on forward SIGTERM, and Ctrl-C and a hangup as SIGTERM.
 
         tools/train.py then saves a checkpoint before it ends.
         """
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: object) -> None:
