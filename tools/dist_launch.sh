@@ -30,6 +30,8 @@ print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
         [ "$OMP_NUM_THREADS" -ge 1 ] || OMP_NUM_THREADS=1
         export OMP_NUM_THREADS
     fi
+    # As in setup_env.sh: threads that wait leave the processor to others.
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     # The checkout itself, for those who have not installed it.
     PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" \
         "$TOOLS/dist_run.py" \

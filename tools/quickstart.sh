@@ -22,18 +22,14 @@ PYTHON=/path/to/python chooses the interpreter.
 TEXT
 }
 
+. "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+fail() { _lors_fail "$@" || exit 1; }
+
 wrong_usage() {
     printf 'error: %s\n\n' "$1" >&2
     usage >&2
     exit 2
-}
-
-fail() {
-    printf '\nerror: %s\n' "$1" >&2
-    shift
-    local line
-    for line in "$@"; do printf '       %s\n' "$line" >&2; done
-    exit 1
 }
 
 work_dir=''
@@ -64,15 +60,9 @@ while [ $# -gt 0 ]; do
     shift
 done
 [[ "$seed" =~ ^[0-9]{1,9}$ ]] || wrong_usage "--seed wants a number: $seed"
-case "$work_dir" in
-    '' | /*) ;;
-    *) work_dir="$PWD/$work_dir" ;;
-esac
-
-here="$(dirname "${BASH_SOURCE[0]}")"
-. "$here/setup_env.sh"
-cd "$LORS_ROOT"
 work_dir="${work_dir:-$LORS_ROOT/work_dirs/quickstart}"
+[[ "$work_dir" == /* ]] || work_dir="$PWD/$work_dir"
+cd "$LORS_ROOT"
 
 config=configs/lors_adamixer
 config+=/lors-adamixer_mobilenetv2_quickstart_tree-crowns.py
@@ -88,12 +78,12 @@ elapsed() {
     printf '%d:%02d' $((seconds / 60)) $((seconds % 60))
 }
 
+say() { printf '    %s | %s\n' "$(elapsed)" "$*"; }
+
 next_step() {
     step=$((step + 1))
     printf '\n=== %s | step %d of %d: %s\n' "$(elapsed)" $step $steps "$1"
 }
-
-say() { printf '    %s | %s\n' "$(elapsed)" "$*"; }
 
 # Value of the entry $2 ("loss", "coco/bbox_mAP") in a line of a log.
 entry() {
@@ -106,29 +96,24 @@ show_progress() {
     local line place='\((train|val|test)\) +(\[.*\])'
     while IFS= read -r line; do
         if [[ "$line" =~ $place ]]; then
-            case "${BASH_REMATCH[1]}" in
-                train)
-                    say "${BASH_REMATCH[2]// /}  loss $(entry "$line" loss)" \
-                        " remaining $(entry "$line" eta)"
-                    ;;
-                *)
-                    [[ "$line" == *bbox_mAP:* ]] || continue
-                    say "evaluation: AP $(entry "$line" coco/bbox_mAP)" \
-                        " AP50 $(entry "$line" coco/bbox_mAP_50)"
-                    ;;
-            esac
-        elif [[ "$line" == *'Average Precision'* ]] ||
-            [[ "$line" == *'Average Recall'* ]]; then
-            [ "${show_table:-0}" = 0 ] || printf '%s\n' "$line"
+            if [ "${BASH_REMATCH[1]}" = train ]; then
+                say "${BASH_REMATCH[2]// /}  loss $(entry "$line" loss)" \
+                    " remaining $(entry "$line" eta)"
+            elif [[ "$line" == *bbox_mAP:* ]]; then
+                say "evaluation: AP $(entry "$line" coco/bbox_mAP)" \
+                    " AP50 $(entry "$line" coco/bbox_mAP_50)"
+            fi
+        elif [ "${show_table:-0}" = 1 ] &&
+            [[ "$line" =~ Average\ (Precision|Recall) ]]; then
+            printf '%s\n' "$line"
         fi
     done
 }
 
 # run_logged LOG COMMAND ...: short lines here, everything in the log.
 run_logged() {
-    local log="$1"
+    local log="$1" codes
     shift
-    local codes
     "$@" 2>&1 | tee "$log" | show_progress && codes=(0) ||
         codes=("${PIPESTATUS[@]}")
     if [ "${codes[0]}" = 75 ]; then
@@ -157,16 +142,16 @@ get_trunk() {
             "$wheels/$file" "$trunk"
 }
 
+# The last checkpoint of the training, if it is there.
 last_checkpoint() {
     local path=''
-    if [ -f "$work_dir/last_checkpoint" ]; then
+    [ ! -f "$work_dir/last_checkpoint" ] ||
         path="$(<"$work_dir/last_checkpoint")"
-    fi
-    if [ -n "$path" ] && [ -f "$path" ]; then printf '%s' "$path"; fi
+    [ ! -f "$path" ] || printf '%s' "$path"
 }
 
 train() {
-    local recipe arguments=() options=() argument
+    local recipe argument arguments=()
     recipe="seed $seed${extra[*]:+, ${extra[*]}}"
     if [ $retrain = 0 ] && [ -f "$finished" ] &&
         [ -n "$(last_checkpoint)" ]; then
@@ -179,7 +164,7 @@ train() {
         return 0
     fi
     # The command line holds one --cfg-options: the seed joins the user's.
-    options=(--cfg-options "randomness.seed=$seed")
+    local options=(--cfg-options "randomness.seed=$seed")
     for argument in ${extra[@]+"${extra[@]}"}; do
         arguments+=("$argument")
         if [ "$argument" = --cfg-options ]; then

@@ -106,3 +106,38 @@ def test_host_kind_by_distributions(tmp_path, installed, kind):
     path = str(tmp_path)
     done = bash('_lors_host_kind', PYTHON=str(python), PYTHONPATH=path)
     assert done.stdout.strip() == kind, done.stderr
+
+
+@pytest.mark.parametrize(
+    ('given', 'policy'), [({}, 'PASSIVE'), ({'OMP_WAIT_POLICY': 'A'}, 'A')]
+)
+def test_threads_that_wait_sleep(monkeypatch, given, policy):
+    monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
+    done = bash(
+        '"$PYTHON" -c "import os; print(os.environ[\'OMP_WAIT_POLICY\'])"',
+        PYTHON=sys.executable,
+        **given,
+    )
+    assert done.stdout.strip() == policy
+
+
+def test_paths_with_spaces_and_relative_ones(tmp_path):
+    python = tmp_path / 'my env' / 'bin' / 'python'
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    code = f'cd "{tmp_path}"; _lors_find_python; echo "$PYTHON"'
+    for given in (
+        dict(VIRTUAL_ENV=str(tmp_path / 'my env')),
+        dict(PYTHON='my env/bin/python'),
+    ):
+        assert bash(code, **given).stdout.strip() == str(python)
+
+
+def test_another_checkout_is_not_this_one(tmp_path):
+    code = '_lors_is_installed && echo yes || echo no'
+    root = str(SCRIPT.parents[1])
+    for path, answer in ((root, 'yes'), (str(tmp_path), 'no')):
+        (tmp_path / 'lors_plugin').mkdir(exist_ok=True)
+        (tmp_path / 'lors_plugin' / '__init__.py').touch()
+        done = bash(code, PYTHON=sys.executable, PYTHONPATH=path)
+        assert done.stdout.strip() == answer

@@ -239,7 +239,7 @@ class Painter:
         if not len(boxes):
             return image
         height, width = image.shape[:2]
-        boxes = np.clip(boxes, 0, [width, height] * 2)
+        boxes = np.clip(boxes, 0, [width - 1, height - 1] * 2)
         styles = ['--' if d else '-' for d in dashed] or '-'
         self.visualizer.set_image(image)
         self.visualizer.draw_bboxes(boxes, colors, styles, 2, alpha=1)
@@ -248,7 +248,7 @@ class Painter:
             left = x < 0.85 * width  # to the right, a text would be cut off
             self.visualizer.draw_texts(
                 text,
-                np.array([x + 2 if left else width - 2, y + 2]),
+                np.array([x if left else width - 1, y]),
                 8,
                 'k',
                 horizontal_alignments='left' if left else 'right',
