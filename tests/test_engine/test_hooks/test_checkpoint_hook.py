@@ -1,6 +1,5 @@
 """No kill, full disk, notice or crafted checkpoint loses a run or a file."""
 
-import gc
 import itertools
 import resource
 import signal
@@ -251,29 +250,41 @@ def test_accumulated_gradients_are_used_first(tmp_path):
     assert last(tmp_path)['meta']['iter'] == 3
 
 
+NOTIFY = """
+import gc, os, signal, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint_hook import At, last, make
+
+def children():
+    tasks = Path('/proc/self/task').glob('*/children')
+    return {int(pid) for path in tasks for pid in path.read_text().split()}
+
+def notify():
+    workers = map(str, children() - others)
+    subprocess.run(['kill', '-TERM', *workers], check=True)
+    signal.raise_signal(signal.SIGTERM)
+
+folder, others = Path(sys.argv[1]), children()
+runner = make(folder, at=At(notify, step=5), workers=1)
+try:
+    runner.train()
+    sys.exit('did not stop')
+except SystemExit as stop:
+    assert stop.code == 75, stop.code
+assert last(folder)['meta']['iter'] == 6
+del runner
+gc.collect()
+assert children() <= others
+"""
+
+
 def test_workers_outlive_a_notice_and_end_with_their_parent(tmp_path):
     """The notice often goes to all processes of a job."""
-
-    def notify():
-        workers = [str(pid) for pid in set(children()) - others]
-        for name in ('-TERM', '-USR1'):
-            subprocess.run(['kill', name, *workers], check=True)
-        signal.raise_signal(signal.SIGTERM)
-
-    def children():
-        tasks = Path('/proc/self/task').glob('*/children')
-        return [int(pid) for path in tasks for pid in path.read_text().split()]
-
-    others = set(children())
-    before = signal.getsignal(signal.SIGTERM)
-    runner = make(tmp_path, at=At(notify, step=5), workers=1)
-    with pytest.raises(SystemExit):
-        runner.train()
-    signal.signal(signal.SIGTERM, before)
-    assert last(tmp_path)['meta']['iter'] == 6
-    del runner
-    gc.collect()
-    assert set(children()) <= others
+    subprocess.run(
+        [sys.executable, '-c', NOTIFY, tmp_path, Path(__file__).parent],
+        check=True,
+    )
 
 
 KILL = """
