@@ -267,7 +267,7 @@ def _flush(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether a process of that number runs on this machine."""
+    """Return whether a process of that number runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -70,7 +70,7 @@ def load_plain_pickle(file: BinaryIO) -> Any:
 
 
 class PlainPickleHandler(PickleHandler):
-    """What ``mmengine.load`` reads pickles by."""
+    """Read pickles for ``mmengine.load``."""
 
     def load_from_fileobj(self, file: BinaryIO, **kwargs: Any) -> Any:
         """Read plain values, see :func:`load_plain_pickle`."""
@@ -85,7 +85,7 @@ class PlainPickleHandler(PickleHandler):
 
 
 class PlainYamlHandler(YamlHandler):
-    """What ``mmengine.load`` reads YAML files by."""
+    """Read YAML files for ``mmengine.load``."""
 
     def load_from_fileobj(self, file: Any, **kwargs: Any) -> Any:
         """Read plain values."""

@@ -311,7 +311,7 @@ def _of_other_types(
 
 
 def _is_history(buffer: HistoryBuffer) -> bool:
-    """Whether a log history has the arrays that it is made of."""
+    """Return whether a log history has the arrays it is made of."""
     try:
         values, counts = buffer.data
     except (AttributeError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Which checkpoint of its work directory an interrupted training goes on."""
+"""Find the checkpoint from which an interrupted training resumes."""
 
 import zipfile
 from pathlib import Path
@@ -80,7 +80,7 @@ def _newest_first(work_dir: Path) -> list[Path]:
 
 
 def _problem(path: Union[str, Path], trust: bool) -> Optional[str]:
-    """What keeps a training from going on from a file, if anything."""
+    """Say why a training cannot resume from a file, None if it can."""
     if not path:
         return 'it is empty'
     try:
@@ -103,7 +103,7 @@ def _problem(path: Union[str, Path], trust: bool) -> Optional[str]:
 
 
 def _is_intact(path: Union[str, Path]) -> bool:
-    """Whether every byte of an archive is as it was written."""
+    """Return whether the checksums of an archive match."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

@@ -47,7 +47,7 @@ class StopNotice:
         self._former.clear()
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop; every rank calls this."""
+        """Return whether any rank was asked to stop; all ranks call this."""
         if get_world_size() == 1:
             return self.received is not None
         flag = torch.tensor(int(self.received is not None))

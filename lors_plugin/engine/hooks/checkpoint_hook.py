@@ -315,7 +315,7 @@ class CheckpointHook(HostCheckpointHook):
     def _current_position(
         self, runner: Runner, validate: bool
     ) -> Optional[dict]:
-        """What a checkpoint needs to go on within an epoch."""
+        """Describe the position within an epoch for a checkpoint."""
         done = self._batches_done
         if _has_epochs(runner) and done == 0 and not validate:
             return None
@@ -434,7 +434,7 @@ def _has_epochs(runner: Runner) -> bool:
 
 
 def _step_is_complete(runner: Runner) -> bool:
-    """Whether the optimizer has used all gradients there are."""
+    """Return whether the optimizer has used all gradients."""
     wrapper = runner.optim_wrapper
     if isinstance(wrapper, OptimWrapperDict):
         return all(part.should_update() for part in wrapper.values())

@@ -126,7 +126,7 @@ def conv2d_backward(
 
 
 def is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
-    """Whether a convolution is a matrix product at each position."""
+    """Return whether a convolution is a matrix product per position."""
     stride, padding, _, groups = geometry
     size = weight.shape[3] * weight.shape[4]
     return groups == size == max(stride) == 1 and max(padding) == 0
