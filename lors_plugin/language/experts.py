@@ -140,7 +140,8 @@ def load_with_experts(path: str, **kwargs) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ImportError(
-            'load_with_experts needs transformers: pip install transformers'
+            'load_with_experts needs transformers: pip install '
+            '"transformers>=4.57"'
         ) from error
     config = kwargs.pop('config', None)
     if config is None:
@@ -294,9 +295,10 @@ def _share(labels: Optional[Tensor], total: Any) -> Any:
     """This call's share of an accumulated batch.
 
     ``Trainer`` divides the sum of the losses of all micro-batches by
-    ``num_items_in_batch``, so what is a mean has to be weighted here.
+    ``num_items_in_batch``, so what is a mean has to be weighted here. It
+    counts the labels of every task in the same way, also those of a causal
+    model that are only predicted from, so that the shares add up to 1.
     """
     if total is None or labels is None:
         return 1
-    counted = (labels[..., 1:] != IGNORED_LABEL).sum()
-    return counted / total
+    return (labels != IGNORED_LABEL).sum() / total
