@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+from importlib import metadata
 
 _EXT_NAME = 'mmcv._ext'
 
@@ -77,6 +78,33 @@ def has_compiled_ops() -> bool:
     """Whether MMCV brings its compiled operators (imports ``mmcv``)."""
     spec = importlib.util.find_spec(_EXT_NAME)
     return spec is not None and not isinstance(spec.loader, _ExtFallback)
+
+
+def explain_import(error: Exception) -> Exception:
+    """Name the cause of an import that fails beside transformers 5.
+
+    MMDetection imports MMPretrain, which derives classes from ones that
+    transformers has no more; ``TypeError: NoneType takes no arguments`` is
+    what comes of it.
+
+    Args:
+        error (Exception): Of an import.
+
+    Returns:
+        Exception: An ImportError that names the cause, or else the error.
+    """
+    try:
+        version = metadata.version('transformers')
+    except metadata.PackageNotFoundError:
+        return error
+    if int(version.partition('.')[0]) < 5 or (
+        'NoneType takes no arguments' not in str(error)
+    ):
+        return error
+    return ImportError(
+        'mmpretrain, which mmdet imports, does not work with transformers '
+        f'{version}; pip install "transformers>=4.57,<5"'
+    )
 
 
 def _history_method(owner, name):

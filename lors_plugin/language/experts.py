@@ -1,6 +1,7 @@
 """Put experts into a model of Hugging Face, train, save and load it."""
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -265,6 +266,14 @@ def _after_forward(
     in_tuple = isinstance(output, tuple) and labels is not None
     loss = output[0] if in_tuple else getattr(output, 'loss', None)
     if loss is None or not model.training:
+        if model.training and kwargs.get('num_items_in_batch') is not None:
+            warnings.warn(
+                'the balance loss of the experts is left out: Trainer '
+                'computes the loss itself (label_smoothing_factor or '
+                'compute_loss_func). Add aux_loss_coef * auxiliary_loss('
+                'model) in a compute_loss_func of your own',
+                stacklevel=2,
+            )
         return output
     extra = auxiliary_loss(model)
     layers = expert_layers(model).values()

@@ -95,6 +95,14 @@ def test_accumulated_batches_weigh_the_balance_once(text, task, parts):
     assert 1.9 < extra < 2.3
 
 
+def test_a_trainer_that_computes_the_loss_itself(text):
+    """As with label smoothing, where the model gets no labels."""
+    model = llama()
+    add_experts(model)
+    with pytest.warns(UserWarning, match='label_smoothing_factor'):
+        model(text, num_items_in_batch=text.numel())
+
+
 def test_a_tuple_holds_the_balance_too(text):
     model = llama()
     add_experts(model, aux_loss_coef=0.5)
