@@ -4,6 +4,7 @@ Nothing outside this file patches a host.
 """
 
 import codecs
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -12,6 +13,7 @@ import sys
 from importlib import metadata
 
 _EXT_NAME = 'mmcv._ext'
+_NAME = 'lors_plugin'
 
 
 class MissingOpError(RuntimeError):
@@ -105,6 +107,44 @@ def explain_import(error: Exception) -> Exception:
         'mmpretrain, which mmdet imports, does not work with transformers '
         f'{version}; pip install "transformers>=4.57,<5"'
     )
+
+
+def register_configs() -> None:
+    """Let configs inherit ours as ``_base_ = 'lors_plugin::...'``.
+
+    ``mmengine.hub.get_config`` knows them too. MMEngine has a list of
+    packages, and looks for all types of such a config in the package that
+    it comes from; ours name types of the hosts, which their own
+    ``default_scope`` finds.
+    """
+    from mmengine.config import Config
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    MODULE2PACKAGE.setdefault(_NAME, _NAME)
+    host_fromfile = Config.fromfile
+    if hasattr(host_fromfile, 'by_host'):
+        return
+
+    @functools.wraps(host_fromfile)
+    def fromfile(*args, **kwargs):
+        config = host_fromfile(*args, **kwargs)
+        _remove_scope(config)
+        return config
+
+    fromfile.by_host = host_fromfile
+    Config.fromfile = staticmethod(fromfile)
+
+
+def _remove_scope(part):
+    """Remove what MMEngine adds to entries of our configs."""
+    if isinstance(part, (list, tuple)):
+        for item in part:
+            _remove_scope(item)
+    elif hasattr(part, 'items'):
+        if part.get('_scope_') == _NAME:
+            del part['_scope_']
+        for _, value in part.items():
+            _remove_scope(value)
 
 
 def _history_method(owner, name):

@@ -26,6 +26,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
+from lors_plugin.compat import register_configs
 from lors_plugin.utils import few
 
 BASE = '_base_'
@@ -43,6 +44,8 @@ ENTRIES = frozenset(inspect.signature(Runner.__init__).parameters) | {
     'tta_model',
     'tta_pipeline',
 }
+
+register_configs()
 
 
 class ConfigVariableError(ValueError):

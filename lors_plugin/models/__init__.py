@@ -1,7 +1,11 @@
 """Everything that registers a model; imported when a config needs it."""
 
 from lors_plugin.adapters import build_adapted_model
-from lors_plugin.compat import explain_import, register_safe_globals
+from lors_plugin.compat import (
+    explain_import,
+    register_configs,
+    register_safe_globals,
+)
 from lors_plugin.lors import (
     AdaptiveLowRankStack,
     LowRankLinearStack,
@@ -33,6 +37,7 @@ except TypeError as error:
     raise explain_import(error) from None
 
 register_safe_globals()
+register_configs()
 
 # Functions that build, under the names that configs have for them.
 AdaptedModel = build_adapted_model
