@@ -8,8 +8,11 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import os
+import re
 import sys
+import warnings
 from importlib import metadata
 
 _EXT_NAME = 'mmcv._ext'
@@ -80,6 +83,30 @@ def has_compiled_ops() -> bool:
     """Whether MMCV brings its compiled operators (imports ``mmcv``)."""
     spec = importlib.util.find_spec(_EXT_NAME)
     return spec is not None and not isinstance(spec.loader, _ExtFallback)
+
+
+# Messages of the hosts about their own code, on which a user can do nothing.
+_HARMLESS = re.compile(
+    '"FileClient" will be deprecated'
+    '|"HardDiskBackend" is the alias'
+    '|`save_param_scheduler` is True but'
+)
+
+
+def filter_warnings() -> None:
+    """Leave out a warning of MMDetection that is not true here.
+
+    Without faster-coco-eval, pycocotools computes the metrics.
+    """
+    warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')
+
+
+def is_worth_telling(record: logging.LogRecord) -> bool:
+    """Return False for messages of the hosts about their own code.
+
+    For :meth:`logging.Logger.addFilter`.
+    """
+    return not _HARMLESS.match(record.getMessage())
 
 
 def explain_import(error: Exception) -> Exception:

@@ -14,7 +14,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from lors_plugin.compat import read_safely
+from lors_plugin.compat import is_worth_telling, read_safely
 from lors_plugin.config_file import (
     ConfigVariableError,
     check_inherited_variables,
@@ -221,8 +221,11 @@ def build_runner(cfg, debug=False):
     kinds = (ValueError, TypeError, KeyError, AssertionError, ImportError)
     with user_errors('cannot build what the config describes', debug, kinds):
         if 'runner_type' in cfg:
-            return RUNNERS.build(cfg)
-        return Runner.from_cfg(cfg)
+            runner = RUNNERS.build(cfg)
+        else:
+            runner = Runner.from_cfg(cfg)
+    runner.logger.addFilter(is_worth_telling)
+    return runner
 
 
 def innermost_dataset(dataset):
