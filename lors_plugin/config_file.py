@@ -246,6 +246,9 @@ def _evaluate_with(
     statements: dict[str, list[ast.stmt]] = {}
     for key, value in variables.items():
         name, *inner = key.split('.')
+        if not inner and isinstance(cfg.get(name), tuple):
+            # `a=1,2` is a list, which not all that takes a tuple takes.
+            value = tuple(value) if isinstance(value, list) else value
         statements.setdefault(name, []).extend(
             ast.parse(_assignment(name, inner, value)).body
         )

@@ -51,6 +51,7 @@ def config(tmp_path, monkeypatch):
         (dict(max_epochs=3), 'max_epochs', 3),
         (dict(lr=7.0), 'optim_wrapper.optimizer.lr', 7.0),
         (dict(names=['x']), 'model.count', 1),
+        (dict(names=['x']), 'names', ('x',)),
         (dict(names=('x', 'y', "z'")), 'model.count', 3),
         (dict(data_root='e/'), 'train_dataloader.file', 'e/a.json'),
         (dict(late=6), 'model.later', 6),
