@@ -41,11 +41,7 @@ class FinitePredictionsHook(Hook):
             if not isinstance(sample, BaseDataElement):
                 continue
             self._total += 1
-            names = [
-                name
-                for name, value in _predictions(sample)
-                if value.is_floating_point() and not value.isfinite().all()
-            ]
+            names = not_finite(sample)
             if names and not self._bad:
                 image = sample.metainfo.get('img_path', 'an image')
                 runner.logger.warning(
@@ -68,6 +64,22 @@ class FinitePredictionsHook(Hook):
             )
 
     after_test_epoch = after_val_epoch
+
+
+def not_finite(sample: BaseDataElement) -> list[str]:
+    """Return the names of the predictions that hold NaN or inf.
+
+    Args:
+        sample (BaseDataElement): The predictions of an image.
+
+    Returns:
+        list[str]: Such as ``pred_instances.scores``.
+    """
+    return [
+        name
+        for name, value in _predictions(sample)
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
 
 
 def _predictions(
