@@ -13,11 +13,10 @@ from lors_plugin.lors import (
     LowRankLinearStack,
 )
 from lors_plugin.ops import adaptive_mixing
-from lors_plugin.ops.backend import BACKENDS
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_at_least, check_choice, per_layer
 
-from .mixing import MixingShape, recomputed
+from .mixing import MIXING_BACKENDS, MixingShape, recomputed
 
 GENERATOR_INITS = ('zero', 'kaiming')
 WEIGHT_FORMS = ('lors', 'private', 'full')
@@ -83,7 +82,7 @@ class LORSAdaptiveMixing(BaseModule):
             ('generator_init', generator_init, GENERATOR_INITS),
             ('adaptive_weights', adaptive_weights, WEIGHT_FORMS),
             ('static_weights', static_weights, WEIGHT_FORMS),
-            ('backend', backend, BACKENDS),
+            ('backend', backend, MIXING_BACKENDS),
         ):
             check_choice(name, value, choices)
         check_at_least('num_stages', num_stages)

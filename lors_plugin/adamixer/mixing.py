@@ -16,6 +16,9 @@ from lors_plugin.utils import (
     check_divisible,
 )
 
+# Only mixing is implemented in C++.
+MIXING_BACKENDS = (*BACKENDS, 'cpu')
+
 
 class MixingShape:
     """Sizes of adaptive mixing, and of what is generated for it.
@@ -93,7 +96,7 @@ class AdaptiveMixing(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         check_at_least('embed_dims', embed_dims)
-        check_choice('backend', backend, BACKENDS)
+        check_choice('backend', backend, MIXING_BACKENDS)
         self.shape = MixingShape(
             feat_channels, num_groups, in_points, out_points
         )

@@ -162,6 +162,12 @@ def prepare_resume(runner: Runner, checkpoint: dict) -> None:
             'save_optimizer=False and in best_*.pth: the training goes on, '
             'but not as if it had not stopped'
         )
+    if new_iter >= runner.max_iters:
+        runner.logger.warning(
+            f'Resuming after epoch {meta["epoch"]}, iteration {new_iter}: '
+            f'nothing is left to train ({runner.max_epochs} epochs, '
+            f'{runner.max_iters} iterations in the config)'
+        )
     if not reasons:
         return
     checkpoint['meta'] = dict(meta, iter=new_iter)

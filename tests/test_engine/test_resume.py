@@ -119,6 +119,14 @@ def test_what_a_checkpoint_lacks(tmp_path, capsys, lost, then, word):
     assert word in text
 
 
+def test_nothing_is_left_to_train(tmp_path, capsys):
+    train(tmp_path / 'then', [COSINE])
+    path = str(tmp_path / 'then' / 'epoch_6.pth')
+    assert train(tmp_path / 'on', [COSINE], resume=path) == {}
+    said = capsys.readouterr()
+    assert 'nothing is left to train (6 epochs' in said.out + said.err
+
+
 def test_loops_over_iterations(tmp_path):
     """Which have no epochs: only another schedule counts."""
     loop = dict(type='IterBasedTrainLoop', max_iters=8, val_interval=9)
