@@ -137,9 +137,9 @@ def damaged(case):
     if case == 'truncated':
         path = Path('vit.pth')
         path.write_bytes(path.read_bytes()[:-2000])
-    elif case == 'nan':
+    elif case in ('nan', 'inf'):
         state = weights('vit.pth')
-        state['backbone.layers.0.ln1.weight'][3] = torch.nan
+        state['backbone.layers.0.ln1.weight'][3] = float(case)
         change('vit.pth', state_dict=state)
     elif case == 'missing':
         argv[1] = 'nowhere.pth'
@@ -182,7 +182,8 @@ def damaged(case):
 
 MESSAGES = {
     'truncated': 'vit.pth cannot be read',
-    'nan': 'vit.pth: 1 weights .*not finite, backbone.layers.0.ln1.weight',
+    'nan': 'vit.pth: 1 of 52 weights hold NaN.*backbone.layers.0.ln1.weight',
+    'inf': 'vit.pth: 1 weights .*not finite, backbone.layers.0.ln1.weight',
     'missing': 'nowhere.pth is not there',
     'no config': 'no config nowhere.py',
     'exists': 'o.py exists; --force',
