@@ -101,7 +101,22 @@ def check_inherited_variables(
     Raises:
         ConfigVariableError: Naming variables, files and lines.
     """
-    _check_inherited(_read_source(Path(path)), [], options or {})
+    root = _read_source(Path(path))
+    found = list(_set_in_vain(root, [], options or {}))
+    if not found:
+        return
+    lines = '\n'.join(
+        f'  {source.path} sets {name}, but {base.path.name}, which it '
+        f'inherits, has used it by then ({_where_read(name, base)})'
+        for name, source, base in found
+    )
+    names = ' '.join(dict.fromkeys(f'{name}=...' for name, *_ in found))
+    raise ConfigVariableError(
+        f'variables are set where that changes nothing:\n{lines}\n'
+        'Set them there, or repeat what is computed from them, such as '
+        'train_cfg = dict(max_epochs=max_epochs). For one run, --cfg-options '
+        f'{names} changes them everywhere'
+    )
 
 
 class _Source(NamedTuple):
@@ -395,15 +410,18 @@ def _warn_of_unknown(options: Mapping[str, Any], cfg: Config) -> None:
             )
 
 
-def _check_inherited(
+def _set_in_vain(
     source: _Source, users: list[_Source], options: Mapping[str, Any]
-) -> None:
-    """Check a file against what it inherits.
+) -> Iterator[tuple[str, _Source, _Source]]:
+    """Yield variables that a file sets after what it inherits used them.
 
     Args:
         source (_Source): The file.
         users (list[_Source]): The files that inherit it.
-        options (Mapping[str, Any]): Names that are not checked.
+        options (Mapping[str, Any]): Names that are not looked for.
+
+    Yields:
+        tuple: The name, the file that sets it, and the one that used it.
     """
     if source.tree is not None and source.bases:
         names = [_Names(user.tree) for user in (*users, source) if user.tree]
@@ -411,25 +429,20 @@ def _check_inherited(
         left_out = {*read, *ENTRIES, *options, BASE}
         for name in sorted(names[-1].assigned - left_out):
             for base in source.bases.values():
-                _check_variable(name, source, base)
+                if _is_set_in_vain(name, source, base):
+                    yield name, source, base
     for base in source.bases.values():
-        _check_inherited(base, [*users, source], options)
+        yield from _set_in_vain(base, [*users, source], options)
 
 
-def _check_variable(name: str, source: _Source, base: _Source) -> None:
+def _is_set_in_vain(name: str, source: _Source, base: _Source) -> bool:
     known = [_Names(s.tree) for s in base.walk() if s.tree is not None]
-    if not any(name in n.assigned for n in known):
-        return
-    if not any(name in n.reads for n in known):
-        return
-    before = Config.fromfile(base.path, import_custom_modules=False)
-    after = Config.fromfile(source.path, import_custom_modules=False)
-    if before.get(name) == after.get(name):
-        return
-    raise ConfigVariableError(
-        f'{source.path} sets {name}, but {base.path.name}, which it '
-        f'inherits, has used {name} by then ({_where_read(name, base)}), so '
-        f'nothing would change. Set {name} there, or repeat here what is '
-        'computed from it, such as train_cfg = dict(max_epochs=max_epochs). '
-        f'For one run, --cfg-options {name}=... changes it everywhere'
+    if not any(name in n.assigned for n in known) or not any(
+        name in n.reads for n in known
+    ):
+        return False
+    before, after = (
+        Config.fromfile(s.path, import_custom_modules=False).get(name)
+        for s in (base, source)
     )
+    return before != after

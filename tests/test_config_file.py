@@ -121,26 +121,28 @@ def test_names_that_nothing_reads(config, capsys):
 
 
 @pytest.mark.parametrize(
-    ('text', 'name'),
+    ('text', 'names'),
     [
-        ('max_epochs = 3', 'max_epochs'),
-        ('sizes = dict(long=9)', 'sizes'),
-        ('names = ("a", "b", "c")\nlr = 0.2', 'names'),
+        ('max_epochs = 3', ['max_epochs']),
+        ('sizes = dict(long=9)', ['sizes']),
+        ('names = ("a", "b", "c")\nlr = 0.2', ['names']),
+        ('max_epochs, lr = 3, 4', ['max_epochs', 'lr']),
         # Used here, or by what inherits this; the same value; an entry.
-        ('max_epochs = 3\ntrain_cfg = dict(max_epochs=max_epochs)', None),
-        ('max_epochs = 12', None),
-        ('unused = 3', None),
-        ('model = dict(count=7)', None),
+        ('max_epochs = 3\ntrain_cfg = dict(max_epochs=max_epochs)', []),
+        ('max_epochs = 12', []),
+        ('unused = 3', []),
+        ('model = dict(count=7)', []),
     ],
 )
-def test_inherited_variables_set_in_vain(config, tmp_path, text, name):
+def test_inherited_variables_set_in_vain(config, tmp_path, text, names):
     path = tmp_path / 'mine.py'
     path.write_text(f"_base_ = '{config}'\n{text}\n")
-    if name is None:
+    if not names:
         check_inherited_variables(path)
         return
     with pytest.raises(ConfigVariableError) as error:
         check_inherited_variables(path)
-    assert f'mine.py sets {name}, but' in str(error.value)
-    assert 'base.py, line' in str(error.value)
-    check_inherited_variables(path, {name: 3})
+    for name in names:
+        assert f'mine.py sets {name}, but' in str(error.value)
+    assert str(error.value).count('base.py, line') == len(names)
+    check_inherited_variables(path, dict.fromkeys(names))

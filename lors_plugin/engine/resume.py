@@ -174,11 +174,13 @@ def prepare_resume(runner: Runner, checkpoint: dict) -> None:
     checkpoint.pop('param_schedulers', None)
     _advance(runner, meta['epoch'], per_epoch, new_iter)
     changed = _move_values(runner, checkpoint, schedulers)
-    runner.logger.warning(
-        f'Resuming after epoch {meta["epoch"]}: {"; ".join(reasons)}. '
-        'Schedules of the learning rate go on as the config says for this '
-        f'epoch and end with the training{changed}'
-    )
+    text = f'Resuming after epoch {meta["epoch"]}: {"; ".join(reasons)}'
+    if schedulers:
+        text += (
+            '. Schedules of the learning rate go on as the config says for '
+            f'this epoch and end with the training{changed}'
+        )
+    runner.logger.warning(text)
 
 
 def _flat(schedulers: Any) -> Iterator[Any]:
