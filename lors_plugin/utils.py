@@ -1,5 +1,6 @@
 """Small helpers that several parts of the package need."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, Union
 
@@ -137,3 +138,12 @@ def text_table(rows: Sequence[Sequence], align: str = '<') -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def is_first_rank() -> bool:
+    """Whether this process is alone or the first one of its job.
+
+    Known from the launcher's environment, before a process group is there.
+    """
+    rank = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
+    return rank == '0'

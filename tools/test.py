@@ -27,6 +27,7 @@ from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
 )
+from lors_plugin.engine.image_errors import ImageError
 from lors_plugin.engine.preflight import host_of, type_name
 
 
@@ -143,7 +144,8 @@ def main(argv=None):
             )
         if args.out:
             runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
-        with user_errors('', args.debug, (AdapterFileError, ConversionError)):
+        kinds = (AdapterFileError, ConversionError, ImageError)
+        with user_errors('', args.debug, kinds):
             runner.test()
     finally:
         finish_distributed()
