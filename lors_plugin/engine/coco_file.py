@@ -145,11 +145,11 @@ def _entries(
     if found is None and not required:
         return []
     if not isinstance(found, list):
-        what = 'nothing' if found is None else type(found).__name__
-        report.faults.add(f'list missing: `{key}`', f'there is {what}')
+        what = 'nothing' if found is None else f'a {type(found).__name__}'
+        report.faults.add(f'missing list `{key}`', f'found {what}')
         return []
     if required and not found:
-        report.faults.add(f'list empty: `{key}`', 'no entries')
+        report.faults.add(f'empty list `{key}`', 'found no entry')
     for number, entry in enumerate(found, 1):
         if not isinstance(entry, dict):
             report.faults.add(f'of `{key}` are no objects', f'no. {number}')

@@ -180,8 +180,12 @@ def _check_file(
         odd = bool(report.dropped or report.odd)
         level = logging.WARNING if odd else logging.INFO
         fields = ', '.join(user.field for user in told)
-        if is_first_rank():
-            print_log(f'{path} ({fields}): {line}', 'current', level)
+        _log(f'{path} ({fields}): {line}', level)
+
+
+def _log(line: str, level: int) -> None:
+    if is_first_rank():
+        print_log(line, 'current', level)
 
 
 def _raise_faults(user: Source, faults: Tally) -> None:
@@ -194,6 +198,12 @@ def _raise_faults(user: Source, faults: Tally) -> None:
 
 def _inspect(user: Source, content: Any) -> Report:
     """Tell what a data set will keep of a file."""
+    prefix = user.config.get('data_prefix') or {}
+    if isinstance(prefix, dict) and 'img' not in prefix:
+        raise ValueError(
+            f'{user.field}.data_prefix needs `img`, the folder of the '
+            f'pictures, and is {dict(prefix)}'
+        )
     test_mode = user.config.get('test_mode', False)
     filter_cfg = None if test_mode else user.config.get('filter_cfg')
     report = inspect(content, user.classes, filter_cfg)
@@ -361,6 +371,13 @@ def _check_phase(
         if metric.get('ann_file'):
             own = next((s for s in sources if s.field == field), None)
             unknown = ids - own.report.image_ids if own else ()
+            if own and len(own.report.image_ids) > len(ids):
+                _log(
+                    f'{own.path} ({field}.ann_file): {len(ids)} of '
+                    f'{len(own.report.image_ids)} images are in the data set; '
+                    'the boxes of the others count as missed',
+                    logging.WARNING,
+                )
             if unknown:
                 problems.append(
                     f'{own.path} ({field}.ann_file) lacks {len(unknown)} of '
