@@ -14,7 +14,7 @@ from lors_plugin.registry import METRICS
 from lors_plugin.utils import few
 
 from .faster_coco import FasterCOCOeval, is_installed
-from .numbering import OfAll, by_position, labels_of
+from .numbering import Annotations, OfAll, by_position, labels_of
 
 BACKENDS = ('auto', 'faster', 'pycocotools')
 
@@ -44,7 +44,8 @@ class CocoMetric(HostCocoMetric):
                 "evaluator.backend='faster' needs faster-coco-eval; "
                 'pip install faster-coco-eval'
             )
-        super().__init__(*args, **kwargs)
+        host = _with_globals(HostCocoMetric.__init__, COCO=Annotations)
+        host(self, *args, **kwargs)
         if backend == 'faster' and getattr(self, 'use_mp_eval', False):
             raise ValueError(
                 "evaluator.backend='faster' and use_mp_eval=True exclude "
@@ -52,12 +53,6 @@ class CocoMetric(HostCocoMetric):
             )
         self.backend = backend
         self._has_file = self._coco_api is not None
-        if self._has_file:
-            for annotation in self._coco_api.dataset.get('annotations') or ():
-                annotation.setdefault('iscrowd', 0)
-                if 'area' not in annotation and 'bbox' in annotation:
-                    _, _, width, height = annotation['bbox']
-                    annotation['area'] = width * height
 
     @property
     def dataset_meta(self) -> Optional[dict]:
@@ -152,9 +147,9 @@ class _InProcesses(OfAll, COCOevalMP):
 
 
 def _with_globals(method: FunctionType, **others: Any) -> FunctionType:
-    """The host's method with other evaluators among its globals.
+    """The host's method with other classes among its globals.
 
-    The method makes its evaluator by a global name and offers no other way.
+    The method makes them by a global name and offers no other way.
     A function of the same code with globals of its own leaves the host's
     module as it is.
     """

@@ -11,7 +11,37 @@ import contextlib
 import io
 from collections.abc import Mapping, Sequence
 
-from pycocotools.coco import COCO
+from mmdet.datasets.api_wrappers import COCO
+
+
+class Annotations(COCO):
+    """Annotations of a file that may lack ``area`` and ``iscrowd``.
+
+    An id that is a text is one id here, not a list of characters.
+    """
+
+    def createIndex(self) -> None:
+        """Fill in what may lack, and index."""
+        for annotation in self.dataset.get('annotations') or ():
+            annotation.setdefault('iscrowd', 0)
+            if 'area' not in annotation and 'bbox' in annotation:
+                _, _, width, height = annotation['bbox']
+                annotation['area'] = width * height
+        super().createIndex()
+
+    def getAnnIds(self, imgIds=(), catIds=(), areaRng=(), iscrowd=None):
+        """See :meth:`pycocotools.coco.COCO.getAnnIds`."""
+        return super().getAnnIds(
+            _listed(imgIds), _listed(catIds), areaRng, iscrowd
+        )
+
+    def loadCats(self, ids=()):
+        """See :meth:`pycocotools.coco.COCO.loadCats`."""
+        return super().loadCats(_listed(ids))
+
+
+def _listed(ids):
+    return [ids] if isinstance(ids, (int, float, str)) else ids
 
 
 def labels_of(coco: COCO, category_ids: Sequence) -> dict:
