@@ -40,6 +40,12 @@ from .preflight import (
 )
 
 
+REPAIR = (
+    'docs/en/user_guides/own_data.md#repair-a-json-file shows how to mend a '
+    'file'
+)
+
+
 @dataclass
 class Source:
     """A data set, or a metric with an annotation file of its own.
@@ -192,7 +198,8 @@ def _raise_faults(user: Source, faults: Tally) -> None:
     if faults:
         lines = '\n'.join(f'  {line}' for line in faults.lines())
         raise ValueError(
-            f'{user.path} cannot be used as it is ({user.field}):\n{lines}'
+            f'{user.path} cannot be used as it is ({user.field}):\n{lines}\n'
+            f'{REPAIR}'
         )
 
 
@@ -325,9 +332,8 @@ def _check_names(user: Source, categories: list[str], content: dict) -> None:
             'so every name would be wrong.\n'
             f'  {user.origin}: {few(classes, 20)}\n'
             f'  the categories: {few(used, 20)}\n'
-            f'Set classes={tuple(used)} for all data sets; a file that '
-            'differs from the others has to list its categories as they '
-            f'do{NO_CHECKS}'
+            f'Set classes={tuple(used)} for all data sets. {REPAIR}, such as '
+            f'one whose order differs from the others{NO_CHECKS}'
         )
 
 

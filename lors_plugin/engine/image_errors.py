@@ -35,7 +35,7 @@ class NamingPipeline(Compose):
         except Exception as error:
             if path is None or isinstance(error, ImageError):
                 raise
-            what = f'{type(error).__name__}: {error}'
+            what = f'{type(error).__name__}: {error}'.strip()
             raise ImageError(
                 f'the image {path} cannot be read or prepared ({what})'
             ) from error
