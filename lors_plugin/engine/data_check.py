@@ -39,7 +39,6 @@ from .preflight import (
     reads_like_coco,
 )
 
-
 REPAIR = (
     'docs/en/user_guides/own_data.md#repair-a-json-file shows how to mend a '
     'file'

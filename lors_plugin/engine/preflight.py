@@ -275,6 +275,10 @@ def folder_classes(dataset: dict) -> tuple[Optional[list[str]], str, Path]:
         prefix = prefix.get('img_path', '')
     root = joined(prefix, dataset.get('data_root'))
     classes = None
-    if name == 'CustomDataset' and root.is_dir():
+    if (
+        name == 'CustomDataset'
+        and dataset.get('with_label', True)
+        and root.is_dir()
+    ):
         classes = sorted(p.name for p in root.iterdir() if p.is_dir())
     return classes or None, 'class folders', root

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
@@ -11,6 +12,7 @@ from PIL import Image
 from lors_plugin.engine import data_check
 from lors_plugin.engine.data_check import check_data
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ('cat', 'dog', 'bird')
 PHASES = ('train', 'val')
 META_KEYS = ('img_id', 'ori_shape', 'instances')
@@ -248,6 +250,34 @@ def test_none_of_the_boxes_can_be_used(cfg, root, phase, key, value, reason):
 def test_a_filter_that_leaves_nothing(cfg):
     cfg.train_dataloader.dataset.filter_cfg = dict(min_size=50)
     assert 'filter_cfg leaves no image of 3' in refused(cfg)
+
+
+def test_the_guide_mends_a_file(cfg, root, monkeypatch, lines):
+    guide = (ROOT / 'docs/en/user_guides/own_data.md').read_text()
+    _, _, part = guide.partition('## Repair a json file')
+    _, _, code = part.partition('```python')
+    code, _, _ = code.partition('```')
+    data = content(('bird', 'dog', 'cat'))
+    data['categories'].append(dict(id='13', name='cat'))
+    for annotation in data['annotations']:
+        del annotation['id'], annotation['area'], annotation['iscrowd']
+        for key in ('image_id', 'category_id'):
+            annotation[key] = str(annotation[key])
+        annotation['bbox'] = [str(v) for v in annotation['bbox']]
+    data['annotations'][1].update(area='99.5', iscrowd='1')
+    path = root / 'train.json'
+    path.write_text('\ufeff' + json.dumps(data), encoding='utf-8')
+    monkeypatch.chdir(root)
+    names = "['cat', 'dog']"
+    assert names in code
+    exec(code.replace(names, repr(list(NAMES))), {})
+    cfg.train_dataloader.dataset.ann_file = 'mended.json'
+    check_data(cfg, ['train'])
+    ((_, line),) = lines
+    assert '2 of 3 boxes kept (cat 1, dog 0, bird 1)' in line
+    mended = json.loads((root / 'mended.json').read_text())
+    assert [c['id'] for c in mended['categories']] == [12, 11, 10]
+    assert [a['area'] for a in mended['annotations']] == [200, 99.5, 200]
 
 
 # Classes
