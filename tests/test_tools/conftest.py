@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from PIL import Image
 
@@ -33,12 +34,14 @@ def tools():
 
 @pytest.fixture
 def in_tmp_path(tmp_path, monkeypatch):
-    """Run below ``tmp_path`` and leave no default scope behind."""
+    """Run below ``tmp_path``; leave no default scope or logger behind."""
     monkeypatch.chdir(tmp_path)
-    scopes = dict(DefaultScope._instance_dict)
+    known = (DefaultScope, MMLogger)  # loggers write to a stream of then
+    before = [dict(kind._instance_dict) for kind in known]
     yield
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(scopes)
+    for kind, former in zip(known, before):
+        kind._instance_dict.clear()
+        kind._instance_dict.update(former)
 
 
 def write_image(path, size=32):

@@ -165,13 +165,10 @@ def collect_samples(args: argparse.Namespace) -> tuple[list[Sample], tuple]:
     loader = cfg.get(f'{args.split}_dataloader')
     if loader is None:
         raise DrawError(f'{args.config} has no {args.split}_dataloader')
-    check_data(
-        {
-            'default_scope': cfg.get('default_scope', 'mmdet'),
-            f'{args.split}_dataloader': loader,
-        },
-        [args.split],
-    )
+    if not args.no_checks:
+        scope = cfg.get('default_scope', 'mmdet')
+        only = {'default_scope': scope, f'{args.split}_dataloader': loader}
+        check_data(only, [args.split])
     dataset = DATASETS.build(loader.dataset)
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     if not infos:
@@ -439,6 +436,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='allow the checkpoint or pickle to run code of its own while it '
         'is read; only for files from people you trust',
+    )
+    parser.add_argument(
+        '--no-checks',
+        action='store_true',
+        help='do not check classes and annotation file',
     )
     args = parser.parse_args(argv)
     given = (args.checkpoint is not None, args.pkl is not None, args.truth)
