@@ -1,8 +1,8 @@
 """Annotation files in COCO format, and what a data set keeps of them.
 
-MMDetection's ``CocoDataset`` leaves boxes out without a word (no area, an
-unknown image, an id that is a text) and breaks off at other mistakes, some of
-them after an epoch. :func:`inspect` follows the rules of
+MMDetection's ``CocoDataset`` drops boxes silently (no area, an unknown image,
+an id that is a text) and breaks off at other mistakes, some of them after an
+epoch. :func:`inspect` follows the rules of
 ``CocoDataset.parse_data_info`` and ``filter_data`` and counts.
 """
 
@@ -86,10 +86,10 @@ class Report:
         boxes (int): Boxes in the file.
         kept (Counter): Boxes to train on, by class.
         faults (Tally): What the loader cannot read.
-        dropped (Tally): Boxes that are left out without a word.
-        chosen (Tally): Boxes that are left out as the file or the config
-            says.
-        odd (Tally): What is kept, but is hardly meant so.
+        dropped (Tally): Boxes that the loader drops silently.
+        chosen (Tally): Boxes that the file or the config leaves out, such as
+            crowds and other classes.
+        odd (Tally): Boxes and images that are kept but look like a mistake.
         image_ids (set): Ids of the images.
     """
 
@@ -183,7 +183,7 @@ def inspect(
     classes: Optional[Sequence[str]] = None,
     filter_cfg: Optional[dict] = None,
 ) -> Report:
-    """Tell what ``CocoDataset`` keeps of a file.
+    """Count what ``CocoDataset`` keeps of a file, and what it cannot read.
 
     Args:
         content (Any): The parsed file.
@@ -286,7 +286,7 @@ def _check_annotation(annotation: dict, name: str, report: Report) -> None:
 
 
 def _check_units(annotations: list[dict], report: Report) -> None:
-    """Find out that boxes are shares of the image rather than pixels."""
+    """Detect boxes in shares of the image instead of pixels."""
     boxes = [a['bbox'] for a in annotations if not a.get('ignore')]
     if boxes and all(-1 <= v <= 1 for box in boxes for v in box):
         for annotation in annotations:
@@ -377,7 +377,7 @@ def _unknown(value: Any, kind: str, known: dict) -> str:
 
 
 def check_for_host_metric(content: dict) -> Tally:
-    """Tell what MMDetection's own ``CocoMetric`` cannot read of a file.
+    """Count what MMDetection's own ``CocoMetric`` cannot read.
 
     It breaks off there after an epoch; ``lors_plugin.CocoMetric`` does not.
     """

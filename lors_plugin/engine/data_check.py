@@ -125,8 +125,9 @@ def _is_ours(metric: dict) -> bool:
 def check_data(cfg: dict, phases: Sequence[str]) -> None:
     """Check classes and annotation files, and say what will be kept.
 
-    Every annotation file is read once; a line is logged about each, a
-    warning if boxes are left out that nobody has chosen to leave out.
+    Every annotation file is read once. A line is logged about each, as a
+    warning if the loader drops boxes, if none is left, or if boxes or images
+    are odd.
 
     Args:
         cfg (:obj:`Config` or dict): The whole config.
@@ -182,8 +183,8 @@ def _check_file(
             lines.setdefault(line, []).append(user)
     for line, told in lines.items():
         report = told[0].report
-        odd = bool(report.dropped or report.odd)
-        level = logging.WARNING if odd else logging.INFO
+        good = report.kept and not (report.dropped or report.odd)
+        level = logging.INFO if good else logging.WARNING
         fields = ', '.join(user.field for user in told)
         _log(f'{path} ({fields}): {line}', level)
 
@@ -203,7 +204,7 @@ def _raise_faults(user: Source, faults: Tally) -> None:
 
 
 def _inspect(user: Source, content: Any) -> Report:
-    """Tell what a data set will keep of a file."""
+    """Inspect a file as a data set reads it; raise if it cannot."""
     prefix = user.config.get('data_prefix') or {}
     if isinstance(prefix, dict) and 'img' not in prefix:
         raise ValueError(
@@ -221,7 +222,7 @@ def _inspect(user: Source, content: Any) -> Report:
 
 
 def _inspect_for_metric(user: Source, content: Any) -> Report:
-    """Tell what a metric will read of a file."""
+    """Inspect a file as a metric reads it; raise if it cannot."""
     report = inspect(content, user.classes)
     _raise_faults(user, report.faults)
     if not _is_ours(user.config):
@@ -250,8 +251,9 @@ def _missing_pictures(dataset: dict, images: Sequence[dict]) -> Iterator[str]:
         path = os.path.join(folder, image['file_name'])
         parent, name = os.path.split(path)
         if parent not in there:
-            is_folder = os.path.isdir(parent)
-            there[parent] = set(os.listdir(parent)) if is_folder else set()
+            there[parent] = set()
+            with contextlib.suppress(OSError):
+                there[parent] = set(os.listdir(parent))
         # A file system may take other spellings for the same name.
         if name not in there[parent] and not os.path.exists(path):
             yield path
@@ -321,8 +323,7 @@ def _check_names(user: Source, categories: list[str], content: dict) -> None:
         raise ValueError(
             f'{user.field}: {path} has the category {twice[0]!r} twice (ids '
             f'{few(ids, 5)}), so that there are more labels than classes.\n'
-            'Remove the one without annotations, or give both the same '
-            'category_id'
+            f'Remove the one without annotations. {REPAIR}'
         )
     if list(dict.fromkeys(used)) != list(classes):
         raise ValueError(
@@ -355,9 +356,9 @@ def _check_phase(
     sources: Sequence[Source], metrics: Sequence[tuple[str, dict]]
 ) -> list[str]:
     """Check the data sets and metrics of a phase together."""
-    read = [s for s in sources if s.kind == 'coco' and s.report]
-    if not read:
-        return []
+    read = [s for s in sources if s.report and s.kind == 'coco']
+    if not read or any(s.report is None for s in sources):
+        return []  # of other formats, or not on this machine
     problems = []
     if read[0].phase == 'train':
         if not any(s.report.kept for s in read):

@@ -247,6 +247,23 @@ def test_none_of_the_boxes_can_be_used(cfg, root, phase, key, value, reason):
     assert f'none of 3 boxes can be used: 3 {reason}' in refused(cfg)
 
 
+def test_no_boxes_to_evaluate_on_are_a_warning(cfg, root, lines):
+    write(root / 'b.json', dict(content(first=5), annotations=[]))
+    check_data(cfg, PHASES)
+    assert [level for level, _ in lines] == [logging.INFO, logging.WARNING]
+    assert '0 of 0 boxes kept' in lines[1][1]
+
+
+def test_files_of_another_machine_may_have_the_boxes(cfg, root):
+    write(root / 'a.json', dict(content(), annotations=[]))
+    plain = cfg.train_dataloader.dataset
+    cfg.train_dataloader.dataset = dict(
+        type='ConcatDataset',
+        datasets=[plain, dict(plain, data_root='s3://bucket')],
+    )
+    check_data(cfg, ['train'])
+
+
 def test_a_filter_that_leaves_nothing(cfg):
     cfg.train_dataloader.dataset.filter_cfg = dict(min_size=50)
     assert 'filter_cfg leaves no image of 3' in refused(cfg)
