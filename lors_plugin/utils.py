@@ -59,7 +59,7 @@ def check_divisible(name: str, value: int, by_name: str, by: int) -> int:
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether a subclass of a layer of PyTorch computes something else.
+    """Return whether a subclass of a PyTorch layer overrides its forward.
 
     MMCV's wrappers do not: they care for empty inputs of old versions.
     """

@@ -73,7 +73,7 @@ def check_python(version: Sequence[int]) -> Check:
 
 
 def arch_supported(capability: Capability, archs: Sequence[str]) -> bool:
-    """Whether a build for ``archs`` runs on a GPU of that capability.
+    """Return whether a build for ``archs`` runs on a GPU of that capability.
 
     Args:
         capability (tuple[int, int]): Such as (7, 0).

@@ -73,7 +73,7 @@ def _dataloaders(cfg: dict, phases: Sequence[str]) -> list[tuple[str, dict]]:
 
 
 def _is_local(path: Any, owner: dict) -> bool:
-    """Whether ``path`` is one of this machine's file system."""
+    """Return whether ``path`` is one of this machine's file system."""
     backend = (owner.get('backend_args') or {}).get('backend', 'local')
     remote = '://' in str(path) or str(path).startswith('s3:')
     return backend == 'local' and not remote

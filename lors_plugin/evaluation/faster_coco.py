@@ -20,12 +20,12 @@ _PARAMS = (
 
 
 def is_installed() -> bool:
-    """Whether ``faster-coco-eval`` can be imported."""
+    """Return whether ``faster-coco-eval`` can be imported."""
     return importlib.util.find_spec('faster_coco_eval') is not None
 
 
 def why_not(ground_truth: COCO) -> str:
-    """Why these annotations need pycocotools; '' if they do not."""
+    """Say why these annotations need pycocotools; '' if they do not."""
     for kind, known in (
         ('image', ground_truth.imgs),
         ('category', ground_truth.cats),
