@@ -60,7 +60,7 @@ def check_divisible(name: str, value: int, by_name: str, by: int) -> int:
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether a subclass of a layer of PyTorch computes something else.
+    """Return whether a subclass of a PyTorch layer overrides its forward.
 
     MMCV's wrappers do not: they care for empty inputs of old versions.
     """
@@ -141,7 +141,7 @@ def text_table(rows: Sequence[Sequence], align: str = '<') -> str:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is alone or the first one of its job.
+    """Return whether this process is alone or the first one of its job.
 
     Known from the launcher's environment, before a process group is there.
     """

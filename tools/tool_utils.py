@@ -1,4 +1,4 @@
-"""What ``train.py`` and ``test.py`` share."""
+"""Helpers of ``train.py``, ``test.py`` and other tools."""
 
 import argparse
 import contextlib

@@ -125,7 +125,7 @@ class Report:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a json file is a finite number."""
+    """Return whether a value of a json file is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return -1e15 < value < 1e15  # false for NaN

@@ -116,7 +116,7 @@ def _coco_metrics(cfg: dict, phase: str) -> list[tuple[str, dict]]:
 
 
 def _is_ours(metric: dict) -> bool:
-    """Whether a metric is of this package."""
+    """Return whether a metric is of this package."""
     kind = metric.get('type')
     name = kind if isinstance(kind, str) else kind.__module__
     return name.startswith('lors_plugin.')
@@ -409,7 +409,7 @@ def _check_phase(
 
 
 def _packs_instances(dataset: dict) -> bool:
-    """Whether the last step of a pipeline packs what the metric needs."""
+    """Return whether a pipeline packs the ground truth for the metric."""
     steps = dataset.get('pipeline') or [{}]
     if type_name(steps[-1].get('type')) != 'PackDetInputs':
         return True  # unknown

@@ -85,7 +85,7 @@ def evaluators_of(cfg: dict, phase: str) -> list[tuple[str, dict]]:
 
 
 def is_local(path: Any, owner: dict) -> bool:
-    """Whether ``path`` is one of this machine's file system."""
+    """Return whether ``path`` is one of this machine's file system."""
     backend = (owner.get('backend_args') or {}).get('backend', 'local')
     remote = '://' in str(path) or str(path).startswith('s3:')
     return backend == 'local' and not remote
@@ -184,7 +184,7 @@ def dataset_classes(
 
 
 def reads_like_coco(dataset: dict, scope: Optional[str]) -> bool:
-    """Whether a data set reads annotations as ``CocoDataset`` does."""
+    """Return whether a data set reads annotations as ``CocoDataset`` does."""
     kind = _dataset_class(dataset, scope)
     if not hasattr(kind, 'COCOAPI'):
         return False

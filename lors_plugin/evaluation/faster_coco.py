@@ -19,7 +19,7 @@ _PARAMS = (
 
 
 def is_installed() -> bool:
-    """Whether ``faster-coco-eval`` can be imported."""
+    """Return whether ``faster-coco-eval`` can be imported."""
     return importlib.util.find_spec('faster_coco_eval') is not None
 
 

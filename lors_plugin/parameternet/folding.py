@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def can_fold(norm: Optional[nn.Module]) -> bool:
-    """Whether a layer is a batch normalisation with running statistics."""
+    """Return whether a layer is a batch norm with running statistics."""
     kinds = nn.BatchNorm2d, nn.SyncBatchNorm
     return isinstance(norm, kinds) and norm.running_var is not None
 

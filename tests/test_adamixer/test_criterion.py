@@ -168,11 +168,11 @@ def test_losses_do_not_depend_on_how_a_batch_is_split(criterion, make_samples):
         assert_close(value, total / sum(counts))
 
 
+@pytest.mark.parametrize('counts', [(4, 1), (1, 0), (0, 0)])
 def test_processes_share_the_number_of_boxes(
-    criterion, make_samples, monkeypatch
+    criterion, make_samples, monkeypatch, counts
 ):
     """The mean over processes is what one process gets on all images."""
-    counts = (4, 1)
     samples = make_samples(counts)
     scores, boxes = make_predictions(2)
     whole = criterion(scores, boxes, samples)
