@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 
 from lors_plugin.compat import read_safely
 from lors_plugin.engine.data_check import check_data
-from lors_plugin.engine.image_errors import name_images_of
+from lors_plugin.engine.image_errors import ImageError, name_images_of
 from lors_plugin.engine.preflight import (
     check_data_paths,
     host_of,
@@ -90,7 +90,8 @@ def user_errors(step, debug, kinds=(ValueError, FileNotFoundError)):
     except kinds as error:
         if debug:
             raise
-        if is_first_rank():
+        # An image is one process's own; all else fails in each of them.
+        if is_first_rank() or isinstance(error, ImageError):
             text = str(error.args[0]) if error.args else str(error)
             if isinstance(error, OSError):
                 text = str(error)

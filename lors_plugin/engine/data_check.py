@@ -149,7 +149,7 @@ def check_data(cfg: dict, phases: Sequence[str]) -> None:
         except ValueError as error:
             problems.append(str(error))
     if not problems:
-        problems += _disagreements(sources, heads)
+        problems += _disagreements(sources + _others(cfg, phases), heads)
         for phase in phases:
             problems += _check_phase(
                 [s for s in sources if s.phase == phase],
@@ -337,10 +337,24 @@ def _check_names(user: Source, categories: list[str], content: dict) -> None:
         )
 
 
+def _others(cfg: dict, phases: Sequence[str]) -> list[Source]:
+    """Find the data sets of other phases, whose files may not be here."""
+    found = []
+    for phase in ('train', 'val', 'test'):
+        if phase not in phases:
+            with contextlib.suppress(ValueError):
+                found += _sources(cfg, [phase])
+    return found
+
+
 def _disagreements(
     sources: Sequence[Source], heads: dict[str, int]
 ) -> list[str]:
-    """Find data sets with other classes than the first one."""
+    """Find data sets with other classes than the first one.
+
+    Those of another number belong to another model, as inherited data sets
+    of phases that are not run.
+    """
     known = [s for s in sources if s.classes is not None and heads]
     return [
         f'{other.field} has the classes {few(other.classes, 20)} by '
@@ -349,6 +363,7 @@ def _disagreements(
         f'{NO_CHECKS}'
         for other in known[1:]
         if other.classes != known[0].classes
+        and len(other.classes) == len(known[0].classes)
     ]
 
 

@@ -347,6 +347,17 @@ def test_data_sets_of_different_classes(cfg, root):
         'val_dataloader.dataset has the classes dog, cat, bird by '
         'metainfo.classes, but train_dataloader.dataset has cat, dog, bird'
     ) in refused(cfg)
+    assert (
+        'train_dataloader.dataset has the classes cat, dog, bird by '
+        'metainfo.classes, but val_dataloader.dataset has dog, cat, bird'
+    ) in refused(cfg, ['val'])
+
+
+def test_inherited_data_sets_of_another_model_do_not_matter(cfg):
+    del cfg.train_dataloader.dataset['metainfo']
+    check_data(cfg, ['val'])
+    cfg.train_dataloader.dataset.metainfo = dict(classes='nowhere.txt')
+    check_data(cfg, ['val'])
 
 
 def test_a_category_that_is_there_twice(cfg, root):

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from lors_plugin.engine.image_errors import ImageError
+
 pytestmark = pytest.mark.usefixtures('in_tmp_path')
 
 
@@ -60,6 +62,17 @@ def test_an_empty_picture_is_named(tools, detection, fails, workers):
         assert text.startswith(
             'error: the image coco/img/1.png cannot be read'
         )
+
+
+def test_any_process_names_its_image(tools, fails, monkeypatch):
+    from tool_utils import user_errors
+
+    def run(argv):
+        with user_errors('', False, (ImageError,)):
+            raise ImageError('the image a.png cannot be read')
+
+    monkeypatch.setenv('RANK', '1')
+    assert fails(run) == 'error: the image a.png cannot be read\n'
 
 
 def test_an_empty_picture_of_a_classifier(tools, classification, fails):
