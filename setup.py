@@ -14,17 +14,23 @@ missing or fails, the package is installed without it and does the same in
 plain PyTorch, more slowly.
 """
 
+import os
+import re
 import runpy
 import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = 'lors_plugin'
 MIM_ITEMS = ('configs', 'tools', 'model-index.yml')
+# A link or an image in Markdown whose target is in the repository.
+RELATIVE = r'(!?)\[([^\]]*)\]\((?!\w+:|#)([^)]*)\)'
+IMAGE = r'!\[[^\]]*\]\((?!\w+:)[^)]*\)'
 # Of ``tools``, what is for a checkout: it measures or checks this project.
 CHECKOUT_ONLY = ('benchmarks', 'studies', 'lint', 'run_tests.sh')
 
@@ -37,9 +43,21 @@ def read_version():
 
 
 def read_readme():
-    """Return the README, or nothing where it is not there."""
+    """Return the README, or nothing where it is not there.
+
+    Its relative links lead nowhere outside the repository. They become
+    absolute where LORS_PLUGIN_HOME names the repository's web address with
+    branch, and plain text otherwise.
+    """
     readme = ROOT / 'README.md'
-    return readme.read_text(encoding='utf-8') if readme.is_file() else ''
+    if not readme.is_file():
+        return ''
+    text = readme.read_text(encoding='utf-8')
+    home = os.environ.get('LORS_PLUGIN_HOME', '').rstrip('/')
+    if home:
+        return re.sub(RELATIVE, rf'\1[\2]({home}/\3)', text)
+    text = re.sub(rf'(?m)^{IMAGE}\n+(\*[^*]+\*\n+)?', '', text)
+    return re.sub(RELATIVE, r'\2', text)
 
 
 def read_requirements(name):
@@ -116,6 +134,19 @@ class BuildLibrary(build_ext):
         LOADER['seal'](Path(self.get_ext_fullpath(ext.name)), digest)
 
 
+class Wheel(bdist_wheel):
+    """Name what the wheel is tied to: the platform, no version of Python.
+
+    Where the compiler failed, it is not even that.
+    """
+
+    def get_tag(self):
+        """Return the tags of Python, its interface and the platform."""
+        library = Path(self.bdist_dir) / PACKAGE / '_cpu.so'
+        platform = super().get_tag()[2] if library.is_file() else 'any'
+        return 'py3', 'none', platform
+
+
 # What knows the library's flags and file format, without importing torch.
 LOADER = runpy.run_path(str(ROOT / PACKAGE / 'ops' / 'cpu_library.py'))
 
@@ -171,6 +202,10 @@ setup(
         'lint': read_requirements('lint'),
     },
     ext_modules=[describe_library()],
-    cmdclass={'build_ext': BuildLibrary, 'build_py': BuildPyWithMim},
+    cmdclass={
+        'bdist_wheel': Wheel,
+        'build_ext': BuildLibrary,
+        'build_py': BuildPyWithMim,
+    },
     zip_safe=False,
 )

@@ -12,6 +12,7 @@ from mmengine.runner.priority import get_priority
 from torch import nn
 
 from lors_plugin.adapters.hook import RepAdapterHook
+from lors_plugin.config_file import read_config
 from lors_plugin.lors.hook import LORSHook
 from lors_plugin.registry import MODELS
 from lors_plugin.structure import StructureHook
@@ -34,7 +35,8 @@ def load_config(
     Args:
         path (str | Path): A file, or ``mmpretrain::resnet/....py`` for a
             config of an installed package.
-        options (Mapping, optional): Entries to override, by dotted keys.
+        options (Mapping, optional): Entries to override, by dotted keys;
+            see :func:`~lors_plugin.config_file.read_config`.
 
     Returns:
         Config: The whole config.
@@ -46,13 +48,10 @@ def load_config(
     if '::' in str(path):
         from mmengine.hub import get_config
 
-        cfg = get_config(str(path))
-    elif Path(path).is_file():
-        cfg = Config.fromfile(path)
-    else:
+        path = get_config(str(path)).filename
+    elif not Path(path).is_file():
         raise FileNotFoundError(f'there is no config {path}')
-    if options:
-        cfg.merge_from_dict(dict(options))
+    cfg = read_config(path, options)
     if cfg.get('model') is None:
         raise ValueError(f'{path} has no model')
     return cfg

@@ -4,13 +4,19 @@ Nothing outside this file patches a host.
 """
 
 import codecs
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import os
+import re
 import sys
+import warnings
+from importlib import metadata
 
 _EXT_NAME = 'mmcv._ext'
+_NAME = 'lors_plugin'
 
 
 class MissingOpError(RuntimeError):
@@ -77,6 +83,95 @@ def has_compiled_ops() -> bool:
     """Return whether MMCV has its compiled operators (imports ``mmcv``)."""
     spec = importlib.util.find_spec(_EXT_NAME)
     return spec is not None and not isinstance(spec.loader, _ExtFallback)
+
+
+# Messages of the hosts about their own code, on which a user can do nothing.
+_HARMLESS = re.compile(
+    '"FileClient" will be deprecated'
+    '|"HardDiskBackend" is the alias'
+    '|`save_param_scheduler` is True but'
+)
+
+
+def filter_warnings() -> None:
+    """Leave out a warning of MMDetection that is not true here.
+
+    Without faster-coco-eval, pycocotools computes the metrics.
+    """
+    warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')
+
+
+def is_worth_telling(record: logging.LogRecord) -> bool:
+    """Return False for messages of the hosts about their own code.
+
+    For :meth:`logging.Logger.addFilter`.
+    """
+    return not _HARMLESS.match(record.getMessage())
+
+
+def explain_import(error: Exception) -> Exception:
+    """Name the cause of an import that fails beside transformers 5.
+
+    MMDetection imports MMPretrain, which derives classes from ones that
+    transformers has no more; ``TypeError: NoneType takes no arguments`` is
+    what comes of it.
+
+    Args:
+        error (Exception): Of an import.
+
+    Returns:
+        Exception: An ImportError that names the cause, or else the error.
+    """
+    try:
+        version = metadata.version('transformers')
+    except metadata.PackageNotFoundError:
+        return error
+    if int(version.partition('.')[0]) < 5 or (
+        'NoneType takes no arguments' not in str(error)
+    ):
+        return error
+    return ImportError(
+        'mmpretrain, which mmdet imports, does not work with transformers '
+        f'{version}; pip install "transformers>=4.57,<5"'
+    )
+
+
+def register_configs() -> None:
+    """Let configs inherit ours as ``_base_ = 'lors_plugin::...'``.
+
+    ``mmengine.hub.get_config`` knows them too. MMEngine has a list of
+    packages, and looks for all types of such a config in the package that
+    it comes from; ours name types of the hosts, which their own
+    ``default_scope`` finds.
+    """
+    from mmengine.config import Config
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    MODULE2PACKAGE.setdefault(_NAME, _NAME)
+    host_fromfile = Config.fromfile
+    if hasattr(host_fromfile, 'by_host'):
+        return
+
+    @functools.wraps(host_fromfile)
+    def fromfile(*args, **kwargs):
+        config = host_fromfile(*args, **kwargs)
+        _remove_scope(config)
+        return config
+
+    fromfile.by_host = host_fromfile
+    Config.fromfile = staticmethod(fromfile)
+
+
+def _remove_scope(part):
+    """Remove what MMEngine adds to entries of our configs."""
+    if isinstance(part, (list, tuple)):
+        for item in part:
+            _remove_scope(item)
+    elif hasattr(part, 'items'):
+        if part.get('_scope_') == _NAME:
+            del part['_scope_']
+        for _, value in part.items():
+            _remove_scope(value)
 
 
 def _history_method(owner, name):

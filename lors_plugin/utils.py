@@ -1,7 +1,9 @@
 """Small helpers that several parts of the package need."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any, Union
 
 import torch
@@ -29,6 +31,7 @@ def per_layer(
     Raises:
         ValueError: If the list has another length or a value is too small.
     """
+    check_at_least('num_layers', num_layers, 1)
     a_list = isinstance(value, Sequence) and not isinstance(value, str)
     values = list(value) if a_list else [value] * num_layers
     if len(values) != num_layers:
@@ -43,18 +46,81 @@ def per_layer(
     return values
 
 
-def check_at_least(name: str, value: int, minimum: int) -> int:
+def check_at_least(name: str, value: int, minimum: int = 1) -> int:
     """Return a whole number, or raise an error that names the option."""
-    if not isinstance(value, int) or value < minimum:
+    if not isinstance(value, Integral) or value < minimum:
         raise ValueError(
-            f'{name}={value} must be a whole number of at least {minimum}'
+            f'{name}={value!r} must be a whole number of at least {minimum}'
         )
     return value
 
 
+def check_number(
+    name: str,
+    value: float,
+    minimum: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Return a number, or raise an error that names the option.
+
+    Args:
+        name (str): The option, for the error message.
+        value (float): Its value.
+        minimum (float): The smallest that is allowed. Defaults to -inf.
+        below (float): What it must be less than. Defaults to inf, so that
+            infinity is refused.
+
+    Returns:
+        float: ``value``.
+    """
+    number = isinstance(value, Real) and math.isfinite(value)
+    if not number or not minimum <= value < below:
+        bounds = f' of at least {minimum}' * (
+            minimum > -math.inf
+        ) + f' below {below}' * (below < math.inf)
+        raise ValueError(f'{name}={value!r} must be a finite number{bounds}')
+    return value
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return a number above 0, or raise an error that names the option."""
+    if check_number(name, value) <= 0:
+        raise ValueError(f'{name}={value!r} must be positive')
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Sequence) -> Any:
+    """Return one of some values, or raise an error that names the option."""
+    if value not in list(choices):
+        raise ValueError(f'{name}={value!r} must be one of {tuple(choices)}')
+    return value
+
+
+def build_part(name: str, build: Callable[[dict], Any], cfg: dict) -> Any:
+    """Build what an option describes; errors name the option.
+
+    Args:
+        name (str): The option, for the error message.
+        build (Callable): Builds a config.
+        cfg (dict): With ``type``.
+
+    Returns:
+        Any: What was built.
+    """
+    if not isinstance(cfg, dict) or 'type' not in cfg:
+        raise ValueError(f'{name}={cfg!r} must be a dict with a type')
+    try:
+        return build(cfg)
+    except (KeyError, TypeError, ValueError) as error:
+        text = str(error.args[0]) if error.args else str(error)
+        raise ValueError(f'{name}={cfg!r}: {text}') from error
+
+
 def check_divisible(name: str, value: int, by_name: str, by: int) -> int:
     """``value // by``, or an error that names both options."""
-    if by < 1 or value % by:
+    check_at_least(name, value, 1)
+    check_at_least(by_name, by, 1)
+    if value % by:
         raise ValueError(f'{name}={value} must be divisible by {by_name}={by}')
     return value // by
 

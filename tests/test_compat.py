@@ -1,5 +1,6 @@
 """Where host packages fall short, and what stands in."""
 
+import logging
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ from lors_plugin.compat import (
     MissingOpError,
     has_compiled_ops,
     install_mmcv_ext_fallback,
+    is_worth_telling,
     register_safe_globals,
 )
 
@@ -105,6 +107,34 @@ def test_operators_of_mmcv_name_themselves():
 
     with pytest.raises(MissingOpError, match='roi_align_forward'):
         roi_align(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), 2)
+
+
+def test_a_warning_that_is_not_true_here(tmp_path):
+    """Of MMDetection, where faster-coco-eval is missing."""
+    out = run(
+        'import sys; sys.modules["faster_coco_eval"] = None\n'
+        'import lors_plugin, warnings\n'
+        'with warnings.catch_warnings(record=True) as found:\n'
+        '    import mmdet.evaluation\n'
+        'print(sum("faster_coco" in str(w.message) for w in found))\n'
+        'from mmdet.evaluation.metrics import faster_coco_metric as module\n'
+        'print(module.COCO)\n'
+    )
+    assert out[-2:] == ['0', 'None']
+
+
+@pytest.mark.parametrize(
+    ('text', 'told'),
+    [
+        ('"FileClient" will be deprecated in future. Please use', False),
+        ('"HardDiskBackend" is the alias of "LocalBackend"', False),
+        ('The checkpoint holds no state of the optimizer', True),
+        ('the word "FileClient" will be deprecated', True),
+    ],
+)
+def test_messages_about_code_of_hosts(text, told):
+    record = logging.LogRecord('x', logging.WARNING, '', 1, text, (), None)
+    assert is_worth_telling(record) is told
 
 
 def nms_by_hand(boxes, scores, threshold):

@@ -49,6 +49,22 @@ def test_version_is_that_of_the_package(setup_script):
     assert keywords['version'] == lors_plugin.__version__
 
 
+def test_links_of_the_description(setup_script, monkeypatch):
+    """Relative ones lead nowhere outside the repository."""
+    read = setup_script[0]['read_readme']
+    relative = re.compile(r'\]\((?!\w+:|#)')
+    assert relative.search((ROOT / 'README.md').read_text(encoding='utf-8'))
+    plain = read()
+    assert not relative.search(plain) and '![' not in plain
+    assert 'with all published configs:' in plain
+    assert '](https://arxiv.org/abs/2203.16507)' in plain
+    monkeypatch.setenv('LORS_PLUGIN_HOME', 'https://example.org/x/main/')
+    linked = read()
+    assert not relative.search(linked)
+    assert '](https://example.org/x/main/model-index.yml)' in linked
+    assert '](https://example.org/x/main/docs/images/' in linked
+
+
 @pytest.mark.parametrize('link', [True, False], ids=['link', 'copy'])
 def test_place_mim_items(setup_script, tmp_path, link):
     place = setup_script[0]['place_mim_items']
@@ -136,6 +152,12 @@ def test_wheel(tmp_path, compiler):
         assert any(n.startswith('lors_plugin/.mim/configs/') for n in names)
     compiled = not compiler and shutil.which('g++') is not None
     assert ('lors_plugin/_cpu.so' in names) == compiled
+    # Of no version of Python, and without the library of no platform.
+    tags = wheel.stem.rsplit('-', 3)[1:]
+    assert tags[:2] == ['py3', 'none']
+    assert (tags[2] == 'any') == (not compiled)
+    for name in ('lint', 'run_tests.sh'):
+        assert not any(f'/tools/{name}' in n for n in names)
     if compiled:
         library = zipfile.ZipFile(wheel).extract(
             'lors_plugin/_cpu.so', tmp_path / 'wheel'

@@ -72,6 +72,23 @@ def check_fits(state, path):
         raise ConversionError(f'{path} does not fit: {error}') from error
 
 
+def check_direction(state, source, args):
+    """Refuse a file that has the layout it would be converted to."""
+    from lors_plugin.checkpoints import ConversionError, is_converted
+
+    ours = is_converted(state, source)
+    if ours and not args.reverse:
+        raise ConversionError(
+            f'{args.src} has the layout of this package already; use it as '
+            'it is (--reverse converts to that of the original program)'
+        )
+    if args.reverse and not ours:
+        raise ConversionError(
+            f'{args.src} has the layout of the original program already; '
+            'leave --reverse out to convert it to that of this package'
+        )
+
+
 def check_backbone(state, config):
     """Refuse a file without one; warn of one that nothing is known of."""
     from lors_plugin.checkpoints import (
@@ -118,6 +135,7 @@ def convert(args):
     source = args.source
     if source == 'auto':
         source = guess_source(state)
+    check_direction(state, source, args)
     if source != 'parameternet':
         check_backbone(state, args.config)
     converter = to_original if args.reverse else to_lors_plugin

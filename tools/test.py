@@ -6,9 +6,13 @@ Exit code 2 means a mistake in the command, the config or the data.
 """
 
 import argparse
+import os
+import pickle
 import sys
 from importlib import import_module
+from pathlib import Path
 
+from mmengine.logging import print_log
 from tool_utils import (
     add_common_arguments,
     apply_tta,
@@ -23,10 +27,12 @@ from tool_utils import (
 import lors_plugin  # noqa: F401  (makes mmcv.ops importable)
 from lors_plugin.adapters import AdapterFileError
 from lors_plugin.checkpoints import ConversionError
+from lors_plugin.checkpoints.files import write_all
 from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
 )
+from lors_plugin.engine.hooks import FinitePredictionsHook
 from lors_plugin.engine.image_errors import ImageError
 from lors_plugin.engine.preflight import host_of, type_name
 
@@ -41,8 +47,7 @@ def parse_args(argv=None):
     parser.add_argument(
         '--show-dir',
         metavar='DIR',
-        help='draw the predictions there (below the working directory for '
-        'detectors, unless it is an absolute path)',
+        help='draw the predictions there',
     )
     parser.add_argument(
         '--show', action='store_true', help='show predictions in a window'
@@ -81,20 +86,24 @@ def apply_visualization(cfg, args):
     )
     if cfg.get('visualizer') is None:
         cfg.visualizer = dict(type=visualizers[host])
+    # MMDetection's hook takes other paths for ones below the work directory.
+    show_dir = os.path.abspath(args.show_dir) if args.show_dir else None
     if args.show:
         hook.update(show=True, wait_time=args.wait_time)
     if host == 'mmdet':
         hook.draw = True
-        if args.show_dir:
-            hook.test_out_dir = args.show_dir
+        if show_dir:
+            hook.test_out_dir = show_dir
         if type_name(hook.type) == 'DetVisualizationHook':
             # Ours draws a picture per image, also where names repeat.
             import_module('lors_plugin.visualization.det_visualization_hook')
             hook.type = 'lors_plugin.DetVisualizationHook'
     else:
         hook.update(enable=True, interval=1)
-        if args.show_dir:
-            hook.out_dir = args.show_dir
+        if show_dir:
+            hook.out_dir = show_dir
+    if show_dir:
+        print_log(f'--show-dir: pictures go to {show_dir}', logger='current')
 
 
 def apply_args(cfg, args):
@@ -107,19 +116,44 @@ def apply_args(cfg, args):
             raise ValueError(f'the config has no {field}: nothing to test')
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out {args.out}: must end in .pkl or .pickle')
+    if args.out and Path(args.out).is_dir():
+        raise ValueError(f'--out {args.out}: is a directory')
     if args.show or args.show_dir:
         apply_visualization(cfg, args)
 
 
+class PredictionsWriteError(OSError):
+    """The predictions could not be written; an older file is as it was."""
+
+
 def dump_metric(cfg, path):
-    """Return the host's metric that writes predictions to a file."""
+    """Return the host's metric that collects predictions, to a file."""
     if host_of(cfg) == 'mmdet':
-        from mmdet.evaluation import DumpDetResults
+        from mmdet.evaluation import DumpDetResults as Host
+    else:
+        from mmengine.evaluator import DumpResults as Host
 
-        return DumpDetResults(out_file_path=path)
-    from mmengine.evaluator import DumpResults
+    class Dump(Host):
+        """Write the file whole or not at all."""
 
-    return DumpResults(out_file_path=path)
+        def compute_metrics(self, results):
+            try:
+                write_all({Path(path): lambda to: write_pickle(results, to)})
+            except OSError as error:
+                raise PredictionsWriteError(
+                    f'--out {path} cannot be written ({error}); an older '
+                    'file of that name is as it was'
+                ) from error
+            print_log(f'--out: predictions are in {path}', logger='current')
+            return {}
+
+    return Dump(out_file_path=path)
+
+
+def write_pickle(content, path):
+    """Write a pickle."""
+    with open(path, 'wb') as file:
+        pickle.dump(content, file)
 
 
 def main(argv=None):
@@ -142,9 +176,15 @@ def main(argv=None):
                 trust=args.trust,
                 hooks=runner.hooks,
             )
+        runner.register_hook(FinitePredictionsHook())
         if args.out:
             runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
-        kinds = (AdapterFileError, ConversionError, ImageError)
+        kinds = (
+            AdapterFileError,
+            ConversionError,
+            ImageError,
+            PredictionsWriteError,
+        )
         with user_errors('', args.debug, kinds):
             runner.test()
     finally:

@@ -9,12 +9,17 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import ConfigDict, DictAction
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from lors_plugin.compat import read_safely
+from lors_plugin.compat import is_worth_telling, read_safely
+from lors_plugin.config_file import (
+    ConfigVariableError,
+    check_inherited_variables,
+    read_config,
+)
 from lors_plugin.engine.data_check import check_data
 from lors_plugin.engine.image_errors import ImageError, name_images_of
 from lors_plugin.engine.preflight import (
@@ -60,7 +65,8 @@ def add_common_arguments(parser):
         '--no-checks',
         action='store_true',
         help='do not check annotation files and the classes of model, data '
-        'and files, for a class-agnostic head for example',
+        'and files, for a class-agnostic head for example, nor look for '
+        'variables that a config sets in vain',
     )
     parser.add_argument(
         '--debug',
@@ -118,12 +124,13 @@ def load_config(args):
                 f'the config file {args.config} does not exist (current '
                 f'directory: {Path.cwd()})'
             )
-    with user_errors(
-        f'{args.config} cannot be read', args.debug, (Exception,)
+    with (
+        user_errors(f'{args.config} cannot be read', args.debug, (Exception,)),
+        user_errors('', args.debug, (ConfigVariableError,)),
     ):
-        cfg = Config.fromfile(args.config)
-        if args.cfg_options is not None:
-            cfg.merge_from_dict(args.cfg_options)
+        cfg = read_config(args.config, args.cfg_options)
+        if not args.no_checks:
+            check_inherited_variables(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -218,6 +225,7 @@ def build_runner(cfg, debug=False):
     with user_errors('cannot build what the config describes', debug, kinds):
         custom = 'runner_type' in cfg
         runner = RUNNERS.build(cfg) if custom else Runner.from_cfg(cfg)
+    runner.logger.addFilter(is_worth_telling)
     name_images_of(runner)
     return runner
 

@@ -32,13 +32,15 @@ from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
 )
+from lors_plugin.engine.hooks import FinitePredictionsHook
 from lors_plugin.engine.hooks.checkpoint_hook import (
+    CheckpointHook,
     CheckpointWriteError,
     ResumeError,
 )
 from lors_plugin.engine.image_errors import ImageError
 from lors_plugin.engine.preflight import type_name
-from lors_plugin.engine.resume import checkpoint_to_resume
+from lors_plugin.engine.resume import ResumeHook, checkpoint_to_resume
 from lors_plugin.engine.run_lock import WorkDirInUseError, run_lock
 
 AUTOCAST = 'lors_plugin.AutocastOptimWrapper'
@@ -155,6 +157,8 @@ def check_start(runner, cfg, trust=False):
         runner._load_from = path
     if not path:
         return
+    if not any(isinstance(hook, CheckpointHook) for hook in runner.hooks):
+        runner.register_hook(ResumeHook())
     share = 0.0 if cfg.get('resume') else 0.5
     fit = check_checkpoint(
         runner.model, path, share, trust, runner.hooks, bool(cfg.get('resume'))
@@ -195,6 +199,7 @@ def train(cfg, args):
     prepare_distributed(cfg, args.debug)
     try:
         runner = build_runner(cfg, args.debug)
+        runner.register_hook(FinitePredictionsHook())
         with user_errors('', args.debug):
             check_start(runner, cfg, args.trust)
         kinds = (

@@ -8,6 +8,8 @@ from mmengine.dist import all_reduce, get_world_size
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from lors_plugin.utils import build_part
+
 LOSS_CLS = dict(
     type='mmdet.FocalLoss',
     use_sigmoid=True,
@@ -57,10 +59,16 @@ class SetCriterion(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.loss_cls = MODELS.build(loss_cls or LOSS_CLS)
-        self.loss_bbox = MODELS.build(loss_bbox or LOSS_BBOX)
-        self.loss_iou = MODELS.build(loss_iou or LOSS_IOU)
-        self.assigner = TASK_UTILS.build(assigner or ASSIGNER)
+
+        def build(name: str, cfg: Optional[dict], default: dict) -> nn.Module:
+            cfg = default if cfg is None else cfg
+            return build_part(name, MODELS.build, cfg)
+
+        self.loss_cls = build('loss_cls', loss_cls, LOSS_CLS)
+        self.loss_bbox = build('loss_bbox', loss_bbox, LOSS_BBOX)
+        self.loss_iou = build('loss_iou', loss_iou, LOSS_IOU)
+        assigner = ASSIGNER if assigner is None else assigner
+        self.assigner = build_part('assigner', TASK_UTILS.build, assigner)
 
     def forward(
         self, cls_scores: Tensor, boxes: Tensor, batch_data_samples: list

@@ -13,11 +13,18 @@ from torch.utils.checkpoint import checkpoint
 from lors_plugin.ops import share_levels
 from lors_plugin.ops.backend import BACKENDS, keep_memory
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import check_divisible, per_layer
+from lors_plugin.utils import (
+    check_at_least,
+    check_choice,
+    check_divisible,
+    check_positive,
+    per_layer,
+)
 
 from .box_geometry import decode_boxes
 from .criterion import SetCriterion
 from .mixing import AdaptiveMixing, PrivateMixing
+from .norm import refuse_half
 from .stage import AdaMixerStage
 
 LORS_OPTIONS = (
@@ -101,25 +108,28 @@ class AdaMixerDecoder(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         self._refuse(unknown)
-        if num_classes < 1 or num_stages < 1:
-            raise ValueError(
-                f'num_classes={num_classes} and num_stages='
-                f'{num_stages} must be at least 1'
-            )
-        if backend not in BACKENDS:
-            raise ValueError(
-                f'backend={backend!r} is no backend; choose one of {BACKENDS}'
-            )
+        check_at_least('num_classes', num_classes)
+        check_at_least('num_stages', num_stages)
+        check_at_least('num_cls_fcs', num_cls_fcs, 0)
+        check_at_least('num_reg_fcs', num_reg_fcs, 0)
+        check_choice('backend', backend, BACKENDS)
+        for name, value in (('train_cfg', train_cfg), ('test_cfg', test_cfg)):
+            if not isinstance(value, (dict, type(None))):
+                raise ValueError(f'{name}={value!r} must be a dict')
         check_divisible('embed_dims', embed_dims, 'the 4 numbers of a box', 4)
         self.num_classes = num_classes
         self.num_stages = num_stages
         self.embed_dims = embed_dims
-        self.feat_channels = feat_channels or embed_dims
-        self.strides = tuple(strides)
+        if feat_channels is None:
+            feat_channels = embed_dims
+        self.feat_channels = check_at_least('feat_channels', feat_channels)
+        self.strides = _check_strides(strides)
         self.backend = backend
         self.with_cp = with_cp
         self.recompute_mixing = recompute_mixing
         self.max_per_img = ConfigDict(test_cfg or {}).get('max_per_img')
+        if self.max_per_img is not None:
+            check_at_least('test_cfg.max_per_img', self.max_per_img)
 
         self.num_groups = per_layer('num_groups', num_groups, num_stages)
         self.in_points = per_layer('in_points', in_points, num_stages)
@@ -201,6 +211,7 @@ class AdaMixerDecoder(BaseModule):
             classes), the corners of the boxes in pixels (L, B, N, 4), both
             in float32 at least, and the contents (L, B, N, D).
         """
+        refuse_half(self)
         levels = share_levels(feats, self.backend)
         scores, boxes, contents = [], [], []
         for index, stage in enumerate(self.stages):
@@ -280,3 +291,9 @@ class AdaMixerDecoder(BaseModule):
                 )
             )
         return results
+
+
+def _check_strides(strides: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(strides, Sequence) or not strides:
+        raise ValueError(f'strides={strides!r} must be one per feature level')
+    return tuple(check_positive('strides', stride) for stride in strides)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
 
+from .norm import refuse_half
+
 
 def _freeze_behind_outputs(backbone: nn.Module) -> None:
     """Train no layer that comes after the last output.
@@ -102,6 +104,7 @@ class AdaMixer(BaseDetector):
 
     def extract_feat(self, batch_inputs: Tensor) -> list[Tensor]:
         """Levels of shape (B, F, H_l, W_l) of images (B, 3, H, W)."""
+        refuse_half(self.neck)
         return self.neck(self.backbone(batch_inputs))
 
     def _check_levels(self, image: Tensor, feats: list[Tensor]) -> None:

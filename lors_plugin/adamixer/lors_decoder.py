@@ -6,6 +6,7 @@ from typing import Union
 from torch import nn
 
 from lors_plugin.registry import MODELS
+from lors_plugin.utils import check_at_least
 
 from .decoder import AdaMixerDecoder
 from .lors_mixing import LORSAdaptiveMixing
@@ -59,6 +60,7 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
         in_points: Union[int, Sequence[int]] = 64,
         **kwargs,
     ) -> None:
+        check_at_least('num_stages', num_stages)
         if adaptive_groups is None:
             adaptive_groups = [
                 1 + 3 * i // num_stages for i in range(num_stages)

@@ -14,9 +14,9 @@ from lors_plugin.lors import (
 )
 from lors_plugin.ops import adaptive_mixing
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import per_layer
+from lors_plugin.utils import check_at_least, check_choice, per_layer
 
-from .mixing import MixingShape, recomputed
+from .mixing import MIXING_BACKENDS, MixingShape, recomputed
 
 GENERATOR_INITS = ('zero', 'kaiming')
 WEIGHT_FORMS = ('lors', 'private', 'full')
@@ -82,9 +82,11 @@ class LORSAdaptiveMixing(BaseModule):
             ('generator_init', generator_init, GENERATOR_INITS),
             ('adaptive_weights', adaptive_weights, WEIGHT_FORMS),
             ('static_weights', static_weights, WEIGHT_FORMS),
+            ('backend', backend, MIXING_BACKENDS),
         ):
-            if value not in choices:
-                raise ValueError(f'{name}={value!r} must be one of {choices}')
+            check_choice(name, value, choices)
+        check_at_least('num_stages', num_stages)
+        check_at_least('embed_dims', embed_dims)
         # Without shared weights, rank 0 leaves a stage without any.
         adaptive_ranks = per_layer(
             'adaptive_ranks',

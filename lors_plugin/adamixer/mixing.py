@@ -8,8 +8,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lors_plugin.ops import adaptive_mixing
+from lors_plugin.ops.backend import BACKENDS
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import check_divisible
+from lors_plugin.utils import (
+    check_at_least,
+    check_choice,
+    check_divisible,
+)
+
+# Only mixing is implemented in C++.
+MIXING_BACKENDS = (*BACKENDS, 'cpu')
 
 
 class MixingShape:
@@ -33,8 +41,8 @@ class MixingShape:
         self.width = check_divisible(
             'feat_channels', feat_channels, 'num_groups', num_groups
         )
-        self.in_points = in_points
-        self.out_points = out_points
+        self.in_points = check_at_least('in_points', in_points)
+        self.out_points = check_at_least('out_points', out_points)
 
     @property
     def num_generated(self) -> int:
@@ -87,6 +95,8 @@ class AdaptiveMixing(BaseModule):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
+        check_at_least('embed_dims', embed_dims)
+        check_choice('backend', backend, MIXING_BACKENDS)
         self.shape = MixingShape(
             feat_channels, num_groups, in_points, out_points
         )

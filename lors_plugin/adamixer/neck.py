@@ -7,7 +7,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import check_divisible
+from lors_plugin.utils import check_at_least, check_divisible
 
 from .norm import GroupNorm
 
@@ -41,7 +41,13 @@ class SharedNormChannelMapping(BaseModule):
         check_divisible(
             'out_channels', out_channels, 'num_norm_groups', num_norm_groups
         )
-        self.in_channels = list(in_channels)
+        if not isinstance(in_channels, Sequence) or not in_channels:
+            raise ValueError(
+                f'in_channels={in_channels!r} must be a list, one per level'
+            )
+        self.in_channels = [
+            check_at_least('in_channels', width) for width in in_channels
+        ]
         self.out_channels = out_channels
         self.convs = nn.ModuleList(
             nn.Conv2d(channels, out_channels, 1) for channels in in_channels

@@ -9,6 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
+from lors_plugin.utils import check_at_least, check_choice
 
 from .box_geometry import boxes_from_sizes
 
@@ -41,13 +42,9 @@ class InitialQueryGenerator(BaseModule):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
-        if initial_boxes not in INITIAL_BOXES:
-            raise ValueError(
-                f'initial_boxes={initial_boxes!r} must be one of '
-                f'{INITIAL_BOXES}'
-            )
-        if num_queries < 1:
-            raise ValueError(f'num_queries={num_queries} must be at least 1')
+        check_choice('initial_boxes', initial_boxes, INITIAL_BOXES)
+        check_at_least('num_queries', num_queries)
+        check_at_least('embed_dims', embed_dims)
         self.num_queries = num_queries
         self.embed_dims = embed_dims
         self.initial_boxes = initial_boxes

@@ -9,7 +9,9 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from lors_plugin.ops import SharedLevels, sampling_3d
+from lors_plugin.ops.backend import BACKENDS
 from lors_plugin.registry import MODELS
+from lors_plugin.utils import check_at_least, check_choice
 
 from .box_geometry import box_sizes
 
@@ -37,8 +39,10 @@ class AdaptiveSampling3D(BaseModule):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
-        self.num_groups = num_groups
-        self.num_points = num_points
+        check_at_least('embed_dims', embed_dims)
+        check_choice('backend', backend, BACKENDS)
+        self.num_groups = check_at_least('num_groups', num_groups)
+        self.num_points = check_at_least('num_points', num_points)
         self.backend = backend
         self.offsets = nn.Linear(embed_dims, num_groups * num_points * 3)
 

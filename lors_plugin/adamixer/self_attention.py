@@ -8,7 +8,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import check_divisible
+from lors_plugin.utils import check_divisible, check_number
 
 
 @MODELS.register_module()
@@ -35,7 +35,7 @@ class BoxSelfAttention(BaseModule):
         super().__init__(init_cfg)
         check_divisible('embed_dims', embed_dims, 'num_heads', num_heads)
         self.num_heads = num_heads
-        self.dropout = dropout
+        self.dropout = check_number('dropout', dropout, 0, 1)
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.overlap_scale = nn.Parameter(torch.empty(num_heads))

@@ -1,13 +1,12 @@
 """RepAdapter: two linear maps that merge into the layer behind them."""
 
-import math
 from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lors_plugin.utils import check_divisible
+from lors_plugin.utils import check_divisible, check_number
 
 
 class RepAdapter(nn.Module):
@@ -43,23 +42,12 @@ class RepAdapter(nn.Module):
         channel_dim: int = -1,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ('embed_dims', embed_dims),
-            ('hidden_dims', hidden_dims),
-            ('groups', groups),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f'{name}={value!r} must be a whole number of at least 1'
-                )
         if channel_dim not in (-1, 1):
             raise ValueError(
                 f'channel_dim={channel_dim} must be -1 (tokens) or 1 (maps)'
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f'dropout={dropout} must be in [0, 1)')
-        if not math.isfinite(scale):
-            raise ValueError(f'scale={scale} must be a finite number')
+        check_number('dropout', dropout, 0, 1)
+        check_number('scale', scale)
         check_divisible('embed_dims', embed_dims, 'groups', groups)
         width = check_divisible('hidden_dims', hidden_dims, 'groups', groups)
         self.embed_dims = embed_dims

@@ -5,6 +5,7 @@ from .convert import (
     ConversionError,
     backbone_keys,
     guess_source,
+    is_converted,
     to_lors_plugin,
     to_original,
 )
@@ -23,6 +24,7 @@ __all__ = [
     'backbone_keys',
     'backbone_problems',
     'guess_source',
+    'is_converted',
     'load_checkpoint_file',
     'load_pickle_file',
     'read_weights',

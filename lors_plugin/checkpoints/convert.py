@@ -47,6 +47,24 @@ def guess_source(state: StateDict) -> str:
     )
 
 
+def is_converted(state: StateDict, source: str) -> bool:
+    """Return whether keys are those of this package, not of the program.
+
+    Args:
+        state (dict[str, Tensor]): Keys and weights.
+        source (str): 'adamixer', 'lors' or 'parameternet'.
+
+    Returns:
+        bool: False too where keys are the same in both.
+    """
+    rules = RULES if source == 'parameternet' else KEY_MAPS[source]
+    theirs, ours = (
+        sum(find_rule(rules, key, reverse) is not None for key in state)
+        for reverse in (False, True)
+    )
+    return ours > theirs
+
+
 def to_lors_plugin(
     state: StateDict, source: str, check_backbone: bool = True
 ) -> StateDict:

@@ -8,6 +8,7 @@ config of its training, is ever executed.
 
 import contextlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 
 from lors_plugin.compat import register_safe_globals
@@ -157,7 +159,7 @@ def check_content(content: Any, path: Any) -> dict:
 
     Raises:
         ConversionError: If it, its ``state_dict`` or its ``meta`` is no
-            dictionary.
+            dictionary, or if a weight holds NaN or has no plain values.
     """
     if not isinstance(content, dict):
         raise ConversionError(
@@ -171,7 +173,49 @@ def check_content(content: Any, path: Any) -> dict:
                 f'{path}: its {name} is a {type(value).__name__}, not a '
                 'dictionary'
             )
+    state = content.get('state_dict', content.get('model', content))
+    for weights in (state, content.get('ema_state_dict')):
+        if isinstance(weights, dict):
+            _check_values(weights, path)
     return content
+
+
+def _check_values(weights: dict, path: Any) -> None:
+    """Refuse weights that no model computes anything with.
+
+    Infinities are only told: masks hold them.
+    """
+    odd, nan, infinite = [], [], []
+    for key, value in weights.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.is_meta or value.layout != torch.strided:
+            odd.append(f'{key} ({value.layout} on {value.device})')
+        elif value.is_quantized:
+            odd.append(f'{key} ({value.dtype})')
+        elif value.is_floating_point() or value.is_complex():
+            # There is no test for types of one byte.
+            value = value.float() if value.element_size() == 1 else value
+            if not value.isfinite().all():
+                (nan if value.isnan().any() else infinite).append(str(key))
+    if odd:
+        raise ConversionError(
+            f'{path}: {len(odd)} of {len(weights)} weights have no plain '
+            f'values, so a model would keep its own: {", ".join(odd[:4])}'
+        )
+    if nan:
+        raise ConversionError(
+            f'{path}: {len(nan)} of {len(weights)} weights hold NaN, since '
+            f'the training diverged or the file is damaged: '
+            f'{", ".join(nan[:4])}'
+        )
+    if infinite:
+        print_log(
+            f'{path}: {len(infinite)} of {len(weights)} weights hold inf: '
+            f'{", ".join(infinite[:4])}',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def set_torch_policy(trust: bool) -> None:
@@ -324,12 +368,25 @@ def write_all(writers: dict[Path, Callable]) -> None:
 
 
 def _read_torch(path: Union[str, Path], trust: bool, map_location: Any) -> Any:
+    _check_sums(path)
     register_safe_globals()
     if trust:
         with torch_policy(trust):
             return torch.load(path, map_location, weights_only=False)
     _refuse_old_formats(path)
     return torch.load(path, map_location, weights_only=True)
+
+
+def _check_sums(path: Union[str, Path]) -> None:
+    """Compare the checksums of an archive, which PyTorch does not."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged is not None:
+        raise ConversionError(
+            f'{path} is damaged (wrong checksum of {damaged})'
+        )
 
 
 def _refuse_old_formats(path: Union[str, Path]) -> None:

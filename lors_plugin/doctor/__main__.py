@@ -17,6 +17,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Optional
 
+from lors_plugin.compat import explain_import
 from lors_plugin.version import __version__
 
 from . import checks
@@ -32,6 +33,7 @@ def try_import(name: str) -> str:
             warnings.simplefilter('ignore')
             importlib.import_module(name)
     except Exception as error:
+        error = explain_import(error)
         text = ' '.join(str(error).split())[:300]
         return f'{type(error).__name__}: {text}'
     return ''

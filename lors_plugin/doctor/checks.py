@@ -27,6 +27,10 @@ V100_REMEDY = (
     'for a V100 take torch 2.8 to 2.10 from the package index (CUDA 12.8), '
     'or a cu126 build of torch up to 2.14'
 )
+TRANSFORMERS_REMEDY = (
+    'pip install "transformers>=4.57,<5"; newer ones in an environment '
+    'without mmpretrain'
+)
 OLDEST_TRITON = (3, 6)
 TRITON_OF_TORCH = {
     (2, 6): '3.2', (2, 7): '3.3', (2, 8): '3.4', (2, 9): '3.5',
@@ -224,6 +228,8 @@ def check_host(
 
 def import_remedy(error: str) -> str:
     """Return what to do about a failed import."""
+    if 'transformers' in error:
+        return TRANSFORMERS_REMEDY
     if 'libGL' in error or 'libgthread' in error:
         return (
             'OpenCV wants a graphics library: pip install --force-reinstall '

@@ -1,12 +1,20 @@
-"""Find the checkpoint from which an interrupted training resumes."""
+"""Find the checkpoint that a training resumes from, and go on from it."""
 
+import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
+from mmengine.hooks import Hook, ParamSchedulerHook
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict, _ParamScheduler
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from lors_plugin.checkpoints import load_checkpoint_file
+
+# What changes in a scheduler while it runs; the rest is its schedule.
+_RUNNING = ('base_values', 'last_step', 'verbose')
 
 
 def checkpoint_to_resume(
@@ -89,9 +97,6 @@ def _problem(path: Union[str, Path], trust: bool) -> Optional[str]:
         return f'the checkpoint file {path} does not exist'
     except ValueError as error:
         return str(error)
-    # torch does not compare checksums.
-    if zipfile.is_zipfile(path) and not _is_intact(path):
-        return f'{path} is damaged (wrong checksum)'
     meta = content.get('meta')
     counters = [
         isinstance(meta, dict) and type(meta.get(name)) is int
@@ -109,3 +114,152 @@ def _is_intact(path: Union[str, Path]) -> bool:
             return archive.testzip() is None
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError):
         return False
+
+
+class ResumeHook(Hook):
+    """Call :func:`prepare_resume` for runners without our CheckpointHook."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Prepare a checkpoint that is resumed."""
+        if runner._resume:
+            prepare_resume(runner, checkpoint)
+
+
+def prepare_resume(runner: Runner, checkpoint: dict) -> None:
+    """Warn of what a checkpoint lacks, and let schedules end with a run.
+
+    MMEngine counts iterations on from where the checkpoint was saved, and
+    takes the schedules of parameters from there. That is right as long as
+    an epoch has as many iterations as it had then. Where it has not, where
+    the config has other schedules by now, or where the state of the
+    optimizer was not saved, the schedules of the config are advanced to the
+    epoch of the checkpoint, as if the training had always had them.
+
+    Args:
+        runner (Runner): With its loop, optimizer and schedulers built, and
+            the state of the checkpoint not yet loaded into them.
+        checkpoint (dict): Of :meth:`Runner.resume`; changed in place.
+    """
+    reasons = []
+    meta, new_iter = checkpoint['meta'], checkpoint['meta']['iter']
+    per_epoch = 0
+    if isinstance(runner.train_loop, EpochBasedTrainLoop):
+        per_epoch = len(runner.train_dataloader)
+        before = _iterations_per_epoch(checkpoint) or per_epoch
+        if before != per_epoch:
+            new_iter = meta['epoch'] * per_epoch
+            reasons.append(
+                f'an epoch has {per_epoch} iterations now and had {before} '
+                'then (another batch size, number of processes or data)'
+            )
+    saved = checkpoint.get('param_schedulers')
+    schedulers = list(_flat(runner.param_schedulers))
+    if schedulers and _schedules_differ(schedulers, list(_flat(saved))):
+        reasons.append('the schedules of the config differ from those then')
+    if 'optimizer' not in checkpoint:
+        reasons.append(
+            'the checkpoint holds no state of the optimizer, as with '
+            'save_optimizer=False and in best_*.pth: the training goes on, '
+            'but not as if it had not stopped'
+        )
+    if new_iter >= runner.max_iters:
+        runner.logger.warning(
+            f'Resuming after epoch {meta["epoch"]}, iteration {new_iter}: '
+            f'nothing is left to train ({runner.max_epochs} epochs, '
+            f'{runner.max_iters} iterations in the config)'
+        )
+    if not reasons:
+        return
+    checkpoint['meta'] = dict(meta, iter=new_iter)
+    checkpoint.pop('param_schedulers', None)
+    _advance(runner, meta['epoch'], per_epoch, new_iter)
+    changed = _move_values(runner, checkpoint, schedulers)
+    runner.logger.warning(
+        f'Resuming after epoch {meta["epoch"]}: {"; ".join(reasons)}. '
+        'Schedules of the learning rate go on as the config says for this '
+        f'epoch and end with the training{changed}'
+    )
+
+
+def _flat(schedulers: Any) -> Iterator[Any]:
+    """Yield the schedulers, or their states, of all optimizers."""
+    if isinstance(schedulers, dict):
+        for part in schedulers.values():
+            yield from part
+    else:
+        yield from schedulers or ()
+
+
+def _iterations_per_epoch(checkpoint: dict) -> Optional[int]:
+    """Return what an epoch had when a checkpoint was saved, if known."""
+    epoch, iteration = (checkpoint['meta'][k] for k in ('epoch', 'iter'))
+    info = checkpoint['message_hub'].get('runtime_info') or {}
+    total, epochs = info.get('max_iters'), info.get('max_epochs')
+    if type(total) is int and type(epochs) is int and epochs > 0:
+        number = total // epochs
+        if epoch * number <= iteration <= (epoch + 1) * number:
+            return number
+    return iteration // epoch if epoch else None
+
+
+def _schedules_differ(
+    schedulers: list[_ParamScheduler], saved: list[dict]
+) -> bool:
+    if len(schedulers) != len(saved):
+        return True
+    for scheduler, state in zip(schedulers, saved):
+        if getattr(scheduler, 'need_val_args', False):
+            continue  # what it does depends on metrics
+        for name, value in scheduler.state_dict().items():
+            running = name in _RUNNING or name.startswith('_')
+            if not running and state.get(name, value) != value:
+                return True
+    return False
+
+
+def _advance(
+    runner: Runner, epochs: int, per_epoch: int, iterations: int
+) -> None:
+    """Let new schedulers step as often as they would have by now."""
+    hook = ParamSchedulerHook()
+    with warnings.catch_warnings():
+        # Of steps without those of the optimizer.
+        warnings.simplefilter('ignore', UserWarning)
+        for iteration in range(iterations):
+            hook.after_train_iter(runner, iteration)
+            done = iteration + 1
+            if per_epoch and done % per_epoch == 0:
+                if done // per_epoch > epochs:
+                    break
+                hook.after_train_epoch(runner)
+
+
+def _move_values(
+    runner: Runner, checkpoint: dict, schedulers: list[_ParamScheduler]
+) -> str:
+    """Write the scheduled values into the state that is loaded next.
+
+    Returns:
+        str: The change of the first learning rate, for the log.
+    """
+    wrapper, state = runner.optim_wrapper, checkpoint.get('optimizer')
+    if state is None:
+        return ''
+    pairs = (
+        [(part, state.get(name, {})) for name, part in wrapper.items()]
+        if isinstance(wrapper, OptimWrapperDict)
+        else [(wrapper, state)]
+    )
+    names = {scheduler.param_name for scheduler in schedulers}
+    if 'momentum' in names:
+        names.add('betas')  # where optimizers like Adam have it
+    change = ''
+    for part, saved in pairs:
+        groups = zip(part.param_groups, saved.get('param_groups', ()))
+        for group, old in groups:
+            if not change and 'lr' in names and 'lr' in old:
+                change = f' (now {group["lr"]:.3g}, was {old["lr"]:.3g})'
+            for name in (*names, *(f'initial_{name}' for name in names)):
+                if name in group:
+                    old[name] = group[name]
+    return change

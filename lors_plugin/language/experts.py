@@ -1,6 +1,7 @@
 """Put experts into a model of Hugging Face, train, save and load it."""
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -140,7 +141,8 @@ def load_with_experts(path: str, **kwargs) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ImportError(
-            'load_with_experts needs transformers: pip install transformers'
+            'load_with_experts needs transformers: pip install '
+            '"transformers>=4.57"'
         ) from error
     config = kwargs.pop('config', None)
     if config is None:
@@ -264,6 +266,14 @@ def _after_forward(
     in_tuple = isinstance(output, tuple) and labels is not None
     loss = output[0] if in_tuple else getattr(output, 'loss', None)
     if loss is None or not model.training:
+        if model.training and kwargs.get('num_items_in_batch') is not None:
+            warnings.warn(
+                'the balance loss of the experts is left out: Trainer '
+                'computes the loss itself (label_smoothing_factor or '
+                'compute_loss_func). Add aux_loss_coef * auxiliary_loss('
+                'model) in a compute_loss_func of your own',
+                stacklevel=2,
+            )
         return output
     extra = auxiliary_loss(model)
     layers = expert_layers(model).values()
@@ -294,9 +304,10 @@ def _share(labels: Optional[Tensor], total: Any) -> Any:
     """This call's share of an accumulated batch.
 
     ``Trainer`` divides the sum of the losses of all micro-batches by
-    ``num_items_in_batch``, so what is a mean has to be weighted here.
+    ``num_items_in_batch``, so what is a mean has to be weighted here. It
+    counts the labels of every task in the same way, also those of a causal
+    model that are only predicted from, so that the shares add up to 1.
     """
     if total is None or labels is None:
         return 1
-    counted = (labels[..., 1:] != IGNORED_LABEL).sum()
-    return counted / total
+    return (labels != IGNORED_LABEL).sum() / total

@@ -10,6 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lors_plugin.utils import (
+    check_at_least,
+    check_number,
+    check_positive,
+)
+
 ROUTER_STD = 0.02
 
 
@@ -62,18 +68,16 @@ class SwitchLinear(nn.Module):
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f'num_experts={num_experts} must be at least 1')
+        check_at_least('in_features', in_features)
+        check_at_least('out_features', out_features)
+        check_at_least('num_experts', num_experts)
         for name, factor in (
             ('capacity_factor', capacity_factor),
             ('eval_capacity_factor', eval_capacity_factor),
         ):
-            if factor is not None and factor <= 0:
-                raise ValueError(
-                    f'{name}={factor} must be positive, or None for no limit'
-                )
-        if not 0 <= jitter < 1:
-            raise ValueError(f'jitter={jitter} must be from 0 to less than 1')
+            if factor is not None:
+                check_positive(name, factor)
+        check_number('jitter', jitter, 0, 1)
         self.in_features = in_features
         self.out_features = out_features
         self.num_experts = num_experts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lors_plugin.ops import LowRank
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import per_layer
+from lors_plugin.utils import check_at_least, check_choice, per_layer
 
 from .linear import factor
 
@@ -57,8 +57,10 @@ class AdaptiveLowRankStack(BaseModule):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
-        if fan_in not in FAN_INS:
-            raise ValueError(f'fan_in={fan_in!r} must be one of {FAN_INS}')
+        check_choice('fan_in', fan_in, FAN_INS)
+        check_at_least('rows', rows)
+        check_at_least('cols', cols)
+        check_at_least('copies', copies)
         self.ranks = per_layer('ranks', ranks, num_layers, minimum=0)
         self.groups = per_layer('groups', groups, num_layers)
         self.copies = copies

@@ -19,7 +19,7 @@ from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import per_layer
+from lors_plugin.utils import check_at_least, per_layer
 
 
 def low_rank_linear(
@@ -93,9 +93,9 @@ class LowRankResidualLinear(nn.Module):
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
+        self.in_features = check_at_least('in_features', in_features)
+        self.out_features = check_at_least('out_features', out_features)
+        self.rank = check_at_least('rank', rank, 0)
 
         def param(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -224,6 +224,8 @@ class LowRankLinearStack(BaseModule):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
+        check_at_least('in_features', in_features)
+        check_at_least('out_features', out_features)
         # Without a shared weight, rank 0 leaves a layer without any.
         ranks = per_layer('ranks', ranks, num_layers, int(not with_shared))
         groups = per_layer('groups', groups, num_layers)

@@ -1,19 +1,11 @@
 """Everything that registers a model; imported when a config needs it."""
 
-from lors_plugin.adamixer import (
-    AdaMixer,
-    AdaMixerDecoder,
-    AdaMixerStage,
-    AdaptiveMixing,
-    AdaptiveSampling3D,
-    BoxSelfAttention,
-    InitialQueryGenerator,
-    LORSAdaMixerDecoder,
-    LORSAdaptiveMixing,
-    SharedNormChannelMapping,
-)
 from lors_plugin.adapters import build_adapted_model
-from lors_plugin.compat import register_safe_globals
+from lors_plugin.compat import (
+    explain_import,
+    register_configs,
+    register_safe_globals,
+)
 from lors_plugin.lors import (
     AdaptiveLowRankStack,
     LowRankLinearStack,
@@ -28,7 +20,24 @@ from lors_plugin.parameternet import (
     dynamic_swin_transformer,
 )
 
+try:
+    from lors_plugin.adamixer import (
+        AdaMixer,
+        AdaMixerDecoder,
+        AdaMixerStage,
+        AdaptiveMixing,
+        AdaptiveSampling3D,
+        BoxSelfAttention,
+        InitialQueryGenerator,
+        LORSAdaMixerDecoder,
+        LORSAdaptiveMixing,
+        SharedNormChannelMapping,
+    )
+except TypeError as error:
+    raise explain_import(error) from None
+
 register_safe_globals()
+register_configs()
 
 # Functions that build, under the names that configs have for them.
 AdaptedModel = build_adapted_model

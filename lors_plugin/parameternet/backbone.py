@@ -11,7 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import check_at_least
+from lors_plugin.utils import (
+    check_at_least,
+    check_choice,
+    check_positive,
+)
 
 from .cpu_inference import (
     can_convert,
@@ -28,6 +32,7 @@ from .ghost import (
     plain_conv,
 )
 from .rep_conv import RepConv2d
+from .routing import ROUTINGS
 
 # Kernel, expanded channels, channels, squeeze ratio, stride.
 Row = tuple[int, float, float, float, int]
@@ -139,7 +144,8 @@ class ParameterNet(BaseModule):
         super().__init__(init_cfg)
         rows, width = _settings(arch, width)
         self.out_indices = _check_indices(out_indices, len(rows) + 1)
-        if frozen_stages not in range(-1, len(rows) + 1):
+        known = range(-1, len(rows) + 1)
+        if not isinstance(frozen_stages, int) or frozen_stages not in known:
             raise ValueError(
                 f'frozen_stages={frozen_stages} must be from -1 to '
                 f'{len(rows)}, the last 1x1'
@@ -248,7 +254,8 @@ def _settings(
             )
         arch = ARCHS[arch]
     rows = arch.get('rows')
-    if not rows or not all(rows):
+    lists = (rows, *rows) if isinstance(rows, Sequence) else (rows,)
+    if not all(part and isinstance(part, Sequence) for part in lists):
         raise ValueError(
             f'arch={arch} must have rows: for each stage a list of blocks '
             '(kernel size, expanded channels, channels, squeeze ratio, '
@@ -259,9 +266,7 @@ def _settings(
             _check_block(block)
     if width is None:
         width = arch.get('width', 1.0)
-    if not isinstance(width, (int, float)) or not 0 < width < math.inf:
-        raise ValueError(f'width={width} must be a number above 0')
-    return rows, width
+    return rows, check_positive('width', width)
 
 
 def _check_block(block: Row) -> None:
@@ -286,7 +291,11 @@ def _check_block(block: Row) -> None:
 def _check_indices(indices: Sequence[int], number: int) -> tuple[int, ...]:
     allowed = range(-number, number)
     listed = isinstance(indices, (Sequence, range))
-    if not listed or not indices or not all(i in allowed for i in indices):
+    if (
+        not listed
+        or not indices
+        or not all(isinstance(i, int) and i in allowed for i in indices)
+    ):
         raise ValueError(
             f'out_indices={indices} must be stages from 0 to {number - 1}, '
             'the last 1x1'
@@ -305,8 +314,9 @@ def _conv_factory(
     """Return the factory of the convolutions that may be dynamic."""
     check_at_least('num_experts', num_experts, 1)
     check_at_least('num_branches', num_branches, 0)
-    if conv not in CONVS:
-        raise ValueError(f'conv={conv!r} is none of {CONVS}')
+    check_choice('conv', conv, CONVS)
+    check_choice('routing', routing, ROUTINGS)
+    check_positive('temperature', temperature)
     if conv == 'rep':
         layer = partial(
             RepConv2d, num_branches=num_branches, norm_cfg=norm_cfg

@@ -10,10 +10,16 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from lors_plugin.ops import dynamic_conv2d
+from lors_plugin.ops.backend import BACKENDS
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import check_at_least, check_divisible
+from lors_plugin.utils import (
+    check_at_least,
+    check_choice,
+    check_divisible,
+    check_positive,
+)
 
-from .routing import ExpertRouter, average
+from .routing import ROUTINGS, ExpertRouter, average
 
 DEFAULT_INIT = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
 
@@ -103,14 +109,17 @@ class DynamicConv2d(BaseModule):
         width = check_divisible('in_channels', in_channels, 'groups', groups)
         check_divisible('out_channels', out_channels, 'groups', groups)
         check_at_least('num_experts', num_experts, 1)
+        check_choice('routing', routing, ROUTINGS)
+        check_positive('temperature', temperature)
+        check_choice('backend', backend, BACKENDS)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair('kernel_size', kernel_size, 1)
-        self.stride = _pair('stride', stride, 1)
-        self.dilation = _pair('dilation', dilation, 1)
+        self.kernel_size = pair('kernel_size', kernel_size, 1)
+        self.stride = pair('stride', stride, 1)
+        self.dilation = pair('dilation', dilation, 1)
         if isinstance(padding, str):
             padding = self._named_padding(padding)
-        self.padding = _pair('padding', padding, 0)
+        self.padding = pair('padding', padding, 0)
         self.groups = groups
         self.num_experts = num_experts
         self.backend = backend
@@ -194,13 +203,17 @@ class DynamicConv2d(BaseModule):
         )
 
 
-def _pair(
+def pair(
     name: str, value: Union[int, Sequence[int]], minimum: int
 ) -> tuple[int, int]:
-    """(y, x) of one or two whole numbers, or an error with their name."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise ValueError(f'{name}={value} must be one or two whole numbers')
-    for number in pair:
+    """Return (y, x) of one or two whole numbers.
+
+    Raises:
+        ValueError: If it is something else; names the option.
+    """
+    both = (value, value) if isinstance(value, int) else value
+    if not isinstance(both, Sequence) or len(both) != 2:
+        raise ValueError(f'{name}={value!r} must be one or two whole numbers')
+    for number in both:
         check_at_least(name, number, minimum)
-    return pair
+    return tuple(both)

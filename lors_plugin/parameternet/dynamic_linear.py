@@ -9,11 +9,12 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from lors_plugin.ops import dynamic_linear
+from lors_plugin.ops.backend import BACKENDS
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import check_at_least
+from lors_plugin.utils import check_at_least, check_choice, check_positive
 
 from .dynamic_conv import DEFAULT_INIT, reset_experts
-from .routing import ExpertRouter, average
+from .routing import ROUTINGS, ExpertRouter, average
 
 
 @MODELS.register_module()
@@ -46,6 +47,9 @@ class DynamicLinear(BaseModule):
         check_at_least('in_features', in_features, 1)
         check_at_least('out_features', out_features, 1)
         check_at_least('num_experts', num_experts, 1)
+        check_choice('routing', routing, ROUTINGS)
+        check_positive('temperature', temperature)
+        check_choice('backend', backend, BACKENDS)
         self.in_features = in_features
         self.out_features = out_features
         self.num_experts = num_experts

@@ -1,9 +1,29 @@
-"""Fold batch normalisation into the convolution in front of it."""
+"""Normalisations, and folding them into the convolution in front."""
 
 from typing import Optional
 
 import torch
+from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
+
+from lors_plugin.utils import build_part
+
+
+def build_norm(norm_cfg: dict, channels: int) -> nn.Module:
+    """Build a normalisation; errors name the option.
+
+    Args:
+        norm_cfg (dict): As for MMCV.
+        channels (int): Number of channels.
+
+    Returns:
+        nn.Module: The layer.
+    """
+
+    def build(cfg: dict) -> nn.Module:
+        return build_norm_layer(cfg, channels)[1]
+
+    return build_part('norm_cfg', build, norm_cfg)
 
 
 def can_fold(norm: Optional[nn.Module]) -> bool:

@@ -8,9 +8,13 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmcv.cnn import build_activation_layer
 from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
+
+from lors_plugin.utils import build_part
+
+from .folding import build_norm
 
 DIVISOR = 4
 # (in_channels, out_channels, kernel_size, stride, groups) -> convolution
@@ -50,8 +54,10 @@ class ConvNorm(BaseModule):
     ) -> None:
         super().__init__()
         self.conv = conv
-        self.norm = build_norm_layer(norm_cfg, channels)[1]
-        self.act = None if act_cfg is None else build_activation_layer(act_cfg)
+        self.norm = build_norm(norm_cfg, channels)
+        self.act = None
+        if act_cfg is not None:
+            self.act = build_part('act_cfg', build_activation_layer, act_cfg)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, C_in, H, W) to (B, C_out, H', W')."""

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from typing import Optional, Union
 
 import torch
-from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import check_at_least, check_divisible
 
-from .folding import can_fold, fold_norm
+from .dynamic_conv import pair
+from .folding import build_norm, can_fold, fold_norm
 
 DEFAULT_NORM = dict(type='BN')
 
@@ -24,7 +24,7 @@ class _Branch(BaseModule):
         self.conv = conv
         self.norm = None
         if norm_cfg is not None:
-            self.norm = build_norm_layer(norm_cfg, conv.out_channels)[1]
+            self.norm = build_norm(norm_cfg, conv.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
@@ -94,6 +94,10 @@ class RepConv2d(BaseModule):
         check_at_least('groups', groups, 1)
         check_divisible('in_channels', in_channels, 'groups', groups)
         check_divisible('out_channels', out_channels, 'groups', groups)
+        kernel_size = pair('kernel_size', kernel_size, 1)
+        stride = pair('stride', stride, 1)
+        padding = pair('padding', padding, 0)
+        dilation = pair('dilation', dilation, 1)
 
         def make(bias: bool) -> nn.Conv2d:
             return nn.Conv2d(

@@ -7,7 +7,12 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import at_least_float32, check_at_least
+from lors_plugin.utils import (
+    at_least_float32,
+    check_at_least,
+    check_choice,
+    check_positive,
+)
 
 ROUTINGS = ('softmax_mlp', 'sigmoid_linear')
 
@@ -59,12 +64,10 @@ class ExpertRouter(BaseModule):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        if routing not in ROUTINGS:
-            raise ValueError(f'routing={routing!r} must be one of {ROUTINGS}')
+        check_choice('routing', routing, ROUTINGS)
         check_at_least('in_channels', in_channels, 1)
         check_at_least('num_experts', num_experts, 1)
-        if not temperature > 0:
-            raise ValueError(f'temperature={temperature} must be positive')
+        check_positive('temperature', temperature)
         self.routing = routing
         self.temperature = temperature
         if routing == 'softmax_mlp':

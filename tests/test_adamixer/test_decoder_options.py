@@ -120,7 +120,7 @@ REFUSED = {
         'adamixer',
         dict(backend='cuda'),
         ValueError,
-        "backend='cuda' is no backend",
+        "backend='cuda' must be one of",
     ),
 }
 

@@ -49,7 +49,7 @@ def test_init():
 
 
 def test_no_query():
-    with pytest.raises(ValueError, match='num_queries=0 must be at least 1'):
+    with pytest.raises(ValueError, match='num_queries=0 must be a whole'):
         InitialQueryGenerator(0, 16)
 
 

@@ -63,6 +63,21 @@ def test_unknown_and_missing_keys_write_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ['src.pth']
 
 
+@pytest.mark.parametrize('file', ['lors_detector_small', 'parameternet_tiny'])
+def test_files_that_are_converted_already(
+    tool, goldens, tmp_path, capsys, file
+):
+    src, dst, new = (tmp_path / f'{n}.pth' for n in ('src', 'dst', 'new'))
+    torch.save(Golden(goldens / f'{file}.npz').original_weights(), src)
+    assert tool(src, new, '--reverse') == 1
+    error = capsys.readouterr().err
+    assert 'src.pth has the layout of the original program already' in error
+    assert tool(src, dst) == 0 and tool(dst, new) == 1
+    error = capsys.readouterr().err
+    assert 'dst.pth has the layout of this package already' in error
+    assert len(error) < 500 and not new.exists()
+
+
 def test_class_names_for_the_old_framework(tool, tiny_detector, tmp_path):
     src, dst = tmp_path / 'src.pth', tmp_path / 'dst.pth'
     names = dict(classes=('tree', 'house'), palette=[(0, 0, 1), (0, 1, 0)])

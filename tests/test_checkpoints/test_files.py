@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import ExponentialMovingAverage
 from torch.testing import assert_close
 
@@ -86,6 +86,63 @@ def test_damage_of_any_kind_is_named_in_one_line(tmp_path):
             seen += 1
             assert str(path) in str(error) and '\n' not in str(error)
     assert seen > 20
+
+
+@pytest.mark.parametrize('trust', [False, True])
+@pytest.mark.parametrize('bit', [0, 30])
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path, bit, trust):
+    """Which PyTorch does not compare: the weight would be another one."""
+    path = tmp_path / 'a.pth'
+    torch.save(dict(state_dict=dict(w=torch.full((9,), 1.5))), path)
+    whole = bytearray(path.read_bytes())
+    place = whole.index(torch.full((9,), 1.5).numpy().tobytes())
+    whole[place + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(whole)
+    assert not torch.load(path)['state_dict']['w'].eq(1.5).all()
+    with pytest.raises(ConversionError, match='a.pth is damaged.*checksum'):
+        load_checkpoint_file(path, trust)
+
+
+NAN, INF = float('nan'), float('inf')
+ODD = dict(
+    nan=(torch.tensor([1, NAN]), '1 of 2 weights hold NaN.*: w'),
+    half=(torch.tensor([NAN]).half(), 'hold NaN'),
+    float8=(torch.tensor([NAN]).to(torch.float8_e5m2), 'hold NaN'),
+    complex=(torch.tensor([complex(0, NAN)]), 'hold NaN'),
+    meta=(torch.empty(2, device='meta'), r'no plain values.*: w \(.*meta'),
+    sparse=(torch.eye(2).to_sparse(), r'no plain values.*w \(torch.sparse'),
+    csr=(torch.eye(2).to_sparse_csr(), 'no plain values'),
+    quantized=(
+        torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
+        r'w \(torch.qint8\)',
+    ),
+)
+
+
+@pytest.mark.filterwarnings('ignore')  # some of these are in beta
+@pytest.mark.parametrize('name', ODD)
+@pytest.mark.parametrize('where', ['state_dict', 'ema_state_dict', ''])
+def test_weights_that_are_none(tmp_path, name, where):
+    value, words = ODD[name]
+    state = dict(STATE, w=value)
+    del state['a.bias']
+    content = {'state_dict': STATE, where: state} if where else state
+    path = tmp_path / 'a.pth'
+    torch.save(content, path)
+    with pytest.raises(ConversionError, match=words):
+        load_checkpoint_file(path)
+    with pytest.raises(ConversionError, match=words):
+        content_for_host(content, path)
+
+
+def test_infinities_are_told(tmp_path, capsys):
+    """Masks hold them, so they are no mistake for sure."""
+    MMLogger.get_instance('infinities')  # which writes where capsys looks
+    path = tmp_path / 'a.pth'
+    torch.save(dict(state_dict=dict(STATE, w=torch.tensor([INF]))), path)
+    assert load_checkpoint_file(path)['state_dict']['w'] == INF
+    said = capsys.readouterr()
+    assert 'a.pth: 1 of 3 weights hold inf: w' in said.out + said.err
 
 
 def test_history_of_mmengine_needs_no_trust(tmp_path):

@@ -1,5 +1,7 @@
+import importlib
 import subprocess
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +130,36 @@ def test_hosts_missing_old_doubled_or_broken():
 
 def test_import_remedy_knows_the_missing_extension():
     assert 'lors_plugin' in import_remedy("No module named 'mmcv._ext'")
+
+
+@pytest.mark.parametrize(
+    ('version', 'error', 'named'),
+    [
+        ('5.0.0', TypeError('NoneType takes no arguments'), True),
+        ('6.1.dev0', TypeError('NoneType takes no arguments'), True),
+        ('4.57.6', TypeError('NoneType takes no arguments'), False),
+        ('5.0.0', TypeError('no such option'), False),
+        (None, TypeError('NoneType takes no arguments'), False),
+    ],
+)
+def test_transformers_5(monkeypatch, version, error, named):
+    """MMPretrain cannot be imported beside it, nor any detector."""
+
+    def installed(name):
+        if name != 'transformers' or version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    def fails(name):
+        raise error
+
+    monkeypatch.setattr(metadata, 'version', installed)
+    monkeypatch.setattr(importlib, 'import_module', fails)
+    text = doctor.try_import('mmdet.models')
+    assert ('does not work with transformers' in text) is named
+    check = check_host('mmdet', '3.5.1', ['mmdet'], text)
+    assert ('transformers>=4.57,<5' in check.remedy) is named
+    assert check.status == 'missing'
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from lors_plugin.language import (
 transformers = pytest.importorskip('transformers')
 
 
-def llama(seed=0, **options):
+def llama(seed=0, kind='LlamaForCausalLM', **options):
     torch.manual_seed(seed)
     sizes = dict(
         vocab_size=31,
@@ -32,7 +32,7 @@ def llama(seed=0, **options):
         eos_token_id=2,
     )
     config = transformers.LlamaConfig(**{**sizes, **options})
-    return transformers.LlamaForCausalLM(config)
+    return getattr(transformers, kind)(config)
 
 
 @pytest.fixture
@@ -77,17 +77,30 @@ def test_loss_holds_the_balance_in_training_only(text):
     assert model(text).loss is None
 
 
-def test_accumulated_batches_weigh_the_balance_once(text):
-    model = llama()
+@pytest.mark.parametrize('task', ['CausalLM', 'SequenceClassification'])
+@pytest.mark.parametrize('parts', [(3,), (2, 1), (1, 1, 1)])
+def test_accumulated_batches_weigh_the_balance_once(text, task, parts):
+    """With the number of labels as ``Trainer`` counts them."""
+    model = llama(kind=f'LlamaFor{task}')
     add_experts(model, aux_loss_coef=1.0, capacity_factor=None)
-    total = 3 * 11
-    found, extra = 0, 0
-    for part in (text[:2], text[2:]):
-        out = model(part, labels=part, num_items_in_batch=total)
-        found += out.loss
+    labels = text if task == 'CausalLM' else torch.tensor([0, 1, 0])
+    total = (labels != -100).sum()
+    found, extra, plain = 0, 0, 0
+    for part, label in zip(text.split(parts), labels.split(parts)):
+        options = dict(labels=label, num_items_in_batch=total)
+        found += model.train()(part, **options).loss
         extra += auxiliary_loss(model) * len(part) / 3
-    plain = model.eval()(text, labels=text).loss
+        plain += model.eval()(part, **options).loss
     torch.testing.assert_close(found, plain + extra)
+    assert 1.9 < extra < 2.3
+
+
+def test_a_trainer_that_computes_the_loss_itself(text):
+    """As with label smoothing, where the model gets no labels."""
+    model = llama()
+    add_experts(model)
+    with pytest.warns(UserWarning, match='label_smoothing_factor'):
+        model(text, num_items_in_batch=text.numel())
 
 
 def test_a_tuple_holds_the_balance_too(text):

@@ -1,12 +1,15 @@
 """``tools/train.py`` and ``tools/test.py`` on small stock models."""
 
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
+
+from lors_plugin.build import build_model
 
 pytestmark = pytest.mark.usefixtures('in_tmp_path')
 
@@ -43,6 +46,78 @@ def test_detection_is_trained_and_tested(tools, detection):
     assert len(predictions) == 2
     assert predictions[0]['pred_instances']['bboxes'].shape == (5, 4)
     assert len(list(Path('shown').glob('*.png'))) == 2
+
+
+@pytest.fixture
+def weights(classification):
+    """Untrained weights of the classifier."""
+    model = build_model(Config.fromfile(classification))
+    torch.save(dict(state_dict=model.state_dict()), 'w.pth')
+    return 'w.pth'
+
+
+def test_pictures_go_where_a_shell_user_expects(tools, detection):
+    """Below the current directory, and not below the work directory."""
+    cfg = Config.fromfile(detection)
+    args = tools[1].parse_args([detection, 'w.pth', '--show-dir', 'pictures'])
+    tools[1].apply_visualization(cfg, args)
+    place = str(Path('pictures').resolve())
+    assert cfg.default_hooks.visualization.test_out_dir == place
+
+
+def test_predictions_on_a_full_disk(tools, classification, weights, fails):
+    """The old file stays, nothing lies beside it, and one line says so."""
+    _, test = tools
+    Path('out').mkdir()
+    argv = [classification, weights, '--out', 'out/a.pkl']
+    assert test.main(argv) == 0
+    before = Path('out/a.pkl').read_bytes()
+    assert len(pickle.loads(before)) == 6
+
+    metric = test.dump_metric(Config.fromfile(classification), 'out/a.pkl')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(test.PredictionsWriteError) as error:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+            metric.compute_metrics(['x' * 1000])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert '--out out/a.pkl cannot be written' in str(error.value)
+    assert Path('out/a.pkl').read_bytes() == before
+    assert [p.name for p in Path('out').iterdir()] == ['a.pkl']
+
+    # The exit code, where a file stands in the way of its folder.
+    argv[-1] = 'out/a.pkl/b.pkl'
+    assert '--out out/a.pkl/b.pkl cannot be' in fails(test.main, *argv)
+    Path('folder.pkl').mkdir()
+    argv[-1] = 'folder.pkl'
+    assert 'is a directory' in fails(test.main, *argv)
+
+
+def test_predictions_that_are_no_numbers(
+    tools, classification, weights, capsys
+):
+    """Of weights so large that values overflow."""
+    content = torch.load(weights)
+    for value in content['state_dict'].values():
+        value.fill_(3e38)
+    torch.save(content, 'large.pth')
+    for path, said in ((weights, False), ('large.pth', True)):
+        argv = [classification, path, '--work-dir', path[:-4]]
+        assert tools[1].main(argv) == 0
+        text = ''.join(capsys.readouterr())
+        assert ('0.png: pred_score of the prediction hold NaN' in text) == said
+        assert ('6 of 6 images have predictions' in text) == said
+
+
+@pytest.mark.parametrize('which', [0, 1], ids=['train', 'test'])
+def test_damaged_weights(tools, classification, weights, fails, which):
+    content = torch.load(weights)
+    next(iter(content['state_dict'].values())).view(-1)[0] = float('nan')
+    torch.save(content, 'nan.pth')
+    argv = [['--cfg-options', 'load_from=nan.pth'], ['nan.pth']][which]
+    text = fails(tools[which].main, classification, *argv)
+    assert 'nan.pth: 1 of 8 weights hold NaN' in text
 
 
 def test_user_mistakes_before_anything_is_built(tools, classification, fails):

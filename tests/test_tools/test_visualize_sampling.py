@@ -101,6 +101,17 @@ def test_images_of_the_same_name(sampling, files, tmp_path):
     assert found == {'north', 'south'}
 
 
+def test_predictions_that_are_no_numbers(sampling, files, tmp_path, caplog):
+    config, weights, image = files
+    content = torch.load(weights)
+    content['state_dict']['decoder.stages.2.fc_reg.bias'].fill_(3e38)
+    torch.save(content, tmp_path / 'large.pth')
+    argv = [config, str(tmp_path / 'large.pth'), image]
+    assert sampling.main([*argv, '--out', str(tmp_path / 'out')]) == 1
+    assert f'{image}: pred_instances.bboxes of its' in caplog.text
+    assert not list(tmp_path.glob('out/*'))
+
+
 @pytest.mark.parametrize('content', [b'', b'no image'])
 def test_images_that_cannot_be_read(
     sampling, files, tmp_path, caplog, content

@@ -9,6 +9,7 @@ from lors_plugin.adapters import is_adapter_checkpoint
 from lors_plugin.checkpoints import load_checkpoint_file, weights_of
 from lors_plugin.compat import read_safely
 from lors_plugin.engine.checkpoint_fit import check_weights
+from lors_plugin.engine.hooks.finite_predictions_hook import not_finite
 from lors_plugin.reparam.structure import adapt, build_base, has_adapters
 
 # isort: split
@@ -125,9 +126,16 @@ def predict(model: nn.Module, path: str) -> DetDataSample:
     if not Path(path).is_file():
         raise DrawError(f'the image {path} does not exist')
     try:
-        return inference_detector(model, path)
+        sample = inference_detector(model, path)
     except Exception as error:  # of OpenCV, the pipeline or the model
         raise DrawError(
             f'the image {path} cannot be read, or the detector cannot take '
             f'it ({type(error).__name__}: {error})'
         ) from error
+    names = not_finite(sample)
+    if names:
+        raise DrawError(
+            f'the image {path}: {", ".join(names)} of its prediction hold NaN '
+            'or inf; the weights are damaged, or the training diverged'
+        )
+    return sample

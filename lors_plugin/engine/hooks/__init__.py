@@ -10,12 +10,14 @@ from lors_plugin.parameternet.expert_usage import ExpertUsageHook
 
 from .checkpoint_hook import CheckpointHook
 from .epoch_seed_hook import EpochSeedHook
+from .finite_predictions_hook import FinitePredictionsHook
 from .freeze_hook import FreezeHook
 
 __all__ = [
     'CheckpointHook',
     'EpochSeedHook',
     'ExpertUsageHook',
+    'FinitePredictionsHook',
     'FreezeHook',
     'LORSHook',
     'RepAdapterHook',

@@ -31,6 +31,7 @@ from lors_plugin.engine.random_state import (
     gather_random_states,
     set_random_state,
 )
+from lors_plugin.engine.resume import prepare_resume
 from lors_plugin.engine.stop_notice import StopNotice, shield_workers
 from lors_plugin.registry import HOOKS
 
@@ -207,12 +208,7 @@ class CheckpointHook(HostCheckpointHook):
         if not runner._resume:
             return
         self._resumed = checkpoint.get(POSITION)
-        if 'optimizer' not in checkpoint:
-            runner.logger.warning(
-                'The checkpoint holds no state of the optimizer, as with '
-                'save_optimizer=False and in best_*.pth: the training goes '
-                'on, but not as if it had not stopped'
-            )
+        prepare_resume(runner, checkpoint)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add the place in the epoch."""
