@@ -8,7 +8,6 @@ from mmengine.registry import DefaultScope
 from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 
-from lors_plugin.adamixer import criterion as set_criterion
 from lors_plugin.adamixer.criterion import SetCriterion
 
 STAGES, QUERIES, CLASSES = 2, 6, 3
@@ -142,17 +141,6 @@ def test_nothing_to_find(criterion, make_samples):
     assert not boxes.grad.any()
 
 
-def test_more_boxes_than_queries_matches_every_query(
-    criterion, make_samples, monkeypatch
-):
-    scores, boxes = make_predictions(1)
-    samples = make_samples((QUERIES + 4,))
-    pairs = criterion._match(0, scores[0].detach(), boxes[0], samples)
-    queries, index = pairs[0]
-    assert queries.tolist() == list(range(QUERIES))
-    assert len(set(index.tolist())) == QUERIES
-
-
 def test_losses_do_not_depend_on_how_a_batch_is_split(criterion, make_samples):
     """They are means over boxes, not over images."""
     counts = (4, 1, 0)
@@ -166,28 +154,6 @@ def test_losses_do_not_depend_on_how_a_batch_is_split(criterion, make_samples):
             losses = criterion(scores[:, part], boxes[:, part], samples[part])
             total += losses[key] * max(count, 1)
         assert_close(value, total / sum(counts))
-
-
-def test_processes_share_the_number_of_boxes(
-    criterion, make_samples, monkeypatch
-):
-    """The mean over processes is what one process gets on all images."""
-    counts = (4, 1)
-    samples = make_samples(counts)
-    scores, boxes = make_predictions(2)
-    whole = criterion(scores, boxes, samples)
-    monkeypatch.setattr(set_criterion, 'get_world_size', lambda: 2)
-    parts = []
-    for i in range(2):
-        monkeypatch.setattr(
-            set_criterion,
-            'all_reduce',
-            lambda total, other=counts[1 - i]: total.add_(other),
-        )
-        part = slice(i, i + 1)
-        parts.append(criterion(scores[:, part], boxes[:, part], samples[part]))
-    for key, value in whole.items():
-        assert_close(value, (parts[0][key] + parts[1][key]) / 2)
 
 
 @pytest.mark.parametrize(('what', 'stage', 'image'), [(0, 1, 0), (1, 0, 1)])
