@@ -22,6 +22,12 @@ ROOT = Path(__file__).parents[1]
 CONFIGS, FULL_SIZE = {}, {}
 
 
+def pytest_collection_modifyitems(items):
+    """Take files with slow tests first, so that processes end together."""
+    slow = {item.path for item in items if item.get_closest_marker('slow')}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def merge(config, changes):
     """``config`` with entries of ``changes`` replaced, nested ones too."""
     config = dict(config)

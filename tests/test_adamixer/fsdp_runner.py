@@ -1,12 +1,13 @@
 """Shard units of the decoder by FSDP, in two processes.
 
-``fsdp_runner.py STORE`` prints a dictionary for each process: the largest
+``fsdp_runner.py FOLDER`` writes a JSON file for each process: the largest
 differences to the outputs of the plain decoder, or the error of a unit.
 """
 
 import json
 import multiprocessing
 import sys
+from pathlib import Path
 
 import torch
 from mmengine.registry import DefaultScope
@@ -58,9 +59,10 @@ def run(decoder, inputs):
     return outs
 
 
-def main(rank, store):
+def main(rank, folder):
+    store = f'file://{folder}/store'
     distributed.init_process_group(
-        'gloo', init_method=f'file://{store}', rank=rank, world_size=2
+        'gloo', init_method=store, rank=rank, world_size=2
     )
     torch.manual_seed(0)
     feats = [torch.randn(1, 32, 64 // s, 96 // s) for s in (4, 8, 16, 32)]
@@ -79,7 +81,7 @@ def main(rank, store):
                 (a - b).abs().max().item() for a, b in zip(outs, wanted)
             )
     distributed.destroy_process_group()
-    print(json.dumps(found), flush=True)
+    Path(folder, f'rank{rank}.json').write_text(json.dumps(found))
 
 
 if __name__ == '__main__':
@@ -92,4 +94,4 @@ if __name__ == '__main__':
         rank.start()
     for rank in ranks:
         rank.join()
-    sys.exit(max(rank.exitcode for rank in ranks))
+    sys.exit(any(rank.exitcode for rank in ranks))

@@ -45,6 +45,7 @@ def gate(monkeypatch, tmp_path):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'case', GATED, ids=['-'.join(map(str, case)) for case in GATED]
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip('triton')
+pytestmark = pytest.mark.slow
 
 RUNNER = Path(__file__).with_name('triton_runner.py')
 SPEC = importlib.util.spec_from_file_location('triton_runner', RUNNER)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / 'tools' / 'benchmarks'
 QUICK = ['--quick', '--device', 'cpu', '--threads', '1', '--repeats', '1']
 
