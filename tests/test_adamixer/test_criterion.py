@@ -142,17 +142,6 @@ def test_nothing_to_find(criterion, make_samples):
     assert not boxes.grad.any()
 
 
-def test_more_boxes_than_queries_matches_every_query(
-    criterion, make_samples, monkeypatch
-):
-    scores, boxes = make_predictions(1)
-    samples = make_samples((QUERIES + 4,))
-    pairs = criterion._match(0, scores[0].detach(), boxes[0], samples)
-    queries, index = pairs[0]
-    assert queries.tolist() == list(range(QUERIES))
-    assert len(set(index.tolist())) == QUERIES
-
-
 def test_losses_do_not_depend_on_how_a_batch_is_split(criterion, make_samples):
     """They are means over boxes, not over images."""
     counts = (4, 1, 0)

@@ -110,8 +110,3 @@ def fresh(number):
         attention = BoxSelfAttention(8, 8)
         attention.init_weights()
         yield attention
-
-
-def test_heads_that_do_not_divide():
-    with pytest.raises(ValueError, match='embed_dims=32 must be divisible by'):
-        BoxSelfAttention(32, 5)

@@ -34,14 +34,14 @@ def test_tta_wraps_model_and_innermost_pipeline(tools):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
-def test_default_for_shipped_configs(tools, path):
+def test_default_for_shipped_configs(tools, path, read_config):
     from tool_utils import apply_tta
 
     def pipeline():
         (found,) = iter_datasets(cfg.test_dataloader.dataset, '')
         return found[1].pipeline
 
-    cfg = Config.fromfile(path)
+    cfg = read_config(path.relative_to(ROOT).as_posix())
     plain = pipeline()
     detector = cfg.model.type
     apply_tta(cfg)
