@@ -80,7 +80,7 @@ def install_mmcv_ext_fallback() -> None:
 
 
 def has_compiled_ops() -> bool:
-    """Whether MMCV brings its compiled operators (imports ``mmcv``)."""
+    """Return whether MMCV has its compiled operators (imports ``mmcv``)."""
     spec = importlib.util.find_spec(_EXT_NAME)
     return spec is not None and not isinstance(spec.loader, _ExtFallback)
 
@@ -175,7 +175,7 @@ def _remove_scope(part):
 
 
 def _history_method(owner, name):
-    """What ``getattr`` may do in a checkpoint: find a method of a history."""
+    """Stand in for ``getattr`` in a checkpoint: find a method of a history."""
     from pickle import UnpicklingError
 
     from mmengine.logging import HistoryBuffer

@@ -1,6 +1,7 @@
 """Small helpers that several parts of the package need."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, Union
@@ -125,7 +126,7 @@ def check_divisible(name: str, value: int, by_name: str, by: int) -> int:
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether a subclass of a layer of PyTorch computes something else.
+    """Return whether a subclass of a PyTorch layer overrides its forward.
 
     MMCV's wrappers do not: they care for empty inputs of old versions.
     """
@@ -203,3 +204,12 @@ def text_table(rows: Sequence[Sequence], align: str = '<') -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is alone or the first one of its job.
+
+    Known from the launcher's environment, before a process group is there.
+    """
+    rank = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
+    return rank == '0'

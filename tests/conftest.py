@@ -1,19 +1,31 @@
 """What several test files share: a detector small enough for any test."""
 
+import contextlib
+import gc
 import json
 import logging
+import multiprocessing
 import os
+import sys
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import yaml
 from mmengine.fileio.handlers.registry_utils import file_handlers
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader
+from yapf.yapflib import yapf_api
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, FULL_SIZE = {}, {}
+
+
+def pytest_collection_modifyitems(items):
+    """Take files with slow tests first, so that processes end together."""
+    slow = {item.path for item in items if item.get_closest_marker('slow')}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def merge(config, changes):
@@ -33,10 +45,43 @@ def compiled_here(tmp_path_factory):
     os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache
 
 
+@contextlib.contextmanager
+def metafiles_read_once():
+    """MMEngine reads all of a host's for every base config from there."""
+    load, known = yaml.load, {}
+
+    def load_once(file, *args, **kwargs):
+        text = file.read() if hasattr(file, 'read') else file
+        key = text, args, kwargs.get('Loader')
+        if key in known:
+            return known[key]
+        content = load(text, *args, **kwargs)
+        if isinstance(content, dict) and content.keys() & {'Models', 'Import'}:
+            known[key] = content
+        return content
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, 'load', load_once)
+        yield
+
+
+@pytest.fixture(autouse=True, scope='session')
+def quick_hosts():
+    """Without what takes MMEngine longer than a small training."""
+    with metafiles_read_once(), pytest.MonkeyPatch.context() as patch:
+        # The layout of configs that a run logs and writes, five times.
+        patch.setattr(yapf_api, 'FormatCode', lambda text, **_: (text, True))
+        yield
+
+
 @pytest.fixture(autouse=True, scope='module')
 def nothing_left_behind():
     """Scopes and loggers of runners, the rank that tools put into the
-    environment, the readers that they set, and the silence they ask for."""
+    environment, the readers that they set, the silence they ask for, and
+    workers of loaders, which take five seconds to end as garbage."""
+    # Data sets of MMEngine collect garbage, among a million objects.
+    gc.collect()
+    gc.freeze()
     known = (DefaultScope, MMLogger, MessageHub)
     before = [dict(kind._instance_dict) for kind in known]
     environment = dict(os.environ)
@@ -53,6 +98,10 @@ def nothing_left_behind():
         kind._instance_dict.clear()
         kind._instance_dict.update(former)
     logging.disable(logging.NOTSET)
+    if multiprocessing.active_children():
+        for value in gc.get_objects():
+            if type(value).__name__ == '_MultiProcessingDataLoaderIter':
+                value._shutdown_workers()
 
 
 TINY = dict(
@@ -256,29 +305,23 @@ def load_config(read_config):
 
 
 @pytest.fixture
-def full_size(load_config, build):
-    """The detector of a config file without memory for its weights.
+def full_size(load_config):
+    """The model of a config file without memory for its weights.
 
     ``full_size('configs/a.py', num_stages=3)`` with options of the decoder.
     Built once for all tests: leave it as it is.
     """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class KeepValues(TorchFunctionMode):
-        """Swin reads its drop path rates while it is built."""
-
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            where = dict(device='cpu') if func is torch.linspace else {}
-            return func(*args, **{**(kwargs or {}), **where})
+    from lors_plugin.analysis.weightless import EmptyWeights
+    from lors_plugin.build import build_model
 
     def make(path, **decoder):
-        config = load_config(path).model
-        config.decoder.update(decoder)
-        key = json.dumps(config, sort_keys=True)
+        config = load_config(path)
+        if decoder:
+            config.model.decoder.update(decoder)
+        key = json.dumps([config.model, config.get('custom_hooks')])
         if key not in FULL_SIZE:
-            with torch.device('meta'), KeepValues():
-                FULL_SIZE[key] = build(config)
+            with EmptyWeights():
+                FULL_SIZE[key] = build_model(config)
         return FULL_SIZE[key]
 
     return make
@@ -336,3 +379,22 @@ def goldens():
 def root():
     """Root of the checkout."""
     return ROOT
+
+
+@pytest.fixture(scope='module')
+def tools():
+    """``train.py`` and ``test.py``, imported as their directory sees them."""
+    path = str(ROOT / 'tools')
+    sys.path.insert(0, path)
+    hidden = {n: sys.modules.pop(n, None) for n in ('train', 'test')}
+    try:
+        import test
+        import train
+
+        yield train, test
+    finally:
+        sys.path.remove(path)
+        for name, module in hidden.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module

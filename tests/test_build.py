@@ -19,7 +19,6 @@ from lors_plugin.build import (
     load_config,
     padded_shape,
     structure_hooks,
-    without_pretrained,
 )
 from lors_plugin.build import test_pipeline as pipeline_of
 from lors_plugin.build import test_shape as shape_of
@@ -312,19 +311,3 @@ def test_mistakes(tmp_path):
     (tmp_path / 'x.py').write_text('a = 1\n')
     with pytest.raises(ValueError, match='x.py has no model'):
         load_config(tmp_path / 'x.py')
-
-
-def test_no_file_of_pretrained_weights_is_named():
-    pretrained = dict(type='Pretrained', checkpoint='a.pth')
-    trunc = dict(type='TruncNormal', layer='Linear', std=0.02)
-    model = dict(
-        pretrained='a.pth',
-        backbone=dict(type='A', init_cfg=pretrained, pretrained=True),
-        head=dict(type='B', init_cfg=[trunc, pretrained]),
-    )
-    before = copy.deepcopy(model)
-    assert without_pretrained(model) == dict(
-        backbone=dict(type='A', pretrained=True),
-        head=dict(type='B', init_cfg=[trunc]),
-    )
-    assert model == before

@@ -21,7 +21,6 @@ import mmengine.registry
 import numpy as np
 import pytest
 import torch
-import yaml
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DefaultScope
@@ -258,28 +257,6 @@ class Weightless(TorchFunctionMode):
         if func is Tensor.cpu and target.is_meta:
             return torch.zeros(target.shape)  # for logs of initialisation
         return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def metafiles_read_once():
-    """MMEngine reads all of a host's for every base config from there."""
-    load, known = yaml.load, {}
-
-    def load_once(file, *args, **kwargs):
-        text = file.read()
-        if text not in known:
-            known[text] = load(text, *args, **kwargs)
-        return known[text]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yaml, 'load', load_once)
-        yield
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _metafiles_read_once():
-    with metafiles_read_once():
-        yield
 
 
 def build_weightless(cfg):

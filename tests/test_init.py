@@ -37,15 +37,6 @@ def test_import_is_light():
     assert out == []
 
 
-def test_operators_import_torch_only():
-    out = run(
-        'import sys, lors_plugin.ops\n'
-        'heavy = ("triton", "mmengine", "mmcv", "mmdet")\n'
-        'print(*[name for name in heavy if name in sys.modules])'
-    )
-    assert out == []
-
-
 def test_types_are_found_without_custom_imports():
     """A config names a type, and that is all; MMEngine finds the rest."""
     out = run(

@@ -1,6 +1,6 @@
 """Training as users start it: several processes, resuming, mixed precision.
 
-Each test runs the real tools on a small data set in processes of their own.
+Each test runs the real tools on a small data set.
 """
 
 import json
@@ -50,8 +50,15 @@ train_dataloader = dict(
         filter_cfg=dict(_delete_=True, filter_empty_gt=False),
         pipeline=train_pipeline,
         **dataset))
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(96, 64)),
+    dict(type='PackDetInputs', meta_keys=(
+        'img_id', 'ori_shape', 'img_shape', 'scale_factor')),
+]
 val_dataloader = dict(
-    num_workers=0, persistent_workers=False, dataset=dict(**dataset))
+    num_workers=0, persistent_workers=False,
+    dataset=dict(pipeline=test_pipeline, **dataset))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'train.json')
 test_evaluator = val_evaluator
@@ -63,13 +70,15 @@ param_scheduler = [
 default_hooks = dict(
     logger=dict(interval=1), checkpoint=dict(save_last=True))
 custom_hooks = [dict(type='SaveRankHook')]
+visualizer = dict(name='{name}')
 custom_imports = dict(imports=['save_rank_hook'])
 env_cfg = dict(mp_cfg=dict(mp_start_method='fork'))
 """
 
-# What a rank holds at the end; MMEngine itself saves that of rank 0 only.
+# What a rank holds at the end; MMEngine itself saves that of rank 0 only. And
+# a notice to stop, which the launcher of two processes gets, once.
 HOOK = """
-import torch
+import os, signal, time, torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -78,6 +87,11 @@ from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
 class SaveRankHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if get_rank() == 1 and not runner._resume:
+            os.kill(os.getppid(), signal.SIGUSR1)
+            time.sleep(1)
+
     def after_train(self, runner):
         model = runner.model
         if is_model_wrapper(model):
@@ -128,6 +142,14 @@ def data(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope='module')
+def train(tools, data):
+    """Train in this process: ``train(config, *words)``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(data)
+        yield lambda *words: tools[0].main([*map(str, words)])
+
+
 def write_config(
     path,
     data,
@@ -137,6 +159,7 @@ def write_config(
     workers=0,
     optimizer='lr=1e-3',
 ):
+    """Write a config; give each run of a process a name of its own."""
     base = {
         'lors': 'lors_adamixer/lors-adamixer_r50_8xb2-1x_coco.py',
         'adamixer': 'adamixer/adamixer_r50_8xb2-1x_coco.py',
@@ -146,6 +169,7 @@ def write_config(
         CONFIG.format(
             base=ROOT / 'configs' / base,
             data=data,
+            name=path.stem,
             lors=lors,
             flip=flip,
             shuffle=shuffle,
@@ -156,30 +180,26 @@ def write_config(
     return path
 
 
-def run(command, data, fails=False):
+def run(data, *command, code=0):
+    """Run a command in a process of its own; return what it printed."""
     env = dict(
         os.environ,
         PYTHONPATH=f'{ROOT}{os.pathsep}{data}',
         OMP_NUM_THREADS='1',
+        PYTHON=sys.executable,
         CUDA_VISIBLE_DEVICES='',
     )
     env.pop('RANK', None)
     result = subprocess.run(
-        [str(c) for c in command],
+        [str(word) for word in command],
         env=env,
         capture_output=True,
         text=True,
         timeout=300,
     )
     output = result.stdout + result.stderr
-    assert (result.returncode != 0) == fails, output[-6000:]
+    assert result.returncode == code, output[-6000:]
     return output
-
-
-def train(config, work_dir, data, *args, **kwargs):
-    command = [sys.executable, ROOT / 'tools' / 'train.py', config]
-    command += ['--work-dir', work_dir, *args]
-    return run(command, data, **kwargs)
 
 
 def weights(work_dir, name='rank0.pth'):
@@ -187,31 +207,40 @@ def weights(work_dir, name='rank0.pth'):
 
 
 def logged(work_dir, key='loss'):
-    (path,) = Path(work_dir).glob('*/vis_data/scalars.json')
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
+    found = []
+    for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
+        lines = map(json.loads, path.read_text().splitlines())
+        found += [line[key] for line in lines if key in line]
+    return found
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(data, tmp_path):
+def test_two_processes_do_what_one_does(data, train, tmp_path):
     """Same global batch: same losses, same weights, on both ranks.
+
+    Both stop after the same step when a notice arrives, and go on from there.
 
     Image 1 and 3 have no boxes, so the first batch of rank 1 is empty. Plain
     SGD, since Adam turns the rounding of a zero gradient into a whole step.
     The two also recompute stages, which must not disturb shared weights.
     """
     sgd = "_delete_=True, type='SGD', lr=0.01"
-    config = write_config(tmp_path / 'config.py', data, optimizer=sgd)
+    config = write_config(tmp_path / 'alone.py', data, optimizer=sgd)
     seed = ['--cfg-options', 'randomness.seed=3']
-    train(config, tmp_path / 'one', data, *seed)
-    two = tmp_path / 'two'
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    train(config, '--work-dir', one, *seed)
     command = ['bash', ROOT / 'tools' / 'dist_train.sh', config, 2]
     command += ['--work-dir', two, *seed, 'train_dataloader.batch_size=2']
     command += ['model.decoder.with_cp=True']
-    run(command, data)
+    text = run(data, *command, code=75)
+    assert '2 CPU processes by gloo' in text
+    assert 'saved interrupted.pth' in text
+    text = run(data, *command, '--resume')
+    assert 'batches of this epoch were trained on before' in text
+    assert not (two / 'interrupted.pth').exists()
 
     first, second = weights(two, 'rank0.pth'), weights(two, 'rank1.pth')
-    alone = weights(tmp_path / 'one')
+    alone = weights(one)
     assert first.keys() == alone.keys()
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
@@ -221,25 +250,24 @@ def test_two_processes_do_what_one_does(data, tmp_path):
     for key in ('loss', 'stage2_loss_cls', 'stage0_loss_iou'):
         together = logged(two, key)
         assert len(together) == 4
-        np.testing.assert_allclose(
-            together, logged(tmp_path / 'one', key), rtol=1e-4
-        )
+        np.testing.assert_allclose(together, logged(one, key), rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_resuming_changes_nothing(data, tmp_path):
+def test_resuming_changes_nothing(data, train, tmp_path):
     """Two epochs, or one and one more: equal to the last bit.
 
-    With shuffling, flips, workers that persist, and no seed in the config.
+    With shuffling, flips, workers that persist, and no seed in the config;
+    the second epoch runs in a process of its own.
     """
     config = write_config(
-        tmp_path / 'config.py', data, flip=0.5, shuffle=True, workers=1
+        tmp_path / 'resumed.py', data, flip=0.5, shuffle=True, workers=1
     )
-    train(config, tmp_path / 'whole', data)
-    parts = tmp_path / 'parts'
-    parts.mkdir()
+    train(config, '--work-dir', tmp_path / 'whole')
     first = tmp_path / 'whole' / 'epoch_1.pth'
-    train(config, parts, data, '--resume', first)
+    command = [sys.executable, ROOT / 'tools' / 'train.py', config]
+    parts = tmp_path / 'parts'
+    run(data, *command, '--work-dir', parts, '--resume', first)
     whole, resumed = weights(tmp_path / 'whole'), weights(parts)
     start = torch.load(first, weights_only=False)['state_dict']
     assert any(not torch.equal(start[k], whole[k]) for k in whole)
@@ -247,45 +275,31 @@ def test_resuming_changes_nothing(data, tmp_path):
         assert torch.equal(value, resumed[key]), key
 
 
-@pytest.fixture(scope='module')
-def float32_losses(data, tmp_path_factory):
-    """Losses of an AdaMixer trained in float32."""
-    path = tmp_path_factory.mktemp('float32')
-    config = write_config(path / 'config.py', data, 'adamixer')
-    seed = ['--cfg-options', 'randomness.seed=3']
-    train(config, path / 'out', data, *seed)
-    return logged(path / 'out')
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_mixed_precision_learns(dtype, data, float32_losses, tmp_path):
+def test_mixed_precision_learns(data, train, tmp_path):
     """Losses stay finite and near those of float32."""
-    config = write_config(tmp_path / 'config.py', data, 'adamixer')
-    seed = ['--cfg-options', 'randomness.seed=3']
-    train(config, tmp_path / 'half', data, '--amp', dtype, *seed)
-    half, full = logged(tmp_path / 'half'), float32_losses
-    assert len(half) == 4
-    # A step of float16 may be skipped while its loss scale is found.
-    np.testing.assert_allclose(half[0], full[0], rtol=2e-2)
-    np.testing.assert_allclose(half, full, rtol=0.15)
-    moved = weights(tmp_path / 'half')
-    assert all(v.isfinite().all() for v in moved.values())
+    losses = {}
+    for dtype in ('float32', 'bfloat16', 'float16'):
+        config = write_config(tmp_path / f'{dtype}.py', data, 'adamixer')
+        out = tmp_path / dtype
+        amp = [] if dtype == 'float32' else ['--amp', dtype]
+        seed = ['--cfg-options', 'randomness.seed=3']
+        train(config, '--work-dir', out, *amp, *seed)
+        losses[dtype] = logged(out)
+        assert all(v.isfinite().all() for v in weights(out).values())
+    full = losses.pop('float32')
+    for half in losses.values():
+        assert len(half) == 4
+        # A step of float16 may be skipped while its loss scale is found.
+        np.testing.assert_allclose(half[0], full[0], rtol=2e-2)
+        np.testing.assert_allclose(half, full, rtol=0.15)
 
 
 @pytest.mark.slow
-def test_what_is_not_finite_stops_with_its_name(data, tmp_path):
+def test_what_is_not_finite_stops_with_its_name(data, train, tmp_path):
     """A learning rate far too high: an error, not a crash in the matcher."""
-    config = write_config(tmp_path / 'config.py', data)
-    output = train(
-        config,
-        tmp_path / 'out',
-        data,
-        '--cfg-options',
-        'optim_wrapper.optimizer.lr=1e12',
-        'optim_wrapper.clip_grad=None',
-        fails=True,
-    )
-    assert 'FloatingPointError' in output
-    assert 'stage' in output
-    assert 'images/' in output
+    config = write_config(tmp_path / 'too_high.py', data)
+    options = ['optim_wrapper.optimizer.lr=1e12']
+    options += ['optim_wrapper.clip_grad=None']
+    with pytest.raises(FloatingPointError, match='stage.*images/'):
+        train(config, '--work-dir', tmp_path, '--cfg-options', *options)

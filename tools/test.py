@@ -33,6 +33,7 @@ from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint_path,
 )
 from lors_plugin.engine.hooks import FinitePredictionsHook
+from lors_plugin.engine.image_errors import ImageError
 from lors_plugin.engine.preflight import host_of, type_name
 
 
@@ -178,7 +179,12 @@ def main(argv=None):
         runner.register_hook(FinitePredictionsHook())
         if args.out:
             runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
-        kinds = (AdapterFileError, ConversionError, PredictionsWriteError)
+        kinds = (
+            AdapterFileError,
+            ConversionError,
+            ImageError,
+            PredictionsWriteError,
+        )
         with user_errors('', args.debug, kinds):
             runner.test()
     finally:

@@ -1,4 +1,4 @@
-"""What ``train.py`` and ``test.py`` share."""
+"""Helpers of ``train.py``, ``test.py`` and other tools."""
 
 import argparse
 import contextlib
@@ -20,12 +20,15 @@ from lors_plugin.config_file import (
     check_inherited_variables,
     read_config,
 )
+from lors_plugin.engine.data_check import check_data
+from lors_plugin.engine.image_errors import ImageError, name_images_of
 from lors_plugin.engine.preflight import (
-    check_classes,
     check_data_paths,
     host_of,
+    iter_datasets,
     type_name,
 )
+from lors_plugin.utils import is_first_rank
 
 EXIT_USER_ERROR = 2
 
@@ -61,8 +64,8 @@ def add_common_arguments(parser):
     parser.add_argument(
         '--no-checks',
         action='store_true',
-        help='do not compare the classes of model, data and annotation '
-        'files, for a class-agnostic head for example, nor look for '
+        help='do not check annotation files and the classes of model, data '
+        'and files, for a class-agnostic head for example, nor look for '
         'variables that a config sets in vain',
     )
     parser.add_argument(
@@ -93,8 +96,8 @@ def user_errors(step, debug, kinds=(ValueError, FileNotFoundError)):
     except kinds as error:
         if debug:
             raise
-        rank = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
-        if rank == '0':
+        # An image is one process's own; all else fails in each of them.
+        if is_first_rank() or isinstance(error, ImageError):
             text = str(error.args[0]) if error.args else str(error)
             if isinstance(error, OSError):
                 text = str(error)
@@ -156,11 +159,11 @@ def set_host_defaults(cfg):
 
 
 def check_config(cfg, phases, args):
-    """Check data paths and classes, see :mod:`lors_plugin.engine`."""
+    """Check paths, classes and annotation files of the data sets."""
     with user_errors('', args.debug):
         check_data_paths(cfg, phases)
         if not args.no_checks:
-            check_classes(cfg, phases)
+            check_data(cfg, phases)
 
 
 def prepare_distributed(cfg, debug=False):
@@ -220,19 +223,11 @@ def build_runner(cfg, debug=False):
     """Build the runner and with it the model."""
     kinds = (ValueError, TypeError, KeyError, AssertionError, ImportError)
     with user_errors('cannot build what the config describes', debug, kinds):
-        if 'runner_type' in cfg:
-            runner = RUNNERS.build(cfg)
-        else:
-            runner = Runner.from_cfg(cfg)
+        custom = 'runner_type' in cfg
+        runner = RUNNERS.build(cfg) if custom else Runner.from_cfg(cfg)
     runner.logger.addFilter(is_worth_telling)
+    name_images_of(runner)
     return runner
-
-
-def innermost_dataset(dataset):
-    """Return the config of the data set inside wrappers."""
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
-    return dataset
 
 
 TTA_MODELS = dict(
@@ -254,6 +249,8 @@ def flip_pipeline(pipeline, host):
     Returns:
         list[dict]: The last step is ``TestTimeAug``.
     """
+    if not pipeline:
+        raise ValueError('--tta: a test data set has no pipeline')
     *steps, pack = deepcopy(pipeline)
     if type_name(pack['type']) not in ('PackDetInputs', 'PackInputs'):
         raise ValueError(
@@ -277,7 +274,7 @@ def apply_tta(cfg):
     image and its mirror image, merged by NMS or by the mean score.
     """
     host = host_of(cfg)
-    dataset = innermost_dataset(cfg.test_dataloader.dataset)
+    datasets = [d for _, d in iter_datasets(cfg.test_dataloader.dataset, '')]
     missing = [k for k in ('tta_model', 'tta_pipeline') if k not in cfg]
     if missing and host is None:
         raise ValueError(
@@ -286,8 +283,9 @@ def apply_tta(cfg):
         )
     if 'tta_model' in missing:
         cfg.tta_model = deepcopy(TTA_MODELS[host])
+    pipelines = [deepcopy(cfg.get('tta_pipeline')) for _ in datasets]
     if 'tta_pipeline' in missing:
-        cfg.tta_pipeline = flip_pipeline(dataset.pipeline, host)
+        pipelines = [flip_pipeline(d.get('pipeline'), host) for d in datasets]
     if missing:
         print_log(
             f'--tta: the config has no {" and no ".join(missing)}; taking '
@@ -296,4 +294,5 @@ def apply_tta(cfg):
             logger='current',
         )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset.pipeline = deepcopy(cfg.tta_pipeline)
+    for dataset, pipeline in zip(datasets, pipelines):
+        dataset.pipeline = pipeline

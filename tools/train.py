@@ -38,6 +38,7 @@ from lors_plugin.engine.hooks.checkpoint_hook import (
     CheckpointWriteError,
     ResumeError,
 )
+from lors_plugin.engine.image_errors import ImageError
 from lors_plugin.engine.preflight import type_name
 from lors_plugin.engine.resume import ResumeHook, checkpoint_to_resume
 from lors_plugin.engine.run_lock import WorkDirInUseError, run_lock
@@ -205,6 +206,7 @@ def train(cfg, args):
             AdapterFileError,
             CheckpointWriteError,
             ConversionError,
+            ImageError,
             ResumeError,
         )
         with user_errors('', args.debug, kinds):

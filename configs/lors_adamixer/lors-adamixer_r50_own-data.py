@@ -5,8 +5,8 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-# 1. The data. Names of classes as in the json files; a single one with a
-# comma: ('cat',). The paths below start from data_root.
+# 1. The data. Names of classes as in the json files, in their order; a single
+# one with a comma: ('cat',). The paths below start from data_root.
 data_root = 'data/my_data/'
 classes = ('cat', 'dog')
 train_ann, train_images = 'train.json', 'images/'

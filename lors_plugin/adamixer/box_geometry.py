@@ -61,7 +61,7 @@ def refine_boxes(xyzr: Tensor, delta: Tensor) -> Tensor:
 
 
 def intersection_over_foreground(xyzr: Tensor) -> Tensor:
-    """How much of box i is covered by box j: ``|i and j| / |i|``.
+    """Compute the share of box i that box j covers: ``|i and j| / |i|``.
 
     Args:
         xyzr (Tensor): Shape (B, N, 4).

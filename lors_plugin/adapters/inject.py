@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
 from lors_plugin.structure import build_module
-from lors_plugin.utils import few, part_of
+from lors_plugin.utils import few, part_of, text_table
 
 from .adapter import RepAdapter
 from .dry_run import parameters_without_gradient
@@ -49,14 +49,12 @@ class AdapterReport:
             )
         trained, frozen = sum(self.trained.values()), sum(self.frozen.values())
         rows.append(('all', f'{trained:,}', f'{frozen:,}'))
-        width = max(len(row[0]) for row in rows)
-        lines = [f'{a:<{width}} {b:>14} {c:>14}' for a, b, c in rows]
         share = 100 * trained / max(trained + frozen, 1)
-        lines.append(
-            f'{len(self.adapted)} layers adapted, {self.adapted[0]} to '
-            f'{self.adapted[-1]}; {share:.2f} % of the weights are trained'
+        return (
+            f'{text_table(rows, "<>")}\n{len(self.adapted)} layers adapted, '
+            f'{self.adapted[0]} to {self.adapted[-1]}; {share:.2f} % of the '
+            'weights are trained'
         )
-        return '\n'.join(lines)
 
 
 def adapters_of(model: nn.Module) -> dict[str, RepAdapter]:

@@ -1,4 +1,4 @@
-"""Which layers of which backbone get an adapter, by the name of its class.
+"""Adapter presets: the layers of a backbone to adapt, by its class name.
 
 Patterns are full matches of module names inside the backbone. Backbones are
 told by the names of their classes and base classes, so that no host has to be
@@ -15,7 +15,7 @@ PLACEMENTS = ('block', 'attn', 'ffn')
 
 
 class Preset(NamedTuple):
-    """Where adapters go in one kind of backbone.
+    """The layers that get adapters in one kind of backbone.
 
     Attributes:
         attn (str, optional): What reads the tokens of an attention.

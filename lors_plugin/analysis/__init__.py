@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds, memory for activations."""
+"""The cost of a model: parameters, multiply-adds, activation memory."""
 
 from lors_plugin.build import test_shape
 from lors_plugin.parameternet.expert_usage import (

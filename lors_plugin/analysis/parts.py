@@ -1,4 +1,4 @@
-"""Which part of a model a name belongs to."""
+"""Map the names of parameters and modules to parts of a model."""
 
 import re
 

@@ -18,7 +18,7 @@ OTHER_KIND = 0.1
 
 
 class Problems(NamedTuple):
-    """What is wrong with the keys of a backbone.
+    """Problems with the keys of a backbone.
 
     Attributes:
         kind (str | None): 'ResNet' (ResNeXt too) or 'Swin'; None for others,

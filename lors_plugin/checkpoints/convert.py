@@ -24,7 +24,7 @@ class ConversionError(ValueError):
 
 
 def guess_source(state: StateDict) -> str:
-    """Which original program a state dict comes from.
+    """Guess the original program that wrote a state dict.
 
     Raises:
         ConversionError: If the keys are of none.

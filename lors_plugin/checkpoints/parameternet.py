@@ -68,7 +68,7 @@ RULES = [
 
 
 def is_parameternet(keys: Iterable[str]) -> bool:
-    """Whether keys are of a ParameterNet, released or of this package."""
+    """Return whether keys are those of a ParameterNet, original or ours."""
     marks = ('conv_stem.cond_conv.', 'backbone.stem.conv.routing.')
     return any(key.startswith(marks) for key in keys)
 

@@ -2,7 +2,7 @@
 
     python -m lors_plugin.doctor
 
-prints one line a check: ``ok``, ``note`` (works, but know this), ``trap``
+prints one line per check: ``ok``, ``note`` (works, but know this), ``trap``
 (something will fail later) or ``missing`` (the package cannot work), then
 what was found and the remedy. Exit code 1 if anything is missing.
 """
@@ -204,6 +204,9 @@ def look_at_operators() -> list[Check]:
         return [
             checks.check_operators('the CPU', verdict, variable),
             look_at_compiled(),
+            checks.check_threads(
+                os.environ.get('OMP_WAIT_POLICY', ''), torch.get_num_threads()
+            ),
         ]
     found = []
     for gpu in dict.fromkeys(find_gpus()):

@@ -77,7 +77,7 @@ def check_python(version: Sequence[int]) -> Check:
 
 
 def arch_supported(capability: Capability, archs: Sequence[str]) -> bool:
-    """Whether a build for ``archs`` runs on a GPU of that capability.
+    """Return whether a build for ``archs`` runs on a GPU of that capability.
 
     Args:
         capability (tuple[int, int]): Such as (7, 0).
@@ -340,6 +340,26 @@ def _check_triton_on(text, version, capability):
         'note',
         f'{where}: {reason}',
         'nothing to do: the kernels of this package compute in float32 there',
+    )
+
+
+def check_threads(policy: str, threads: int) -> Check:
+    """Check how the threads of a CPU wait for each other.
+
+    Args:
+        policy (str): Value of OMP_WAIT_POLICY, '' if it is not set.
+        threads (int): Threads of PyTorch.
+    """
+    text = f'{threads} threads compute on the CPU and wait '
+    if threads == 1:
+        return Check('ok', 'one thread computes on the CPU')
+    if policy.upper() == 'PASSIVE':
+        return Check('ok', f'{text}asleep (OMP_WAIT_POLICY=PASSIVE)')
+    return Check(
+        'note',
+        f'{text}spinning: other work on the same cores makes training many '
+        'times slower',
+        'export OMP_WAIT_POLICY=PASSIVE, as the shell tools do',
     )
 
 

@@ -1,1 +1,1 @@
-"""What happens around a model at run time: checks, optimiser wrappers."""
+"""Around a model at run time: checks, hooks, resuming, optimizers."""

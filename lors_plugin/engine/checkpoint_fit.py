@@ -34,7 +34,7 @@ from lors_plugin.utils import few, unwrapped
 
 @dataclasses.dataclass
 class CheckpointFit:
-    """How the entries of a file and of a model meet.
+    """The match between the entries of a file and those of a model.
 
     Args:
         missing (list[str]): Entries of the model that the file lacks.
@@ -53,7 +53,7 @@ class CheckpointFit:
 
     @property
     def complete(self) -> bool:
-        """Whether every entry of the model would be loaded."""
+        """bool: Whether every entry of the model would be loaded."""
         return not self.missing and not self.mismatched
 
     def describe(self, limit: int = 4) -> str:
@@ -107,7 +107,7 @@ def compare(
 
 
 def is_original(file: dict[str, Tensor]) -> bool:
-    """Whether a state dict is one of the original programs.
+    """Return whether an original program wrote a state dict.
 
     Args:
         file (dict[str, Tensor]): The file's.

@@ -7,23 +7,22 @@ a message that names the field.
 """
 
 import importlib
-import json
-import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
+
+from mmengine.fileio import list_from_file
 
 from lors_plugin.utils import few, type_name
 
 DOWNLOADABLE = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 HOSTS = {'mmdet': 'mmdet', 'mmpretrain': 'mmpretrain', 'mmcls': 'mmpretrain'}
 
-_NO_CHECKS = (
+NO_CHECKS = (
     '. If it is meant to be so, as with a class-agnostic head, --no-checks '
     'turns this check off'
 )
-
-ClassLookup = Callable[[dict], Optional[Sequence[str]]]
 
 
 def host_of(cfg: dict) -> Optional[str]:
@@ -60,7 +59,7 @@ def iter_datasets(cfg: Any, field: str) -> Iterator[tuple[str, dict]]:
             yield field, cfg
 
 
-def _dataloaders(cfg: dict, phases: Sequence[str]) -> list[tuple[str, dict]]:
+def datasets_of(cfg: dict, phases: Sequence[str]) -> list[tuple[str, dict]]:
     """Return path and config of every data set that the phases use."""
     found = []
     for phase in phases:
@@ -72,14 +71,27 @@ def _dataloaders(cfg: dict, phases: Sequence[str]) -> list[tuple[str, dict]]:
     return found
 
 
-def _is_local(path: Any, owner: dict) -> bool:
-    """Whether ``path`` is one of this machine's file system."""
+def evaluators_of(cfg: dict, phase: str) -> list[tuple[str, dict]]:
+    """Return path and config of the metrics of a phase."""
+    evaluators = cfg.get(f'{phase}_evaluator') or []
+    field = f'{phase}_evaluator'
+    if isinstance(evaluators, dict):
+        return [(field, evaluators)]
+    return [
+        (f'{field}.{i}', item)
+        for i, item in enumerate(evaluators)
+        if isinstance(item, dict)
+    ]
+
+
+def is_local(path: Any, owner: dict) -> bool:
+    """Return whether ``path`` is one of this machine's file system."""
     backend = (owner.get('backend_args') or {}).get('backend', 'local')
     remote = '://' in str(path) or str(path).startswith('s3:')
     return backend == 'local' and not remote
 
 
-def _joined(path: str, data_root: Optional[str]) -> Path:
+def joined(path: str, data_root: Optional[str]) -> Path:
     """Join as :class:`mmengine.dataset.BaseDataset` does."""
     return Path(data_root or '') / path
 
@@ -90,7 +102,7 @@ def _missing_in_dataset(field: str, dataset: dict) -> list[tuple[str, Path]]:
     if dataset.get('download', name in DOWNLOADABLE):
         return []
     root = dataset.get('data_root')
-    if root and _is_local(root, dataset) and not Path(root).is_dir():
+    if root and is_local(root, dataset) and not Path(root).is_dir():
         return [(f'{field}.data_root', Path(root))]
     wanted = []
     ann_files = dataset.get('ann_file') or []
@@ -105,8 +117,8 @@ def _missing_in_dataset(field: str, dataset: dict) -> list[tuple[str, Path]]:
         wanted += [(f'data_prefix.{k}', p) for k, p in prefixes.items() if p]
     missing = []
     for key, value in wanted:
-        path = _joined(value, root)
-        if _is_local(path, dataset) and not path.exists():
+        path = joined(value, root)
+        if is_local(path, dataset) and not path.exists():
             missing.append((f'{field}.{key}', path))
     return missing
 
@@ -122,17 +134,13 @@ def check_data_paths(cfg: dict, phases: Sequence[str]) -> None:
         FileNotFoundError: Naming each field with its path.
     """
     missing = []
-    for field, dataset in _dataloaders(cfg, phases):
+    for field, dataset in datasets_of(cfg, phases):
         missing += _missing_in_dataset(field, dataset)
     for phase in phases:
-        evaluators = cfg.get(f'{phase}_evaluator') or []
-        single = isinstance(evaluators, dict)
-        for i, item in enumerate([evaluators] if single else evaluators):
-            path = item.get('ann_file') if isinstance(item, dict) else None
-            if path and _is_local(path, item) and not Path(path).is_file():
-                index = '' if single else f'.{i}'
-                field = f'{phase}_evaluator{index}.ann_file'
-                missing.append((field, Path(path)))
+        for field, item in evaluators_of(cfg, phase):
+            path = item.get('ann_file')
+            if path and is_local(path, item) and not Path(path).is_file():
+                missing.append((f'{field}.ann_file', Path(path)))
     if not missing:
         return
     lines = '\n'.join(f'  {field}: {path}' for field, path in missing)
@@ -144,94 +152,90 @@ def check_data_paths(cfg: dict, phases: Sequence[str]) -> None:
     )
 
 
-def read_categories(ann_file: str | Path) -> Optional[list[str]]:
-    """Read the category names of a COCO annotation file.
-
-    The list is taken out of the file without parsing the rest, which takes
-    a quarter of a minute for the training set of COCO.
-
-    Args:
-        ann_file (str | Path): A json file.
-
-    Returns:
-        list[str], optional: Names in the order of the file, or None if the
-        file is not in COCO format.
-    """
-    path = Path(ann_file)
-    if path.suffix != '.json' or path.stat().st_size == 0:
-        return None
-    key = b'"categories"'
-    found = None
-    with open(path, 'rb') as file:
-        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = text.rfind(key)
-        end = text.find(b']', start)
-        if start >= 0 and end >= 0:
-            chunk = text[start + len(key) : end + 1].lstrip(b' \t\r\n:')
-            try:
-                found = json.loads(chunk)
-            except ValueError:  # lists within categories (keypoints)
-                found = _load_categories(path)
-        text.close()
-    if not isinstance(found, list):
-        return None
-    names = [c.get('name') for c in found if isinstance(c, dict)]
-    return names if names and all(names) else None
-
-
-def _load_categories(path: Path) -> Any:
-    """Parse the whole file for its categories."""
+def _dataset_class(dataset: dict, scope: Optional[str]) -> Any:
+    """Return the class of a data set, or None if it cannot be found."""
+    kind = dataset.get('type')
+    if not isinstance(kind, str):
+        return kind
+    prefix, _, name = kind.rpartition('.')
+    scope = prefix or scope
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f'{path} is not valid json: {error}') from None
-    return content.get('categories') if isinstance(content, dict) else None
+        registry = importlib.import_module(f'{scope}.registry')
+        return registry.DATASETS.get(f'{scope}.{name}')
+    except (ImportError, ValueError, AttributeError):
+        return None
 
 
-def dataset_classes(dataset: dict) -> Optional[Sequence[str]]:
+def dataset_classes(
+    dataset: dict, scope: Optional[str] = None
+) -> Optional[Sequence[str]]:
     """Return the classes that a data set class has of its own.
 
     Args:
-        dataset (dict): Config of a data set whose ``type`` is a class or a
-            name with its scope, such as 'mmdet.CocoDataset'.
+        dataset (dict): Config of a data set.
+        scope (str, optional): The host package, for a ``type`` that is a
+            name without scope.
 
     Returns:
         Sequence[str], optional: The names, or None if not known.
     """
-    kind = dataset.get('type')
-    if isinstance(kind, str):
-        scope, _, _ = kind.rpartition('.')
-        try:
-            registry = importlib.import_module(f'{scope}.registry')
-            kind = registry.DATASETS.get(kind)
-        except (ImportError, ValueError, AttributeError):
-            return None
+    kind = _dataset_class(dataset, scope)
     return (getattr(kind, 'METAINFO', None) or {}).get('classes')
 
 
-def _classes_in_use(
-    field: str, dataset: dict, scope: Optional[str], lookup: ClassLookup
+def reads_like_coco(dataset: dict, scope: Optional[str]) -> bool:
+    """Return whether a data set reads annotations as ``CocoDataset`` does."""
+    kind = _dataset_class(dataset, scope)
+    if not hasattr(kind, 'COCOAPI'):
+        return False
+    coco = importlib.import_module('mmdet.datasets.coco').CocoDataset
+    return issubclass(kind, coco) and all(
+        getattr(kind, name) is getattr(coco, name)
+        for name in ('load_data_list', 'parse_data_info')
+    )
+
+
+def _read_classes_file(field: str, name: str) -> list[str]:
+    """Read class names, one per line, as MMEngine does."""
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f'`{field}.metainfo.classes={name!r}` is a text and no such file '
+            f'exists; a single class needs a comma: ({name!r},)'
+        )
+    try:
+        classes = list_from_file(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8: {error}') from None
+    for number, line in enumerate(classes, 1):
+        if not line.strip() or line != line.strip(' \t\ufeff'):
+            raise ValueError(
+                f'{path}, line {number}: {line!r} is not a class name; '
+                f'{field}.metainfo.classes needs one name per line, without '
+                'empty lines, blanks around it or a byte order mark'
+            )
+    return classes
+
+
+def classes_in_use(
+    field: str, dataset: dict, scope: Optional[str]
 ) -> tuple[Optional[list[str]], str]:
     """Return the classes a data set will have and where they come from."""
     classes = (dataset.get('metainfo') or {}).get('classes')
+    origin = 'metainfo.classes'
     if isinstance(classes, str):
-        path = Path(classes)
-        if not path.is_file():
-            raise ValueError(
-                f'`{field}.metainfo.classes={classes!r}` is a text and no '
-                f'such file exists; a single class needs a comma: '
-                f'({classes!r},)'
-            )
-        return path.read_text(encoding='utf-8').split('\n'), str(path)
-    if classes is not None:
-        return list(classes), 'metainfo.classes'
-    kind = dataset.get('type')
-    if isinstance(kind, str) and '.' not in kind and scope:
-        dataset = dict(dataset, type=f'{scope}.{kind}')
-    classes = lookup(dataset)
+        classes, origin = _read_classes_file(field, classes), classes
+    elif classes is None:
+        classes = dataset_classes(dataset, scope)
+        origin = f'the classes that {dataset.get("type")} has of its own'
     if classes is None:
         return None, ''
-    return list(classes), f'the classes that {kind} has of its own'
+    twice = [n for n, count in Counter(classes).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f'{field}: {origin} has a name twice: {few(twice, 5)}'
+        )
+    return list(classes), origin
 
 
 def model_num_classes(model: Any, field: str = 'model') -> dict[str, int]:
@@ -263,71 +267,18 @@ def model_num_classes(model: Any, field: str = 'model') -> dict[str, int]:
     return found
 
 
-def check_classes(
-    cfg: dict,
-    phases: Sequence[str],
-    lookup: ClassLookup = dataset_classes,
-) -> None:
-    """Check model, data set and annotation file for the same classes.
-
-    Args:
-        cfg (:obj:`Config` or dict): The whole config.
-        phases (Sequence[str]): Some of 'train', 'val' and 'test'.
-        lookup (Callable): Tells the classes of a data set class.
-            Defaults to :func:`dataset_classes`.
-
-    Raises:
-        ValueError: If they do not agree, naming both sides.
-    """
-    host = host_of(cfg)
-    heads = model_num_classes(cfg.get('model') or {})
-    for field, dataset in _dataloaders(cfg, phases):
-        classes, origin = _classes_in_use(field, dataset, host, lookup)
-        ann_file = dataset.get('ann_file')
-        path = _joined(str(ann_file or ''), dataset.get('data_root'))
-        categories, kind = None, 'categories'
-        if ann_file and _is_local(path, dataset) and path.is_file():
-            categories = read_categories(path)
-        elif host == 'mmpretrain' and not ann_file:
-            categories, kind = _folder_classes(dataset), 'class folders'
-        if classes is None and categories is None:
-            continue
-        if classes is None:
-            classes, origin = categories, f'the {kind} of {path}'
-        elif categories is not None and ann_file:
-            _check_names(field, classes, origin, categories, path)
-        for name, count in heads.items():
-            if count != len(classes):
-                raise ValueError(
-                    f'{name}={count}, but {field} has {len(classes)} '
-                    f'classes by {origin}: {few(classes, 5)}.\n'
-                    f'Set one to fit the other, for example --cfg-options '
-                    f'{name}={len(classes)}{_NO_CHECKS}'
-                )
-
-
-def _check_names(field, classes, origin, categories, path):
-    """Raise if a class of the data set is not in its annotation file."""
-    absent = [c for c in classes if c not in categories]
-    if absent:
-        raise ValueError(
-            f'{field}: {len(absent)} of {len(classes)} classes by {origin} '
-            f'are not in the annotation file: {few(absent, 5)}.\n'
-            f'{path} has {len(categories)} categories: '
-            f'{few(categories, 5)}.\n'
-            'Their boxes would be left out silently. Set '
-            f'{field}.metainfo=dict(classes=(...)) to names of the file, '
-            f'in the config, for each data set{_NO_CHECKS}'
-        )
-
-
-def _folder_classes(dataset: dict) -> Optional[list[str]]:
+def folder_classes(dataset: dict) -> tuple[Optional[list[str]], str, Path]:
     """Return the class folders of a classification data set."""
     name = type_name(dataset.get('type'))
     prefix = dataset.get('data_prefix') or ''
     if isinstance(prefix, dict):
         prefix = prefix.get('img_path', '')
-    root = _joined(prefix, dataset.get('data_root'))
-    if name != 'CustomDataset' or not root.is_dir():
-        return None
-    return sorted(p.name for p in root.iterdir() if p.is_dir()) or None
+    root = joined(prefix, dataset.get('data_root'))
+    classes = None
+    if (
+        name == 'CustomDataset'
+        and dataset.get('with_label', True)
+        and root.is_dir()
+    ):
+        classes = sorted(p.name for p in root.iterdir() if p.is_dir())
+    return classes or None, 'class folders', root

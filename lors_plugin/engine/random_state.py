@@ -1,4 +1,4 @@
-"""The state of all random numbers of a training, to go on from."""
+"""Save and restore the states of all random number generators."""
 
 import random
 from typing import Any
@@ -26,7 +26,7 @@ def gather_random_states() -> list[dict[str, Any]]:
 
 
 def set_random_state(states: list[dict[str, Any]]) -> None:
-    """Continue with the random numbers of this rank.
+    """Restore the random states of this rank.
 
     Args:
         states (list[dict]): Of :func:`gather_random_states`.

@@ -4,7 +4,6 @@ import importlib.util
 import logging
 
 from mmengine.logging import print_log
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 _PARAMS = (
@@ -20,21 +19,8 @@ _PARAMS = (
 
 
 def is_installed() -> bool:
-    """Whether ``faster-coco-eval`` can be imported."""
+    """Return whether ``faster-coco-eval`` can be imported."""
     return importlib.util.find_spec('faster_coco_eval') is not None
-
-
-def why_not(ground_truth: COCO) -> str:
-    """Why these annotations need pycocotools; '' if they do not."""
-    for kind, known in (
-        ('image', ground_truth.imgs),
-        ('category', ground_truth.cats),
-        ('annotation', ground_truth.anns),
-    ):
-        for number in known:
-            if not isinstance(number, int):
-                return f'the {kind} id {number!r} is no whole number'
-    return ''
 
 
 class FasterCOCOeval(COCOeval):
@@ -43,12 +29,27 @@ class FasterCOCOeval(COCOeval):
     Matching and accumulation run in the compiled code of
     ``faster-coco-eval``; the parameters before and the summary afterwards
     are pycocotools' own. Only :attr:`evalImgs` stays empty.
+
+    Ids must be whole numbers from 0 on that a double holds: with others the
+    compiled code matches nothing. :class:`CocoMetric` takes any.
     """
 
     def evaluate(self) -> None:
-        """Match detections and ground truth, and accumulate."""
+        """Match detections and ground truth, and accumulate.
+
+        Raises:
+            ValueError: If an id is not a whole number from 0 to 2**53.
+        """
         from faster_coco_eval import COCOeval_faster
 
+        truth = self.cocoGt
+        for number in (*truth.imgs, *truth.cats, *truth.anns):
+            if not isinstance(number, int) or not 0 <= number < 2**53:
+                raise ValueError(
+                    f'faster-coco-eval cannot take the id {number!r}: not a '
+                    'whole number from 0 to 2**53. lors_plugin.CocoMetric '
+                    'numbers images, categories and annotations anew'
+                )
         inner = COCOeval_faster(
             self.cocoGt,
             self.cocoDt,

@@ -114,7 +114,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 
 
 def expert_load(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """How the last forward pass used the experts, by layer.
+    """Return how the last forward pass used the experts, by layer.
 
     Returns:
         dict[str, dict]: 'load', the share of the tokens that chose each
@@ -293,7 +293,7 @@ def _after_forward(
 
 
 def _argument(model: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
-    """What ``forward`` was given under a name or at its place, or None."""
+    """Find an argument of ``forward`` by name or position, or None."""
     if name in kwargs:
         return kwargs[name]
     names = list(inspect.signature(model.forward).parameters)

@@ -1,4 +1,4 @@
-"""A linear layer of which each token uses one of several experts.
+"""Switch linear layer: each token uses one of several experts.
 
 Letters: T tokens of a call, M experts, S places of an expert (its capacity).
 """
@@ -170,7 +170,7 @@ class SwitchLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _mask(self, x: Tensor) -> Optional[Tensor]:
-        """Which tokens count, shape (T, ); None for all.
+        """Return the mask of tokens that count, shape (T, ); None for all.
 
         A mask that covers earlier tokens too, kept in a cache, is cut.
         """

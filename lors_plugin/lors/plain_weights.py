@@ -14,7 +14,7 @@ Named = list[tuple[str, LowRankResidualLinear]]
 
 
 class Factors(NamedTuple):
-    """What stands for the weights of a stack.
+    """The shared weight and the factors of a stack.
 
     Attributes:
         shared (Tensor): Shape (out, in).

@@ -11,7 +11,7 @@ from torch import nn
 
 from lors_plugin.registry import MODELS
 from lors_plugin.structure import build_module
-from lors_plugin.utils import part_of
+from lors_plugin.utils import part_of, text_table
 
 from .linear import LowRankResidualLinear
 from .plain_weights import factorize, read_plain_weights
@@ -72,11 +72,7 @@ class ShareReport:
                 )
             )
         rows.append(('all', '', f'{self.before:,}', f'{self.after:,}', ''))
-        width = max(len(row[0]) for row in rows)
-        return '\n'.join(
-            f'{a:<{width}} {b:>6} {c:>13} {d:>13} {e:>6}'.rstrip()
-            for a, b, c, d, e in rows
-        )
+        return text_table(rows, '<>')
 
 
 def share_stack(

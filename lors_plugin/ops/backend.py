@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu_library
 
@@ -37,6 +38,7 @@ FULL_CAPABILITY = (8, 0)
 KEPT_BYTES = 2**25 - 2**12
 
 logger = logging.getLogger('lors_plugin')
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def select_backend(
@@ -260,6 +262,19 @@ def _log_once(reason: str) -> None:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return '.'.join(map(str, version)) or 'unknown'
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Return whether tensors are plain: not traced, faked or transformed."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and _get_current_dispatch_mode() is None
+        and all(
+            type(t) in (Tensor, nn.Parameter) and not _is_wrapped(t)
+            for t in tensors
+        )
+    )
 
 
 @functools.cache

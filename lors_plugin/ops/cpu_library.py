@@ -119,7 +119,7 @@ def find_sets() -> Union[list[CpuLibrary], str]:
 
 
 def seal(path: Path, sources: str) -> None:
-    """Append the hashes by which :func:`read_seal` knows a whole library.
+    """Append the hashes that :func:`read_seal` verifies.
 
     Args:
         path (Path): The library; it may have been sealed before.

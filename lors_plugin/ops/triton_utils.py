@@ -1,4 +1,4 @@
-"""What the launchers of all Triton kernels share."""
+"""Helpers of the launchers of all Triton kernels."""
 
 import contextlib
 
@@ -42,7 +42,7 @@ def dot_type(dtype: torch.dtype, cap: int) -> tl.dtype:
 
 
 def precision(cap: int) -> str:
-    """How float32 products are done: exact unless PyTorch may use TF32."""
+    """Return the precision of float32 products: TF32 where PyTorch may."""
     return 'tf32' if cap >= 80 and _tf32_allowed() else 'ieee'
 
 

@@ -311,7 +311,7 @@ def _conv_factory(
     num_branches: int,
     norm_cfg: dict,
 ) -> ConvFactory:
-    """What makes the convolutions that are not always plain."""
+    """Return the factory of the convolutions that may be dynamic."""
     check_at_least('num_experts', num_experts, 1)
     check_at_least('num_branches', num_branches, 0)
     check_choice('conv', conv, CONVS)

@@ -41,7 +41,7 @@ CHUNK_PIXELS = 8 * 224**2
 
 
 def can_convert(module: nn.Module) -> bool:
-    """Whether :func:`convert` knows a block.
+    """Return whether :func:`convert` supports a block.
 
     Args:
         module (nn.Module): Convolutions with branches in it count as merged.
@@ -85,7 +85,7 @@ def convert(module: nn.Module) -> nn.Module:
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether a module is a block that :func:`convert` made."""
+    """Return whether a module is a block that :func:`convert` made."""
     return isinstance(module, _InferenceBlock)
 
 

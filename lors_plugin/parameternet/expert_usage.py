@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from lors_plugin.registry import HOOKS
+from lors_plugin.utils import text_table
 
 from .routing import ExpertRouter
 
@@ -137,7 +138,7 @@ class ExpertUsage:
 
 
 def usage_table(usage: dict[str, LayerUsage]) -> str:
-    """A line of text for each layer.
+    """Format the usage as text, one line per layer.
 
     Args:
         usage (dict[str, LayerUsage]): See :meth:`ExpertUsage.result`.
@@ -146,11 +147,7 @@ def usage_table(usage: dict[str, LayerUsage]) -> str:
         str: A table with a header.
     """
     rows = [HEADER, *(layer.row(name) for name, layer in usage.items())]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join(
-        '  '.join(cell.ljust(width) for cell, width in zip(row, widths))
-        for row in rows
-    )
+    return text_table(rows)
 
 
 def collapsed_layers(

@@ -27,7 +27,7 @@ def build_norm(norm_cfg: dict, channels: int) -> nn.Module:
 
 
 def can_fold(norm: Optional[nn.Module]) -> bool:
-    """Whether a layer is a batch normalisation with running statistics."""
+    """Return whether a layer is a batch norm with running statistics."""
     kinds = nn.BatchNorm2d, nn.SyncBatchNorm
     return isinstance(norm, kinds) and norm.running_var is not None
 

@@ -1,6 +1,7 @@
 """Reading goldens: inputs, weights and outputs of the original programs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Union
 
@@ -13,6 +14,8 @@ from lors_plugin.reparam.compare import difference
 from .weights import rule_weight
 
 Errors = dict[str, float]
+# Called with a text before each step that takes long.
+Progress = Callable[[str], None]
 
 # Gradients this much smaller than the largest one are rounding noise.
 NOISE_FLOOR = 1e-8
@@ -57,6 +60,7 @@ class Golden:
             self.arrays = {key: file[key] for key in file.files}
         self.kind = self._recognise()
         self.notes = []
+        self.noise: Errors = {}
 
     def _recognise(self) -> str:
         for kind, entries in KINDS.items():

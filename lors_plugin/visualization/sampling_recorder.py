@@ -1,4 +1,4 @@
-"""Where the queries of a detector look, stage by stage."""
+"""Record where the queries of a detector sample, stage by stage."""
 
 import inspect
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from lors_plugin.ops.sampling_3d.reference import level_weights
 
 @dataclass
 class StageRecord:
-    """What one stage did, in pixels of the network's input.
+    """The sampling of one stage, in pixels of the network's input.
 
     Attributes:
         boxes_in (Tensor): Corners that the stage started from, shape

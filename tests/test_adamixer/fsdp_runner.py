@@ -1,11 +1,13 @@
-"""Shard units of the decoder by FSDP; one of two processes of a test.
+"""Shard units of the decoder by FSDP, in two processes.
 
-``fsdp_runner.py RANK STORE`` prints a dictionary of the largest differences to
-the outputs of the plain decoder, or the error of a unit.
+``fsdp_runner.py FOLDER`` writes a JSON file for each process: the largest
+differences to the outputs of the plain decoder, or the error of a unit.
 """
 
 import json
+import multiprocessing
 import sys
+from pathlib import Path
 
 import torch
 from mmengine.registry import DefaultScope
@@ -57,9 +59,10 @@ def run(decoder, inputs):
     return outs
 
 
-def main(rank, store):
+def main(rank, folder):
+    store = f'file://{folder}/store'
     distributed.init_process_group(
-        'gloo', init_method=f'file://{store}', rank=int(rank), world_size=2
+        'gloo', init_method=store, rank=rank, world_size=2
     )
     torch.manual_seed(0)
     feats = [torch.randn(1, 32, 64 // s, 96 // s) for s in (4, 8, 16, 32)]
@@ -78,8 +81,17 @@ def main(rank, store):
                 (a - b).abs().max().item() for a, b in zip(outs, wanted)
             )
     distributed.destroy_process_group()
-    print(json.dumps(found))
+    Path(folder, f'rank{rank}.json').write_text(json.dumps(found))
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    # What is imported above is imported once.
+    context = multiprocessing.get_context('fork')
+    ranks = [
+        context.Process(target=main, args=(i, sys.argv[1])) for i in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    sys.exit(any(rank.exitcode for rank in ranks))

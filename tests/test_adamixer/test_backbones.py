@@ -5,16 +5,6 @@ import re
 import pytest
 import torch
 
-PARTS = [
-    'AdaMixerStage',
-    'AdaptiveLowRankStack',
-    'AdaptiveMixing',
-    'AdaptiveSampling3D',
-    'BoxSelfAttention',
-    'LORSAdaptiveMixing',
-    'LowRankLinearStack',
-]
-
 BACKBONES = {
     'mobilenetv2-frozen': (
         dict(type='MobileNetV2', out_indices=(1, 2, 4), frozen_stages=2),
@@ -94,10 +84,3 @@ def test_levels_that_strides_do_not_describe(tiny_detector, make_samples):
         message = 'set decoder.strides=(4, 8, 16, 32)'
         with pytest.raises(ValueError, match=re.escape(message)):
             detector.loss(torch.randn(2, 3, 64, 96), make_samples())
-
-
-@pytest.mark.parametrize('name', PARTS)
-def test_parts_are_registered(name):
-    from lors_plugin.registry import MODELS
-
-    assert MODELS.get(f'lors_plugin.{name}').__name__ == name

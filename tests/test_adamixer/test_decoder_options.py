@@ -3,7 +3,6 @@
 import re
 
 import pytest
-from torch.testing import assert_close
 
 REFUSED = {
     'lors_option': (
@@ -130,25 +129,3 @@ def test_refused(name, tiny_decoder):
     kind, options, error, message = REFUSED[name]
     with pytest.raises(error, match=re.escape(message)):
         tiny_decoder(kind, **options)
-
-
-def test_other_number_of_levels_than_strides(tiny_decoder, decoder_inputs):
-    decoder = tiny_decoder('adamixer', strides=(4, 8))
-    message = '4 feature levels do not fit 2 strides (4, 8)'
-    with pytest.raises(ValueError, match=re.escape(message)):
-        decoder(*decoder_inputs())
-
-
-@pytest.mark.parametrize('kind', ['adamixer', 'lors'])
-@pytest.mark.parametrize('wanted', [False, True])
-def test_recomputed_mixing(kind, wanted, tiny_decoder, decoder_inputs):
-    """The option arrives, and changes no gradient."""
-    decoder = tiny_decoder(kind, recompute_mixing=wanted)
-    mixings = decoder.mixing if kind == 'adamixer' else [decoder.mixing]
-    assert [m.recompute for m in mixings] == [wanted] * len(mixings)
-    usual = tiny_decoder(kind)
-    inputs = decoder_inputs()
-    for each in (decoder, usual):
-        sum(out.sum() for out in each(*inputs)).backward()
-    for param, other in zip(decoder.parameters(), usual.parameters()):
-        assert_close(param.grad, other.grad)

@@ -23,13 +23,18 @@ SHARED = {
 
 
 def gradients(decoder, inputs, dtype):
+    """Outputs, and gradients of parameters, contents and features."""
+    feats = [feat.detach().clone().requires_grad_() for feat in inputs[0]]
+    content = inputs[1].detach().clone().requires_grad_()
     with torch.autocast('cpu', dtype, enabled=dtype is not None):
-        outs = decoder(*inputs)
+        outs = decoder(feats, content, inputs[2])
     torch.manual_seed(1)
     upstream = [torch.randn(out.shape).to(out.dtype) for out in outs]
     decoder.zero_grad()
     torch.autograd.backward(outs, upstream)
-    return {name: p.grad for name, p in decoder.named_parameters()}
+    found = {name: p.grad for name, p in decoder.named_parameters()}
+    found |= {f'feat{i}': feat.grad for i, feat in enumerate(feats)}
+    return found | dict(content=content.grad, out=torch.cat(outs, -1).detach())
 
 
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16], ids=str)
@@ -46,6 +51,24 @@ def test_gradients_stay(kind, way, dtype, tiny_decoder, decoder_inputs):
             error = (found.pop(name) - (want := wanted.pop(name))).norm()
             assert error <= 3e-3 * want.norm(), name
     assert_close(found, wanted)
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('kind', ['adamixer', 'lors'])
+def test_less_is_kept_for_backward(kind, way, tiny_decoder, decoder_inputs):
+    kept, inputs = [], decoder_inputs(queries=20)
+    for options in ({}, WAYS[way]):
+        decoder = tiny_decoder(kind, **options)
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            decoder(*inputs)
+        kept.append(sum(sizes))
+    assert kept[1] < (0.9 if way == 'mixing' else 0.3) * kept[0]
 
 
 @pytest.mark.parametrize('way', WAYS)

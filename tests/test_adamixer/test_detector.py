@@ -1,7 +1,6 @@
 """The whole detector: modes, sizes, padding, copies, mixed precision."""
 
 import copy
-import json
 import math
 import re
 
@@ -48,64 +47,21 @@ def test_modes(kind, tiny_detector, make_samples):
 LOSSES = ('cls', 'bbox', 'iou')
 
 
-def test_forward_without_samples_takes_the_padded_size(tiny_detector):
-    detector = tiny_detector()
-    _, _, xyzr = detector._decoder_inputs(images(), None)
-    wanted = boxes_from_sizes(torch.tensor([96.0, 64.0]))
-    assert_close(xyzr, wanted.expand(2, 7, 4))
-    assert len(detector(images())) == 3
-
-
-@pytest.mark.parametrize('kind', KINDS)
-def test_all_trained_parameters_get_gradients(
-    kind, tiny_detector, make_samples
-):
-    for counts in ((3, 2), (0, 0)):
-        detector = tiny_detector(kind)
-        losses = detector.loss(images(), make_samples(counts))
-        sum(losses.values()).backward()
-        for name, param in detector.named_parameters():
-            assert (param.grad is not None) == param.requires_grad, name
-
-
-BACKBONES = {
-    'fewer_levels': (
-        dict(out_indices=(0, 1, 2)),
-        [8, 16, 32],
-        (4, 8, 16),
-        'layer4.',
-    ),
-    'mobile': (
-        dict(
-            type='MobileNetV2',
-            widen_factor=0.25,
-            out_indices=(1, 2, 4, 6),
-        ),
-        [8, 8, 24, 80],
-        (4, 8, 16, 32),
-        'conv2.',
-    ),
-}
-
-
-@pytest.mark.parametrize('name', BACKBONES)
-def test_layers_behind_the_last_output_are_not_trained(
-    name, tiny_config, build, make_samples
-):
-    """Several processes would wait for their gradients for ever."""
-    backbone, channels, strides, unused = BACKBONES[name]
-    config = tiny_config(
-        neck=dict(in_channels=channels), decoder=dict(strides=strides)
+def first_boxes(detector, *args):
+    """What the decoder starts from."""
+    seen = []
+    handle = detector.decoder.register_forward_pre_hook(
+        lambda module, given: seen.append(given[2])
     )
-    kept = {} if 'type' in backbone else config['backbone']
-    config['backbone'] = dict(kept, **backbone)
-    detector = build(config).train()
-    losses = detector.loss(images(), make_samples())
-    sum(losses.values()).backward()
-    for key, param in detector.named_parameters():
-        assert (param.grad is not None) == param.requires_grad, key
-        if key.startswith('backbone.' + unused):
-            assert not param.requires_grad, key
+    assert len(detector(*args)) == 3
+    handle.remove()
+    return seen[0]
+
+
+def test_forward_without_samples_takes_the_padded_size(tiny_detector):
+    wanted = boxes_from_sizes(torch.tensor([96.0, 64.0]))
+    found = first_boxes(tiny_detector(), images())
+    assert_close(found, wanted.expand(2, 7, 4))
 
 
 @pytest.mark.parametrize(
@@ -125,9 +81,7 @@ def test_queries_start_from_unpadded_sizes(tiny_detector, make_samples):
     shapes = [(50, 90), (64, 40)]
     samples = make_samples((1, 1), shapes=shapes)
     for height, width in ((64, 96), (128, 160)):
-        _, _, xyzr = detector._decoder_inputs(
-            images(2, height, width), samples
-        )
+        xyzr = first_boxes(detector, images(2, height, width), samples)
         for boxes, (h, w) in zip(xyzr, shapes):
             wanted = boxes_from_sizes(torch.tensor([float(w), float(h)]))
             assert_close(boxes, wanted.expand(7, 4))
@@ -164,16 +118,6 @@ def test_rescale(tiny_detector, make_samples):
     for a, b in zip(small, same):
         assert_close(a.pred_instances.bboxes, 2 * b.pred_instances.bboxes)
         assert_close(a.pred_instances.scores, b.pred_instances.scores)
-
-
-def test_number_of_detections_follows_the_queries(tiny_detector, make_samples):
-    for queries, limit, wanted in ((5, None, 5), (12, None, 12), (12, 3, 3)):
-        detector = tiny_detector(
-            query_generator=dict(num_queries=queries),
-            test_cfg=dict(max_per_img=limit),
-        )
-        results = detector.predict(images(), make_samples())
-        assert [len(r.pred_instances) for r in results] == [wanted] * 2
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -237,7 +181,7 @@ def test_mixed_precision_trains(kind, dtype, tiny_detector, make_samples):
     batch = data_batch(make_samples)
     values = [
         detector.train_step(copy.deepcopy(batch), wrapper)['loss'].item()
-        for _ in range(12)
+        for _ in range(6)
     ]
     assert all(math.isfinite(v) for v in values)
     assert values[-1] < values[0]
@@ -268,23 +212,6 @@ def test_data_preprocessor_pads_and_normalises(tiny_detector, make_samples):
     assert all(len(r.pred_instances) == 7 for r in results)
 
 
-def test_parse_losses_logs_the_mean_over_processes(tiny_detector, monkeypatch):
-    from lors_plugin.adamixer import detector as module
-
-    detector = tiny_detector()
-    losses = dict(loss_a=torch.tensor(1.0), loss_b=torch.tensor(2.0))
-    total, logged = detector.parse_losses(losses)
-    assert (total, logged['loss_a'], logged['loss']) == (3, 1, 3)
-    monkeypatch.setattr(module, 'get_world_size', lambda: 2)
-    monkeypatch.setattr(
-        module, 'all_reduce', lambda values, op: values.mul_(2)
-    )
-    total, logged = detector.parse_losses(losses)
-    assert total == 3
-    assert list(logged) == ['loss', 'loss_a', 'loss_b']
-    assert [value.item() for value in logged.values()] == [6, 2, 4]
-
-
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
@@ -305,48 +232,3 @@ def test_parse_losses_logs_the_mean_over_processes(tiny_detector, monkeypatch):
 def test_widths_that_do_not_fit(changes, message, tiny_config, build):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(tiny_config(**changes))
-
-
-def test_other_backbone_than_the_neck_expects(tiny_detector, make_samples):
-    detector = tiny_detector(backbone=dict(base_channels=4))
-    message = 'the backbone gives levels of [4, 8, 16, 32] channels'
-    with pytest.raises(ValueError, match=re.escape(message)):
-        detector.loss(images(), make_samples())
-
-
-@pytest.mark.parametrize('kind', KINDS)
-def test_untrained_detectors_find_nothing(
-    kind, build, tiny_config, make_samples, tmp_path
-):
-    """What a training reaches is not there before it."""
-    from mmdet.evaluation import CocoMetric
-
-    detector = build(tiny_config(kind)).eval()
-    detector.init_weights()
-    samples = make_samples((4, 3, 5, 2), scale=1.0)
-    boxes = [(i, b) for i, s in enumerate(samples) for b in s.gt_instances]
-    coco = dict(
-        images=[dict(id=i, height=64, width=96) for i in range(4)],
-        categories=[dict(id=i, name=f'class{i}') for i in range(3)],
-        annotations=[
-            dict(
-                id=number + 1,
-                image_id=image,
-                category_id=int(box.labels),
-                bbox=[x1, y1, x2 - x1, y2 - y1],
-                area=(x2 - x1) * (y2 - y1),
-                iscrowd=0,
-            )
-            for number, (image, box) in enumerate(boxes)
-            for x1, y1, x2, y2 in box.bboxes.tolist()
-        ],
-    )
-    ann_file = tmp_path / 'annotations.json'
-    ann_file.write_text(json.dumps(coco))
-    metric = CocoMetric(str(ann_file), metric='bbox')
-    metric.dataset_meta = dict(classes=[f'class{i}' for i in range(3)])
-    with torch.no_grad():
-        results = detector.predict(images(4), samples)
-    metric.process({}, [result.to_dict() for result in results])
-    values = metric.evaluate(4)
-    assert 0 <= values['coco/bbox_mAP_50'] < 0.02

@@ -1,7 +1,6 @@
 """What LORS' decoder does differently."""
 
 import torch
-from torch.testing import assert_close
 
 from lors_plugin.adamixer.lors_mixing import LORSAdaptiveMixing
 from lors_plugin.adamixer.mixing import PrivateMixing
@@ -22,18 +21,12 @@ def test_adamixer_stages_have_their_own(tiny_decoder):
     assert len({id(m) for m in decoder.mixing}) == 3
 
 
-def test_stages_call_the_shared_mixing_in_turn(
-    tiny_decoder, decoder_inputs, monkeypatch
-):
+def test_stages_call_the_shared_mixing_in_turn(tiny_decoder, decoder_inputs):
     decoder = tiny_decoder('lors')
     called = []
-    forward = decoder.mixing.forward
-
-    def spy(x, query, stage):
-        called.append(stage)
-        return forward(x, query, stage)
-
-    monkeypatch.setattr(decoder.mixing, 'forward', spy)
+    decoder.mixing.register_forward_pre_hook(
+        lambda module, args: called.append(args[2])
+    )
     decoder(*decoder_inputs())
     assert called == [0, 1, 2]
 
@@ -71,19 +64,6 @@ def test_default_parameter_groups(build):
         )
     )
     assert four.mixing.channel_part.groups == [1, 1, 2, 3]
-
-
-def test_fresh_stages_mix_alike(build, tiny_config, decoder_inputs):
-    decoder = build(tiny_config('lors')['decoder'])
-    decoder.init_weights()
-    mixing = decoder.mixing
-    x, query = torch.randn(1, 2, 2, 4, 16), torch.randn(1, 2, 32)
-    outs = [
-        mixing(x, query, stage) - mixing.out_proj.bias[stage]
-        for stage in range(3)
-    ]
-    assert_close(outs[1], outs[0])
-    assert_close(outs[2], outs[0])
 
 
 def test_options_reach_the_mixing(tiny_decoder):

@@ -116,27 +116,6 @@ def test_fresh_lors_is_a_shared_adamixer():
     assert_close(mixing(x, query, 2), plain(x, query))
 
 
-@pytest.mark.parametrize('kind', ['lors', 'adamixer'])
-def test_generator_starts_as_its_bias(kind):
-    mixing = lors() if kind == 'lors' else AdaptiveMixing(**SIZES)
-    mixing.init_weights()
-    assert not mixing.generator.weight.any()
-    assert mixing.generator.bias.any()
-    assert mixing.generator.bias.abs().max() <= D**-0.5
-
-
-def test_lors_init():
-    mixing = lors()
-    randomize(mixing.core_generators)
-    mixing.init_weights()
-    for core in mixing.core_generators:
-        assert not core.weight.any()
-        assert not core.bias.any()
-    # As nn.Linear, not Xavier: it stands outside of the stages.
-    bound = (G * Q * C) ** -0.5
-    assert 0.9 * bound < mixing.out_proj.weight.abs().max() <= bound
-
-
 def test_lors_options():
     mixing = lors(generator_init='kaiming', fan_in='matrix')
     mixing.init_weights()
@@ -146,43 +125,6 @@ def test_lors_options():
     assert mixing.spatial_part.fan_in == 'matrix'
     with pytest.raises(ValueError, match="generator_init='one' must be one"):
         lors(generator_init='one')
-
-
-@pytest.mark.parametrize(
-    'name', ['adaptive_ranks', 'adaptive_groups', 'static_ranks']
-)
-def test_lists_of_the_wrong_length_name_the_option(name):
-    with pytest.raises(ValueError, match=f'{name}=.* has 2 values for 3'):
-        lors(**{name: [1, 2]})
-    with pytest.raises(ValueError, match=f'{name}=.* whole numbers'):
-        lors(**{name: [1, 2, -1]})
-
-
-def test_one_value_for_all_stages():
-    mixing = lors(adaptive_ranks=2, adaptive_groups=1, static_ranks=0)
-    assert mixing.channel_part.ranks == [2, 2, 2]
-    x, query = inputs(torch.float32)
-    assert mixing(x, query, 1).shape == (B, N, D)
-
-
-def test_groups_that_do_not_divide():
-    sizes = dict(SIZES, feat_channels=9)
-    message = 'feat_channels=9 must be divisible by num_groups=2'
-    with pytest.raises(ValueError, match=message):
-        AdaptiveMixing(**sizes)
-    with pytest.raises(ValueError, match=message):
-        LORSAdaptiveMixing(3, **sizes)
-
-
-def test_every_trained_parameter_gets_a_gradient():
-    """A stage without private part must not make processes wait."""
-    mixing = randomize(lors(static_ranks=[0, 1, 2]))
-    x, query = inputs(torch.float32)
-    sum(mixing(x, query, stage).sum() for stage in range(3)).backward()
-    for name, param in mixing.named_parameters():
-        assert param.grad is not None or not param.requires_grad, name
-        if param.numel():
-            assert param.requires_grad, name
 
 
 def test_private_mixing_calls_its_stage():

@@ -39,15 +39,6 @@ def test_only_the_contents_are_stored_and_trained():
     assert generator.content.weight.grad.abs().sum() > 0
 
 
-def test_init():
-    generator = InitialQueryGenerator(200, 64)
-    torch.nn.init.zeros_(generator.content.weight)
-    generator.init_weights()
-    weight = generator.content.weight
-    assert abs(weight.mean()) < 0.05
-    assert abs(weight.std() - 1) < 0.05
-
-
 def test_no_query():
     with pytest.raises(ValueError, match='num_queries=0 must be a whole'):
         InitialQueryGenerator(0, 16)

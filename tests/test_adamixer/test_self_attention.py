@@ -31,6 +31,9 @@ def test_equals_the_formula(number):
     attention = randomize(BoxSelfAttention(24, 3).double())
     query = torch.randn(2, number, 24, dtype=torch.float64).requires_grad_()
     overlap = torch.rand(2, number, number, dtype=torch.float64)
+    # Boxes apart still have a weight, by the eps of the logarithm.
+    overlap[overlap < 0.5] = 0
+    attention.overlap_scale.data.mul_(0.1)
     upstream = torch.randn(2, number, 24, dtype=torch.float64)
     inputs = [query, *attention.parameters()]
     results = []
@@ -107,8 +110,3 @@ def fresh(number):
         attention = BoxSelfAttention(8, 8)
         attention.init_weights()
         yield attention
-
-
-def test_heads_that_do_not_divide():
-    with pytest.raises(ValueError, match='embed_dims=32 must be divisible by'):
-        BoxSelfAttention(32, 5)

@@ -12,29 +12,20 @@ PLAIN = f'{FOLDER}/deit-tiny-p16_8xb128-300e_cifar100.py'
 LORS = f'{FOLDER}/lors-deit-tiny-p16_8xb128-300e_cifar100.py'
 
 
-@pytest.fixture
-def classifier(load_config):
-    def make(path):
-        with DefaultScope.overwrite_default_scope('mmpretrain'):
-            return MODELS.build(load_config(path).model)
-
-    return make
-
-
 @pytest.mark.parametrize(
     ('path', 'blocks', 'whole'),
     [(PLAIN, 5308416, 5543716), (LORS, 2506752, 2742052)],
 )
-def test_weights_of_the_blocks(path, blocks, whole, classifier):
+def test_weights_of_the_blocks(path, blocks, whole, full_size):
     """5.31 M and 2.51 M in the paper."""
-    model = classifier(path)
+    model = full_size(path)
     layers = model.backbone.layers
     assert sum(p.numel() for p in layers.parameters() if p.ndim > 1) == blocks
     assert sum(p.numel() for p in model.parameters()) == whole
 
 
-def test_ranks(classifier):
-    layers = classifier(LORS).backbone.layers
+def test_ranks(full_size):
+    layers = full_size(LORS).backbone.layers
     attn = [32] * 9 + [64, 128, 192]
     assert [layer.attn.qkv.rank for layer in layers] == attn
     assert [layer.attn.proj.rank for layer in layers] == attn

@@ -1,7 +1,6 @@
 """ParameterNet: every config builds, the recipes are as published."""
 
 import re
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,6 @@ RECIPES = dict(
     in21k=(90, 5, 4096, 4e-3, 0.05),
     finetune=(30, 0, 512, 5e-4, 1e-8),
 )
-# Of the classes of ImageNet-22k.
-built = {}
 
 
 def relative(path):
@@ -39,27 +36,6 @@ def recipe_of(path):
     if path.stem.endswith('_in21k'):
         return 'in21k'
     return 'finetune' if '_in21k-pre_' in path.stem else 'scratch'
-
-
-def full_size(config):
-    """The model without memory for weights, once for all tests."""
-    key = str(config.model)
-    if key not in built:
-        with (
-            DefaultScope.overwrite_default_scope(config.default_scope),
-            torch.device('meta'),
-            KeepValues(),
-        ):
-            built[key] = MODELS.build(deepcopy(config.model))
-    return built[key]
-
-
-class KeepValues(torch.overrides.TorchFunctionMode):
-    """Swin reads its drop path rates while it is built."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        where = dict(device='cpu') if func is torch.linspace else {}
-        return func(*args, **{**(kwargs or {}), **where})
 
 
 def test_there_are_configs():
@@ -92,9 +68,9 @@ def test_recipe(path, load_config):
 
 
 @pytest.mark.parametrize('path', CLASSIFIERS, ids=lambda p: p.stem)
-def test_model(path, load_config):
+def test_model(path, load_config, full_size):
     config = load_config(relative(path))
-    model, stem = full_size(config), path.stem
+    model, stem = full_size(relative(path)), path.stem
     classes = 21841 if stem.endswith('_in21k') else 1000
     assert model.head.num_classes == classes
     options = config.model.backbone
@@ -125,13 +101,14 @@ def test_fine_tuning_starts_from_its_own_pretraining(path, load_config):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
-def test_metafile_and_readme(path, load_config):
+def test_metafile_and_readme(path, load_config, full_size):
     models = yaml.safe_load((ROOT / FOLDER / 'metafile.yml').read_text())
     (entry,) = (m for m in models['Models'] if m['Config'] == relative(path))
     claims, config = entry['Metadata'], load_config(relative(path))
     assert claims['Epochs'] == config.train_cfg.max_epochs
     if 'Parameters' in claims:
-        number = sum(p.numel() for p in full_size(config).parameters())
+        model = full_size(relative(path))
+        number = sum(p.numel() for p in model.parameters())
         assert claims['Parameters'] == number
     row = f'| [{path.stem}]({path.name}) |'
     assert row in (ROOT / FOLDER / 'README.md').read_text()

@@ -14,6 +14,7 @@ from lors_plugin.doctor.checks import (
     check_mmcv_ops,
     check_operators,
     check_python,
+    check_threads,
     check_torch,
     check_triton,
     check_weights_only,
@@ -268,8 +269,9 @@ def test_operators_of_this_machine(monkeypatch):
 
     monkeypatch.delenv('LORS_PLUGIN_BACKEND', raising=False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    check, compiled = doctor.look_at_operators()
+    check, compiled, threads = doctor.look_at_operators()
     assert compiled == doctor.look_at_compiled()
+    assert threads.status in ('ok', 'note')
     assert check.what.startswith('operators on the CPU: torch for all types')
     monkeypatch.setenv('LORS_PLUGIN_BACKEND', 'triton')
     assert statuses(doctor.look_at_operators())[0] == 'trap'
@@ -295,6 +297,17 @@ def test_compiled_code(monkeypatch):
     assert missing.status == 'note' and missing.what.endswith('no file')
     assert 'apt install g++' in missing.remedy
     assert look('sse', 'no file').status == 'trap'
+
+
+@pytest.mark.parametrize(
+    ('policy', 'threads', 'status'),
+    [('', 1, 'ok'), ('', 2, 'note'), ('ACTIVE', 2, 'note')]
+    + [('PASSIVE', 2, 'ok'), ('passive', 8, 'ok')],
+)
+def test_threads(policy, threads, status):
+    found = check_threads(policy, threads)
+    assert found.status == status
+    assert ('OMP_WAIT_POLICY' in found.remedy) == (status == 'note')
 
 
 def test_release():

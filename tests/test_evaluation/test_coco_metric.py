@@ -1,5 +1,6 @@
 """MMDetection's metric with either evaluator."""
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from mmengine.evaluator import Evaluator
 from mmengine.registry import DefaultScope
+from pycocotools.cocoeval import COCOeval
 
 from lors_plugin.evaluation import CocoMetric, FasterCOCOeval, coco_metric
 
@@ -90,7 +92,7 @@ def evaluate(samples, type='lors_plugin.CocoMetric', **options):
 def used(monkeypatch):
     """Who was asked to evaluate."""
     names = []
-    for kind in (FasterCOCOeval, coco_metric._HOST_EVALUATOR):
+    for kind in (FasterCOCOeval, COCOeval):
         monkeypatch.setattr(kind, 'evaluate', spy(kind.evaluate, names, kind))
     return names
 
@@ -164,22 +166,146 @@ def test_faster_that_is_not_installed(monkeypatch):
     CocoMetric(backend='auto')
 
 
-def test_ids_that_only_pycocotools_knows(
-    predictions, ann_file, used, caplog, tmp_path
+IDS = {
+    'annotations from 0': dict(annotations=lambda i: i - 1),
+    'annotations below 0': dict(annotations=lambda i: -i),
+    'annotations of 64 bits': dict(annotations=lambda i: 2**63 - 3 + i),
+    'annotations of 128 bits': dict(annotations=lambda i: 2**127 + i),
+    'annotations of texts': dict(annotations=lambda i: f'{i:032x}'),
+    'annotations of one id': dict(annotations=lambda i: 7),
+    'images from -3': dict(images=lambda i: i - 3),
+    'images above 2**53': dict(images=lambda i: 2**60 + i),
+    'images of 128 bits, one negative': dict(
+        images=lambda i: 2**127 + i if i else -1
+    ),
+    'images of texts': dict(images=lambda i: f'{i}.png'),
+    'images of numbers and texts': dict(images=lambda i: str(i) if i else i),
+    'images of fractions': dict(images=lambda i: i / 4),
+    'categories descending': dict(categories=lambda i: -i),
+    'categories of texts': dict(categories=lambda i: f'c{20 - i}'),
+    'categories above 2**53': dict(categories=lambda i: 2**60 - i),
+}
+
+
+def with_ids(content, samples, annotations=int, images=int, categories=int):
+    """The same truth, as samples see it, with other ids."""
+    content = copy.deepcopy(content)
+    for entry in content['annotations']:
+        entry['id'] = annotations(entry['id'])
+        entry['image_id'] = images(entry['image_id'])
+        entry['category_id'] = categories(entry['category_id'])
+    for entry in content['images']:
+        entry['id'] = images(entry['id'])
+    for entry in content['categories']:
+        entry['id'] = categories(entry['id'])
+    return content, [dict(s, img_id=images(s['img_id'])) for s in samples]
+
+
+@pytest.mark.parametrize('backend', ['faster', 'pycocotools'])
+@pytest.mark.parametrize('ids', IDS.values(), ids=IDS)
+def test_any_ids(ids, backend, predictions, ann_file, tmp_path):
+    """They change no number, nor which class has which."""
+    options = dict(metric=['bbox', 'proposal'], classwise=True)
+    want = evaluate(predictions, ann_file=ann_file, **options)
+    content = json.loads(Path(ann_file).read_text())
+    content, samples = with_ids(content, predictions, **ids)
+    path = tmp_path / 'ids.json'
+    path.write_text(json.dumps(content))
+    have = evaluate(samples, ann_file=str(path), backend=backend, **options)
+    assert have == want
+    aps = [want[f'coco/{name}_precision'] for name in CLASSES]
+    assert len({*aps, 0, 1}) == 5
+
+
+@pytest.mark.parametrize('backend', ['faster', 'pycocotools'])
+@pytest.mark.parametrize('fault', ['group', 'spread', 'order', 'no crowds'])
+def test_odd_files(fault, backend, predictions, ann_file, tmp_path, caplog):
+    """Names count, however often and in which order they are there."""
+    want = evaluate(predictions, ann_file=ann_file, classwise=True)
+    content = json.loads(Path(ann_file).read_text())
+    categories = content['categories']
+    if fault == 'group':  # a group of that name, without annotations
+        categories[:0] = [dict(id=99, name='ant'), dict(id=98, name='bugs')]
+    elif fault == 'spread':
+        categories.append(dict(id=99, name='ant'))
+        for entry in content['annotations'][::2]:
+            if entry['category_id'] == 0:
+                entry['category_id'] = 99
+    elif fault == 'order':
+        categories.reverse()
+    else:
+        for entry in content['annotations']:
+            if not entry['iscrowd']:
+                del entry['iscrowd'], entry['area']
+    path = tmp_path / 'odd.json'
+    path.write_text(json.dumps(content))
+    have = evaluate(
+        predictions, ann_file=str(path), classwise=True, backend=backend
+    )
+    assert have == want
+
+
+def test_order_of_the_categories_is_told(ann_file, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        coco_metric, 'print_log', lambda text, **kw: lines.append((text, kw))
+    )
+    metric = CocoMetric(ann_file=ann_file)
+    metric.dataset_meta = dict(classes=CLASSES)
+    metric.dataset_meta = None
+    assert not lines
+    metric.dataset_meta = dict(classes=('bee', 'ant'))
+    ((text, options),) = lines
+    assert 'classes of the data set are in another order' in text
+    assert options['level'] == logging.WARNING
+
+
+def test_classes_that_do_not_fit_the_file(ann_file):
+    """Told when the loop is built, before the first step."""
+    metric = CocoMetric(ann_file=ann_file)
+    with pytest.raises(ValueError, match='lacks 1 of 2 classes.*: elk'):
+        metric.dataset_meta = dict(classes=('ant', 'elk'))
+    with pytest.raises(ValueError, match='a class name twice: ant'):
+        metric.dataset_meta = dict(classes=('ant', 'bee', 'ant'))
+
+
+@pytest.mark.parametrize('backend', ['faster', 'pycocotools'])
+def test_images_of_several_data_sets(backend, predictions):
+    """Two files of one ConcatDataset may have the same ids."""
+    unlike = [
+        dict(s, img_id=n) for n, s in enumerate(predictions + predictions[:3])
+    ]
+    alike = predictions + predictions[:3]
+    want = evaluate(unlike, type='CocoMetric', metric='bbox')
+    assert evaluate(alike, backend=backend) == want
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        evaluator = Evaluator(dict(type='lors_plugin.CocoMetric'))
+    evaluator.dataset_meta = dict(classes=CLASSES)
+    for _ in range(2):  # as in each epoch
+        evaluator.process(alike)
+        assert evaluator.evaluate(len(alike)) == want
+
+
+def test_several_processes(predictions, ann_file):
+    """MMDetection's ``use_mp_eval`` gives the same, with any ids."""
+    want = evaluate(predictions, ann_file=ann_file)
+    have = evaluate(predictions, ann_file=ann_file, use_mp_eval=True)
+    assert have == want
+
+
+def test_predictions_in_a_file_have_the_ids_of_the_annotations(
+    predictions, ann_file, tmp_path
 ):
     content = json.loads(Path(ann_file).read_text())
-    for entry in content['images']:
-        entry['id'] = str(entry['id'])
-    for entry in content['annotations']:
-        entry['image_id'] = str(entry['image_id'])
-    path = tmp_path / 'text_ids.json'
+    content, samples = with_ids(content, predictions, images=lambda i: -i - 5)
+    path = tmp_path / 'ids.json'
     path.write_text(json.dumps(content))
-    for sample in predictions:
-        sample['img_id'] = str(sample['img_id'])
-    evaluate(predictions, ann_file=str(path))
-    assert used == ['COCOeval']
-    with pytest.raises(TypeError, match="image id '0' is no whole number"):
-        evaluate(predictions, ann_file=str(path), backend='faster')
+    evaluate(
+        samples, ann_file=str(path), outfile_prefix=str(tmp_path / 'found')
+    )
+    found = json.loads((tmp_path / 'found.bbox.json').read_text())
+    assert {entry['image_id'] for entry in found} == set(range(-9, -4))
+    assert {entry['category_id'] for entry in found} == {0, 10, 20}
 
 
 def test_mistakes_in_the_config():

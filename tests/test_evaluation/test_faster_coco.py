@@ -1,6 +1,7 @@
 """The fast evaluation gives the numbers of pycocotools."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from lors_plugin.evaluation import FasterCOCOeval
-from lors_plugin.evaluation.faster_coco import why_not
 
 SIDES = (12, 60, 180)  # small, medium, large
 
@@ -175,11 +175,17 @@ def test_annotations_from_zero():
     assert_same(dataset, detections)
 
 
-def test_ids_that_are_no_numbers():
-    dataset, _ = make_dataset(0)
-    assert why_not(coco_of(dataset)) == ''
-    dataset['images'][2]['id'] = 'a.jpg'
-    assert "image id 'a.jpg'" in why_not(coco_of(dataset))
+@pytest.mark.parametrize(
+    ('part', 'number'),
+    [('annotations', 'a'), ('images', 2**53), ('annotations', -1)],
+)
+def test_ids_that_it_cannot_take(part, number):
+    """It would match nothing; ``CocoMetric`` numbers them anew."""
+    dataset, detections = make_dataset(0)
+    detections = [d for d in detections if d['image_id']]
+    dataset[part][0]['id'] = number
+    with pytest.raises(ValueError, match=re.escape(f'the id {number!r}')):
+        run(FasterCOCOeval, dataset, detections)
 
 
 def test_other_parameters_afterwards_are_refused():

@@ -39,8 +39,10 @@ def library(package, root):
 
 
 @pytest.fixture
-def sources(package, root):
+def sources(package, root, monkeypatch):
     """The sources in a package folder without the library."""
+    flags = [*cpu_library.FLAGS, '-O0']  # nothing is computed with it
+    monkeypatch.setattr(cpu_library, 'FLAGS', flags)
     shutil.copytree(root / 'lors_plugin' / 'csrc', package / 'csrc')
     return package / 'csrc'
 

@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip('triton')
+pytestmark = pytest.mark.slow
 
 RUNNER = Path(__file__).with_name('triton_runner.py')
 SPEC = importlib.util.spec_from_file_location('triton_runner', RUNNER)
 CASES = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(CASES)
-HALF = ('odd', 'adamixer', 'spatial side only')
 
 
-def run(what):
+@pytest.fixture(scope='module')
+def errors():
     """Errors by case, from a process of its own."""
     done = subprocess.run(
-        [sys.executable, str(RUNNER), what],
+        [sys.executable, str(RUNNER)],
         env={**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
@@ -30,14 +31,14 @@ def run(what):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope='module')
-def mixing():
-    return run('mixing')
+@pytest.fixture
+def mixing(errors):
+    return errors['mixing']
 
 
-@pytest.fixture(scope='module')
-def others():
-    return run('others')
+@pytest.fixture
+def others(errors):
+    return errors['others']
 
 
 @pytest.mark.parametrize('kernels', ['steps', 'on chip'])
@@ -50,7 +51,7 @@ def test_mixing_float32(mixing, case, kernels):
         assert mine < 2e-6, name
 
 
-@pytest.mark.parametrize('case', HALF)
+@pytest.mark.parametrize('case', CASES.HALF)
 def test_mixing_float16_is_as_good_as_pytorch(mixing, case):
     for name, (mine, plain) in mixing[f'{case}: half'].items():
         assert mine < 2 * plain + 5e-4, name
@@ -91,10 +92,9 @@ def test_public_functions_with_triton(others):
         assert error < 2e-6, name
 
 
-def test_operators_are_registered_for_triton_too():
+def test_operators_are_registered_for_triton_too(others):
     """The compiler sees shapes, types and gradients as they will be."""
-    found = run('registered')
-    assert found['opcheck'] == {
+    assert others['opcheck'] == {
         name: ['SUCCESS']
         for name in (
             'mixing',
@@ -103,6 +103,6 @@ def test_operators_are_registered_for_triton_too():
             'sampling_backward',
         )
     }
-    assert len(found['compiled']) == 9
-    for name, error in found['compiled'].items():
+    assert len(others['compiled']) == 9
+    for name, error in others['compiled'].items():
         assert error < 2e-6, name

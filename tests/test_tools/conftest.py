@@ -1,7 +1,6 @@
 """Small stock models and data that several tests of tools train on."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +9,6 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from PIL import Image
-
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
-
-
-@pytest.fixture(scope='module')
-def tools():
-    """The modules of both tools, imported as their directory sees them."""
-    sys.path.insert(0, str(TOOLS))
-    hidden = {n: sys.modules.pop(n, None) for n in ('train', 'test')}
-    try:
-        import test
-        import train
-
-        yield train, test
-    finally:
-        sys.path.remove(str(TOOLS))
-        for name, module in hidden.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,7 @@ def run(data, *command):
         os.environ,
         PYTHONPATH=f'{ROOT}{os.pathsep}{data}',
         OMP_NUM_THREADS='1',
+        PYTHON=sys.executable,
         CUDA_VISIBLE_DEVICES='',
     )
     env.pop('RANK', None)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / 'tools' / 'benchmarks'
 QUICK = ['--quick', '--device', 'cpu', '--threads', '1', '--repeats', '1']
 
@@ -26,21 +28,6 @@ def load(name):
 harness, report = load('harness'), load('report')
 
 
-def python(*options, path=(), cwd=None):
-    """Run Python, whose scripts import neighbours by their names."""
-    paths = [*path, FOLDER.parents[1], os.environ.get('PYTHONPATH', '')]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, paths)))
-    environment.pop('TRITON_INTERPRET', None)
-    return subprocess.run(
-        [sys.executable, *options],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        timeout=900,
-    )
-
-
 def read(folder):
     with (folder / 'benchmarks.csv').open(newline='') as file:
         return list(csv.DictReader(file))
@@ -51,19 +38,12 @@ def select(rows, **values):
 
 
 @pytest.fixture(scope='module')
-def quick(tmp_path_factory):
-    """The real command with all cases at once."""
-    folder = tmp_path_factory.mktemp('benchmarks')
-    done = python(
-        str(FOLDER / 'run.py'),
-        *QUICK,
-        *('--models', 'lors', '600m', 'coco-val', 'imagenet'),
-        *('--implementations', 'original', 'torch', 'recompute', 'products'),
-        *('converted', 'with_cp', 'faster-coco-eval', 'pycocotools'),
-        *('MobileNetV2', '--output', str(folder)),
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, read(folder), folder
+def quick(several):
+    """All cases at once: what was printed, the rows, and where they are."""
+    results, folder = several
+    code, text, error = results['quick']
+    assert code == 0, error
+    return text, read(folder / 'quick'), folder / 'quick'
 
 
 @pytest.mark.parametrize(
@@ -155,6 +135,13 @@ WRONG = dict(
     value='torch, output',
     gradient='torch, gradient of level',
 )  # what is spoiled, and what the error says
+ALL = [
+    *QUICK,
+    *('--models', 'lors', '600m', 'coco-val', 'imagenet'),
+    *('--implementations', 'original', 'torch', 'recompute', 'products'),
+    *('converted', 'with_cp', 'faster-coco-eval', 'pycocotools'),
+    *('MobileNetV2', '--output', 'quick'),
+]
 REFUSED = {
     'no case': (['mixin'], "no case 'mixin'"),
     'triton': (['sampling', '--implementations', 'triton'], 'triton'),
@@ -170,6 +157,7 @@ def several(tmp_path_factory):
     folder = tmp_path_factory.mktemp('several')
     root = str(FOLDER.parents[1])
     commands = dict(
+        quick=(None, ALL),
         list=(None, ['--list']),
         against=(None, [*SAMPLING, 'against', '--against', root]),
     )
@@ -177,8 +165,17 @@ def several(tmp_path_factory):
         commands[kind] = kind, [*SAMPLING, kind]
     for name, (options, _) in REFUSED.items():
         commands[name] = None, ['--device', 'cpu', *options]
-    done = python(
-        '-c', SEVERAL, json.dumps(commands), path=[FOLDER], cwd=folder
+    # Scripts import neighbours by their names.
+    paths = [str(FOLDER), root, os.environ.get('PYTHONPATH', '')]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
+    environment.pop('TRITON_INTERPRET', None)
+    done = subprocess.run(
+        [sys.executable, '-c', SEVERAL, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.partition('RESULTS')[2]), folder

@@ -1,14 +1,14 @@
-"""The shell launchers, with a fake ``srun`` and two real CPU processes."""
+"""The shell launchers, with a fake ``srun`` and a fake Python.
+
+Real processes are started in ``tests/test_training.py``.
+"""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from mmengine.config import Config
-from PIL import Image
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 ECHO = '#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done\n'
@@ -167,100 +167,3 @@ def test_own_thread_count_is_kept(tmp_path):
     python = fake_python(tmp_path)
     done = run('dist_train.sh', 'c', 1, PYTHON=python, OMP_NUM_THREADS='5')
     assert done.stdout.startswith('threads=5\n')
-
-
-@pytest.fixture
-def config(tmp_path):
-    """A LeNet on six images, a relative path from ``tmp_path``."""
-    for index in range(6):
-        folder = tmp_path / 'images' / 'ab'[index % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.full((32, 32), 40 * index, dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f'{index}.png')
-    pipeline = [
-        dict(type='LoadImageFromFile', color_type='grayscale'),
-        dict(type='PackInputs'),
-    ]
-    cfg = dict(
-        default_scope='mmpretrain',
-        model=dict(
-            type='ImageClassifier',
-            backbone=dict(type='LeNet5'),
-            neck=dict(type='GlobalAveragePooling'),
-            head=dict(
-                type='LinearClsHead',
-                num_classes=2,
-                in_channels=120,
-                loss=dict(type='CrossEntropyLoss'),
-            ),
-            data_preprocessor=dict(mean=[127.0], std=[64.0], num_classes=2),
-        ),
-        train_dataloader=dict(
-            batch_size=1,
-            num_workers=0,
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            dataset=dict(
-                type='CustomDataset', data_root='images', pipeline=pipeline
-            ),
-        ),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        train_cfg=dict(by_epoch=True, max_epochs=1),
-        default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
-    )
-    (tmp_path / 'small.py').write_text(Config(cfg).pretty_text)
-    return 'small.py'
-
-
-@pytest.mark.slow
-def test_two_cpu_processes_train(tmp_path, config):
-    done = run(
-        'dist_train.sh', config, 2, '--work-dir', 'out', cwd=tmp_path,
-        CUDA_VISIBLE_DEVICES='-1',
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    text = done.stdout + done.stderr
-    assert '2 CPU processes by gloo' in text
-    # Six images for two processes of batch size one.
-    assert '[1][3/3]' in text
-    assert 'nan' not in text.split('[1][3/3]')[1].splitlines()[0]
-    assert (tmp_path / 'out' / 'epoch_1.pth').is_file()
-
-
-NOTICE = """
-import os, signal
-from mmengine.dist import get_rank
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
-
-
-@HOOKS.register_module()
-class NoticeHook(Hook):
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        # Only the launcher gets it.
-        if runner.iter == 1 and get_rank() == 1:
-            os.kill(os.getppid(), signal.SIGUSR1)
-"""
-
-
-@pytest.mark.slow
-def test_notice_to_two_processes(tmp_path, config):
-    """Both stop after the same step, and go on from there."""
-    (tmp_path / 'notice.py').write_text(NOTICE)
-    (tmp_path / 'noticed.py').write_text(
-        f"_base_ = '{config}'\n"
-        'default_hooks = dict('
-        "checkpoint=dict(type='lors_plugin.CheckpointHook'))\n"
-        "custom_imports = dict(imports=['notice'])\n"
-        "custom_hooks = [dict(type='NoticeHook')]\n"
-    )
-    args = ['noticed.py', 2, '--work-dir', 'out', '--resume']
-    env = dict(CUDA_VISIBLE_DEVICES='-1', PYTHONPATH=str(tmp_path))
-    done = run('dist_train.sh', *args, cwd=tmp_path, **env)
-    assert done.returncode == 75, done.stderr[-3000:]
-    assert 'saved interrupted.pth' in done.stdout + done.stderr
-    done = run('dist_train.sh', *args, cwd=tmp_path, **env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    text = done.stdout + done.stderr
-    assert 'batches of this epoch were trained on before' in text
-    assert not (tmp_path / 'out' / 'interrupted.pth').exists()
-    assert (tmp_path / 'out' / 'epoch_1.pth').is_file()

@@ -262,6 +262,7 @@ def test_images_of_the_same_name(draw, coco_set, tmp_path):
         dict(id=i, file_name=name, width=3000, height=1)
         for i, name in enumerate(files)
     ]
+    content['annotations'] = []
     (tmp_path / 'ann.json').write_text(json.dumps(content))
     for name in files:
         path = str(tmp_path / name)
@@ -275,6 +276,31 @@ def test_images_of_the_same_name(draw, coco_set, tmp_path):
         'contact_sheet.jpg.png',
         'contact_sheet.png',
     }
+
+
+def test_data_is_checked(draw, coco_set, tmp_path, caplog):
+    """Names would be wrong, and predictions of two files be mixed up."""
+    config, pkl, _ = coco_set
+    path = tmp_path / 'ann.json'
+    content = json.loads(path.read_text())
+    content['categories'].insert(0, dict(id=2, name='other'))
+    path.write_text(json.dumps(content))
+    text = config.read_text()
+    config.write_text(text.replace("('thing',)", "('thing', 'other')"))
+    argv = [str(config), '--truth', '--out-dir', str(tmp_path / 'out')]
+    assert draw.main(argv) == 1
+    assert 'the classes are in another order' in caplog.text
+    assert not (tmp_path / 'out').exists()
+    assert draw.main([*argv, '--no-checks']) == 0
+    config.write_text(
+        text + 'one = test_dataloader["dataset"]\n'
+        "test_dataloader = dict(dataset=dict(type='ConcatDataset', "
+        'datasets=[one, one]))\n'
+    )
+    assert draw.main(argv) == 0
+    argv = [str(config), '--pkl', str(pkl), '--out-dir', str(tmp_path / 'no')]
+    assert draw.main(argv) == 1
+    assert 'several files have the same ids' in caplog.text
 
 
 class Code:

@@ -1,43 +1,61 @@
 """The frame of the accuracy studies, on a few made-up images."""
 
 import csv
-import importlib.util
 import json
+import os
+import pickle
 import re
+import runpy
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
-import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ROOT / 'tools' / 'studies'
 PAGES = ROOT / 'docs' / 'en' / 'benchmarks'
-COMMAND = [sys.executable, str(STUDIES / 'run.py')]
 
 
-def run(*words, code=0):
-    """Run a study's command; return what it printed on both streams."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, words)], capture_output=True, text=True
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
+@pytest.fixture(scope='module')
+def modules():
+    """The scripts of the studies, imported as their directory sees them."""
+    names = {path.stem for path in STUDIES.glob('*.py')}
+    hidden = {n: sys.modules.pop(n) for n in names & sys.modules.keys()}
+    sys.path.insert(0, str(STUDIES))
+    try:
+        yield SimpleNamespace(**{n: import_module(n) for n in sorted(names)})
+    finally:
+        sys.path.remove(str(STUDIES))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
 
 
-def load_report():
-    path = STUDIES / 'report.py'
-    spec = importlib.util.spec_from_file_location('studies_report', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def run(modules, capsys):
+    """Run the command; return what it printed on both streams."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+
+    def run(*words, code=0):
+        capsys.readouterr()
+        found = modules.run.main([*map(str, words)])
+        out, error = capsys.readouterr()
+        assert found == code, error
+        return out, error
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 CONFIG = """
@@ -67,15 +85,33 @@ optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.03))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=3),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=10, T_max=80)]
-train_cfg = dict(by_epoch=False, max_iters=80, val_interval=10)
+train_cfg = dict(by_epoch=False, max_iters=12, val_interval=4)
 val_cfg = dict()
 test_cfg = dict()
 default_hooks = dict(
-    checkpoint=dict(type='lors_plugin.CheckpointHook', interval=5,
+    checkpoint=dict(type='lors_plugin.CheckpointHook', interval=2,
                     by_epoch=False, max_keep_ckpts=1, save_best='auto'),
     epoch_seed=dict(type='lors_plugin.EpochSeedHook'),
-    logger=dict(type='LoggerHook', interval=20))
+    logger=dict(type='LoggerHook', interval=3))
 custom_hooks = [dict(type='lors_plugin.FreezeHook', modules=['neck'])]
+"""
+# Once, in the middle of a training, the study gets a Ctrl-C.
+STOP = """
+custom_imports = dict(imports=['lors_plugin', 'stop_hook'])
+custom_hooks += [dict(type='StopHook')]
+"""
+STOP_HOOK = """
+import os, signal, time
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class StopHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 5 and not runner._resume:
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(2)  # it forwards that
 """
 STUDY = """
 from study import Run, Study
@@ -87,7 +123,7 @@ STUDY = Study(
     runs=[Run('tiny/probe', {config!r}, OPTIONS, best=True, test=True)],
     metrics=dict(test=('test/accuracy/top1', 1),
                  validation=('val/accuracy/top1', 0.01)),
-    seeds=(3, 4),
+    seeds=(3,),
     parts=dict(head='head'),
 )
 """
@@ -95,7 +131,10 @@ STUDY = Study(
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
-    """Arguments of a tiny study: twelve images of two classes."""
+    """Arguments of a tiny study: twelve images of two classes.
+
+    Its first training gets a notice to stop.
+    """
     folder = tmp_path_factory.mktemp('tiny')
     images = folder / 'sets' / 'tiny' / 'images'
     images.mkdir(parents=True)
@@ -106,17 +145,16 @@ def tiny(tmp_path_factory):
         Image.fromarray(pixels.astype(np.uint8)).save(images / f'{i}.png')
         lines.append(f'{i}.png {i % 2}\n')
     (images.parent / 'list.txt').write_text(''.join(lines))
-    (folder / 'config.py').write_text(CONFIG)
+    (folder / 'config.py').write_text(CONFIG + STOP)
+    (folder / 'stop_hook.py').write_text(STOP_HOOK)
     study = folder / 'tiny_study.py'
     study.write_text(STUDY.format(config=str(folder / 'config.py')))
-    return [study, '--data', folder / 'sets', '--work-dir', folder / 'work']
-
-
-def wait_for(path, process):
-    """Wait for a file that a running process writes."""
-    while not path.is_file():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    words = ['--data', folder / 'sets', '--work-dir', folder / 'work']
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [str(folder), os.environ.get('PYTHONPATH', '')]
+        patch.setenv('PYTHONPATH', os.pathsep.join(paths))
+        patch.syspath_prepend(folder)
+        yield [study, *words]
 
 
 def scalars(folder):
@@ -131,64 +169,56 @@ def scalars(folder):
 
 
 @pytest.mark.slow
-def test_a_study_is_stopped_and_goes_on(tiny):
-    """A run with two seeds, from the command to the report."""
+def test_a_study_is_stopped_and_goes_on(tiny, run):
+    """A run from the command to the report; the first time, Ctrl-C."""
     work = tiny[-1]
-    length = ['--jobs', 2]
-    words = [*COMMAND, *tiny, *length, '--seeds', 3]
-    process = subprocess.Popen(
-        [*map(str, words)], stderr=subprocess.PIPE, text=True
+    folder = work / 'tiny' / 'probe' / 'seed3'
+    done = subprocess.run(
+        [sys.executable, STUDIES / 'run.py', *map(str, tiny)],
+        capture_output=True,
+        text=True,
     )
-    folders = {
-        seed: work / 'tiny' / 'probe' / f'seed{seed}' for seed in (3, 4)
-    }
-    wait_for(folders[3] / 'last_checkpoint', process)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 75 and 'goes on from here' in error
-    assert not (folders[3] / 'result.json').exists()
+    assert done.returncode == 75 and 'goes on from here' in done.stderr
+    assert (folder / 'interrupted.pth').exists()
+    assert not (folder / 'result.json').exists()
 
-    run(*tiny, *length)
+    run(*tiny)
     commands = [
         shlex.split(line)
-        for line in (folders[3] / 'train.log').read_text().splitlines()
+        for line in (folder / 'train.log').read_text().splitlines()
         if ' tools/train.py ' in line
     ]
     assert ['--resume' in words for words in commands] == [False, True]
-    values = dict(test=[], validation=[])
-    for seed, folder in folders.items():
-        result = json.loads((folder / 'result.json').read_text())
-        accuracy = scalars(folder)
-        assert set(accuracy) == {*range(10, 81, 10)}
-        assert result['curve'] == [[k, v / 100] for k, v in accuracy.items()]
-        (test,) = folder.glob('test/*/*.json')
-        values['test'].append(json.loads(test.read_text())['accuracy/top1'])
-        values['validation'].append(max(accuracy.values()) / 100)
-        assert result['values'] == {k: v[-1] for k, v in values.items()}
-        # A linear layer is trained, and of LeNet's weights none.
-        assert result['trained'] == result['head'] == 2 * 121
-        assert result['parameters'] > 50000
-        assert result['peak_memory'] > 1e8
-        assert f'randomness.seed={seed}' in result['recipe']
-        (best,) = folder.glob('best_*.pth')
-        assert f' {best} ' in (folder / 'test.log').read_text()
+    result = json.loads((folder / 'result.json').read_text())
+    accuracy = scalars(folder)
+    assert set(accuracy) == {*range(4, 13, 4)}
+    assert result['curve'] == [[k, v / 100] for k, v in accuracy.items()]
+    (test,) = folder.glob('test/*/*.json')
+    test = json.loads(test.read_text())['accuracy/top1']
+    values = dict(test=test, validation=max(accuracy.values()) / 100)
+    assert result['values'] == values
+    # A linear layer is trained, and of LeNet's weights none.
+    assert result['trained'] == result['head'] == 2 * 121
+    assert result['parameters'] > 50000
+    assert result['peak_memory'] > 1e8
+    assert 'randomness.seed=3' in result['recipe']
+    (best,) = folder.glob('best_*.pth')
+    assert f' {best} ' in (folder / 'test.log').read_text()
 
     report = json.loads((work / 'report' / 'results.json').read_text())
-    for label, (a, b) in values.items():
+    for label, value in values.items():
         summary = report['runs']['tiny/probe']['summary'][label]
-        assert summary['mean'] == pytest.approx((a + b) / 2)
-        assert summary['std'] == pytest.approx(abs(a - b) / 2**0.5)
+        assert summary['mean'] == pytest.approx(value)
     with (work / 'report' / 'results.csv').open() as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row['seed']) for row in rows] == [3, 4]
-    assert [float(row['test']) for row in rows] == values['test']
+        (row,) = csv.DictReader(file)
+    assert (int(row['seed']), float(row['test'])) == (3, test)
     with Image.open(work / 'report' / 'plot.png') as picture:
         assert picture.width > 1000
 
     # Finished runs stay, and those of another recipe are refused.
     times = {p: p.stat().st_mtime_ns for p in work.glob('*/*/*/train*')}
-    assert len(times) == 4
-    out, _ = run(*tiny, *length, '--runs', 'tiny/*', '--seeds', 3)
+    assert len(times) == 2
+    out, _ = run(*tiny, '--runs', 'tiny/*')
     assert '1 of 1 runs are finished' in out
     assert all(p.stat().st_mtime_ns == t for p, t in times.items())
     other = ['--cfg-options', 'train_cfg.max_iters=8']
@@ -196,7 +226,7 @@ def test_a_study_is_stopped_and_goes_on(tiny):
     assert 'was trained by another command' in error
 
 
-def test_mistakes_in_the_command(tiny, tmp_path):
+def test_mistakes_in_the_command(tiny, run, tmp_path):
     _, error = run(*tiny, '--runs', 'tiny/prob', code=2)
     assert 'no run tiny/prob, but tiny/probe' in error
     _, error = run(tiny[0], '--data', tmp_path, code=2)
@@ -245,14 +275,14 @@ lines += f'{{"held_out": {loss}, "step": 1}}\\n'
 """
 
 
-def test_failed_runs(tmp_path):
+def test_failed_runs(tmp_path, run):
     """The rest is trained and reported, the log says why."""
     script = tmp_path / 'script.py'
     script.write_text(SCRIPT)
     study = tmp_path / 'scripted.py'
     study.write_text(SCRIPTED.format(script=str(script)))
     work = tmp_path / 'work'
-    words = [study, '--work-dir', work]
+    words = [study, '--work-dir', work, '--jobs', 2]
     out, error = run(*words, code=1)
     assert 'bad, seed 1: exit code 1' in error and 'the reason' in error
     assert str(work / 'bad' / 'seed1' / 'train.log') in error
@@ -268,7 +298,7 @@ def test_failed_runs(tmp_path):
     assert 'no run in' in error
 
 
-def test_list():
+def test_list(run):
     """Every run of every study has a config that exists."""
     out, _ = run('--list')
     assert re.findall(r'^(\w+): ', out, re.M) == [
@@ -282,7 +312,7 @@ def test_list():
     assert all((ROOT / config).is_file() for config in configs)
 
 
-def test_length_of_a_training(tmp_path):
+def test_length_of_a_training(tmp_path, modules):
     """Schedules follow the length; a quick one has two evaluations."""
     iterations = tmp_path / 'iterations.py'
     iterations.write_text(CONFIG)
@@ -297,28 +327,18 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=7, val_interval=5)
 """
     )
-    code = (
-        'import json, sys\n'
-        'from recipe import make_options\n'
-        'from study import Run\n'
-        'cases = json.loads(sys.argv[1])\n'
-        'print(json.dumps([make_options(Run("r", config), *rest, ["a=b"])\n'
-        '                  for config, *rest in cases]))\n'
-    )
     cases = [
         (str(epochs), 3, False),
         (str(epochs), None, True),
         (str(iterations), None, True),
         (str(epochs), None, False),
     ]
-    done = subprocess.run(
-        [sys.executable, '-c', code, json.dumps(cases)],
-        cwd=STUDIES,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = [
+        modules.recipe.make_options(
+            modules.study.Run('r', config), *rest, ['a=b']
+        )
+        for config, *rest in cases
+    ]
     assert found[0] == [
         'train_cfg.max_epochs=3', 'train_cfg.val_interval=3',
         'param_scheduler.1.T_max=3', 'param_scheduler.1.end=3',
@@ -335,9 +355,9 @@ train_cfg = dict(by_epoch=True, max_epochs=7, val_interval=5)
     assert found[3] == ['a=b']
 
 
-def test_report_by_hand(tmp_path):
+def test_report_by_hand(tmp_path, modules):
     """Means, spreads and paired differences, of seeds that both have."""
-    report = load_report()
+    report = modules.report
     assert report.summarise([1.0, 3.0]) == dict(mean=2.0, std=2**0.5, n=2)
     assert report.summarise([1.0]) == dict(mean=1.0, std=None, n=1)
     # 1, 2 and 3: standard error 1 / sqrt(3), Student's t 4.303.
@@ -386,39 +406,26 @@ def test_report_by_hand(tmp_path):
     ]  # fmt: skip
 
 
-def test_area_under_curve(tmp_path):
+def test_area_under_curve(tmp_path, modules):
     """Ties count half: of six pairs four are won and one is a tie."""
-    code = (
-        'import pickle, sys, torch\n'
-        'from pathlib import Path\n'
-        'from parameternet import area_under_curve\n'
-        'pairs = [(.1, 0), (.4, 0), (.4, 1), (.9, 1), (.3, 1)]\n'
-        'samples = [dict(pred_score=torch.tensor([1 - p, p]),\n'
-        '                gt_label=torch.tensor([y])) for p, y in pairs]\n'
-        'path = Path(sys.argv[1])\n'
-        'path.write_bytes(pickle.dumps(samples))\n'
-        'print(area_under_curve(path)["auc"])\n'
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', code, str(tmp_path / 'p.pkl')],
-        cwd=STUDIES,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert float(done.stdout.split()[-1]) == pytest.approx(100 * 4.5 / 6)
+    pairs = [(0.1, 0), (0.4, 0), (0.4, 1), (0.9, 1), (0.3, 1)]
+    samples = [
+        dict(pred_score=torch.tensor([1 - p, p]), gt_label=torch.tensor([y]))
+        for p, y in pairs
+    ]
+    (tmp_path / 'p.pkl').write_bytes(pickle.dumps(samples))
+    found = modules.parameternet.area_under_curve(tmp_path / 'p.pkl')
+    assert found['auc'] == pytest.approx(100 * 4.5 / 6)
 
 
-def test_language_models(tmp_path):
+def test_language_models(tmp_path, modules, capsys):
     """Parameters are the published ones; a training logs what is reported."""
     pytest.importorskip('transformers')
-    script = [sys.executable, str(STUDIES / 'llama_moe.py')]
-    done = subprocess.run(
-        [*script, 'count'], capture_output=True, text=True, check=True
-    )
-    assert '1,540,507,648' in done.stdout
+    main = modules.llama_moe.main
+    assert main(['count']) == 0
+    assert '1,540,507,648' in capsys.readouterr().out
     words = ['train', '--projection', 'up', '--experts', '4', '--steps', '2']
-    subprocess.run([*script, *words, '--work-dir', str(tmp_path)], check=True)
+    assert main([*words, '--work-dir', str(tmp_path)]) == 0
     (path,) = tmp_path.glob('*/vis_data/scalars.json')
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r['step'] for r in records if 'loss' in r] == [1, 2]
@@ -484,17 +491,24 @@ def write_voc(root):
             file.write(name + '\n')
 
 
-def test_documented_conversion_of_bccd(tmp_path):
+def test_documented_conversion_of_bccd(tmp_path, monkeypatch):
     """The commands of the page, run on a tree of the public layout."""
     page = (PAGES / 'bccd.md').read_text()
     block = re.search(r'```bash\n(git clone.*?)```', page, re.S)
     clone, *commands = block.group(1).replace('\\\n', ' ').strip().splitlines()
     write_voc(tmp_path / clone.split('/')[-1] / 'BCCD')
+    monkeypatch.chdir(tmp_path)
     for command in commands:
         words = shlex.split(command)
-        if words[0] == 'python':
-            words[:2] = [sys.executable, str(ROOT / words[1])]
-        subprocess.run(words, check=True, cwd=tmp_path)
+        if words[0] != 'python':
+            subprocess.run(words, check=True)
+            continue
+        script = ROOT / words[1]
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, 'argv', words[1:])
+            patch.syspath_prepend(script.parent)
+            runpy.run_path(str(script), run_name='__main__')
+        assert not end.value.code
     folder = tmp_path / 'data' / 'bccd'
     for split in ('train', 'val'):
         path = folder / 'annotations' / f'instances_{split}.json'

@@ -195,6 +195,7 @@ def test_mistakes_in_the_model(tools, classification, fails):
 def test_amp(tools, monkeypatch, given, cuda, dtype):
     train, _ = tools
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')  # loggers ask
     options = dict(
         type='OptimWrapper',
         optimizer=dict(type='SGD', lr=0.1),

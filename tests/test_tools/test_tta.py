@@ -8,6 +8,7 @@ import torch
 from mmengine.config import Config
 from PIL import Image, ImageOps
 
+from lors_plugin.engine.preflight import iter_datasets
 from lors_plugin.testing import randomize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,21 +34,49 @@ def test_tta_wraps_model_and_innermost_pipeline(tools):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
-def test_default_for_shipped_configs(tools, path):
-    from tool_utils import apply_tta, innermost_dataset
+def test_default_for_shipped_configs(tools, path, read_config):
+    from tool_utils import apply_tta
 
-    cfg = Config.fromfile(path)
-    plain = innermost_dataset(cfg.test_dataloader.dataset).pipeline
+    def pipeline():
+        (found,) = iter_datasets(cfg.test_dataloader.dataset, '')
+        return found[1].pipeline
+
+    cfg = read_config(path.relative_to(ROOT).as_posix())
+    plain = pipeline()
     detector = cfg.model.type
     apply_tta(cfg)
     assert cfg.model.type == 'DetTTAModel'
     assert cfg.model.module.type == detector
-    *steps, augment = innermost_dataset(cfg.test_dataloader.dataset).pipeline
+    *steps, augment = pipeline()
     assert steps == plain[:-1]
     flips, (pack,) = augment.transforms
     assert [f.prob for f in flips] == [1.0, 0.0]
     keys = pack.meta_keys
     assert set(keys) == {*plain[-1].meta_keys, 'flip', 'flip_direction'}
+
+
+def test_every_data_set_of_several_is_augmented(tools):
+    """Each by its own pipeline, or all by that of the config."""
+    from tool_utils import apply_tta
+
+    pipelines = [
+        [dict(type='Resize', scale=scale), dict(type='PackDetInputs')]
+        for scale in (32, 64)
+    ]
+    datasets = [dict(pipeline=pipeline) for pipeline in pipelines]
+    loader = dict(dataset=dict(type='ConcatDataset', datasets=datasets))
+    content = dict(
+        default_scope='mmdet', model=dict(type='A'), test_dataloader=loader
+    )
+    cfg = Config(content)
+    apply_tta(cfg)
+    first, second = cfg.test_dataloader.dataset.datasets
+    assert [d.pipeline[0].scale for d in (first, second)] == [32, 64]
+    assert all(d.pipeline[-1].type == 'TestTimeAug' for d in (first, second))
+    cfg = Config(dict(content, tta_pipeline=['new']))
+    apply_tta(cfg)
+    datasets = cfg.test_dataloader.dataset.datasets
+    assert [d.pipeline for d in datasets] == [['new'], ['new']]
 
 
 def test_no_default_for_other_hosts_and_pipelines(tools):
@@ -59,6 +88,9 @@ def test_no_default_for_other_hosts_and_pipelines(tools):
         apply_tta(cfg)
     cfg.default_scope = 'mmdet'
     with pytest.raises(ValueError, match='ends with Resize'):
+        apply_tta(cfg)
+    del cfg.test_dataloader.dataset['pipeline']
+    with pytest.raises(ValueError, match='has no pipeline'):
         apply_tta(cfg)
 
 

@@ -38,6 +38,7 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmdet.visualization import DetLocalVisualizer
 
 from lors_plugin.checkpoints import load_pickle_file
+from lors_plugin.engine.data_check import check_data
 from lors_plugin.visualization import picture_names
 
 # RGB
@@ -164,10 +165,19 @@ def collect_samples(args: argparse.Namespace) -> tuple[list[Sample], tuple]:
     loader = cfg.get(f'{args.split}_dataloader')
     if loader is None:
         raise DrawError(f'{args.config} has no {args.split}_dataloader')
+    if not args.no_checks:
+        scope = cfg.get('default_scope', 'mmdet')
+        only = {'default_scope': scope, f'{args.split}_dataloader': loader}
+        check_data(only, [args.split])
     dataset = DATASETS.build(loader.dataset)
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     if not infos:
         raise DrawError(f'the {args.split} data set is empty')
+    if not args.truth and len({i['img_id'] for i in infos}) < len(infos):
+        raise DrawError(
+            'images of several files have the same ids, so that predictions '
+            'do not tell which is meant; draw one file at a time'
+        )
     # Without a threshold all images are needed to choose one.
     if args.truth or (args.checkpoint and args.score_thr is not None):
         infos = spread(infos, args.num)
@@ -426,6 +436,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='allow the checkpoint or pickle to run code of its own while it '
         'is read; only for files from people you trust',
+    )
+    parser.add_argument(
+        '--no-checks',
+        action='store_true',
+        help='do not check classes and annotation file',
     )
     args = parser.parse_args(argv)
     given = (args.checkpoint is not None, args.pkl is not None, args.truth)

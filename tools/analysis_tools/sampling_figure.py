@@ -25,7 +25,7 @@ PANEL = 4.6  # longer side of a panel in inches
 
 @dataclass
 class StageView:
-    """What a panel shows, in pixels of the original image.
+    """The content of a panel, in pixels of the original image.
 
     Attributes:
         stage (int): Number of the stage.

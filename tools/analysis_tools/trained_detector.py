@@ -1,4 +1,4 @@
-"""What the drawing tools share: configs, detectors, their predictions."""
+"""Configs, detectors and predictions for the drawing tools."""
 
 import logging
 from collections.abc import Callable, Sequence

@@ -50,7 +50,7 @@ TINY_GHOST = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a builder needs to know.
+    """The size of a case, that is the input of a builder.
 
     Attributes:
         model (str): One of the case.
@@ -698,7 +698,8 @@ def exported(name: str, size: Size) -> Implementation:
 
 OURS = ('reference', 'original', 'torch', 'cpu', 'triton')
 CASES = dict(
-    mixing=Case(mixing, (*OURS, 'recompute', 'products')),
+    # ReLUs after norms have kinks: in float32 two right formulations differ.
+    mixing=Case(mixing, (*OURS, 'recompute', 'products'), in_float64=True),
     sampling=Case(sampling, tuple(n for n in OURS if n != 'cpu')),
     # Points step from cell to cell: in float32, gradients of the first
     # stages differ by several per cent between two right formulations.

@@ -129,7 +129,7 @@ def prepare(kernel, shape, dtype, cap):
 
 
 def source(function, constants, types):
-    """What Triton compiles; the class differs between versions."""
+    """Make the source that Triton compiles, by its version."""
     names = function.arg_names
     pointers = [i for i, n in enumerate(names) if n.startswith('p_')]
     accepts = inspect.signature(ASTSource).parameters

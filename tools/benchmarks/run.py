@@ -171,6 +171,12 @@ def make_plan(name: str, args: argparse.Namespace) -> Plan:
     """Implementations to time, with dtypes; says what cannot run here."""
     case, plan = CASES[name], []
     wanted = args.implementations or case.implementations
+    for each in dict.fromkeys(wanted):
+        if each not in case.implementations and not args.list:
+            print(
+                f'{name}: has no {each}, only '
+                f'{", ".join(case.implementations)}'
+            )
     # Its absence is worth a line also where it is not asked for by name.
     fast = 'triton' if args.device.startswith('cuda') else 'cpu'
     for dtype in args.dtypes if case.memory else ['float32']:
@@ -207,12 +213,16 @@ def make_sizes(case: Case, args: argparse.Namespace) -> list[Size]:
 
 
 def prepare(
-    name: str, size: Size, plan: Plan, modes: Sequence[str]
+    name: str,
+    size: Size,
+    plan: Plan,
+    modes: Sequence[str],
+    share: float = 1.0,
 ) -> tuple[list[Implementation], dict[str, float]]:
     """Build and check the implementations of a case at one size.
 
     They are checked with at most two images. One that would run out of
-    memory is not trained.
+    memory, of which this process has a ``share``, is not trained.
 
     Returns:
         tuple: Implementations, and their largest errors by label.
@@ -258,7 +268,7 @@ def prepare(
     del here
     here = build(size, plan)
     if training and size.batch and size.batch > small.batch:
-        free = free_memory(here[0].device)
+        free = share * free_memory(here[0].device)
         for each, less in zip(here, build(small, plan)):
             # Backward needs about as much again as it was kept.
             bytes_ = less.saved_bytes() * size.batch / small.batch
@@ -275,7 +285,8 @@ def measure(name, size, args, report, other) -> None:
     """Check, time and report one size of a case."""
     case, plan = CASES[name], args.plans[name]
     modes = [m for m in MODES if m in (args.modes or case.modes)]
-    here, errors = prepare(name, size, plan, modes)
+    share = 0.5 if other else 1.0
+    here, errors = prepare(name, size, plan, modes, share)
     if args.profile:
         for each in here:
             if each.name == args.profile:
@@ -285,7 +296,7 @@ def measure(name, size, args, report, other) -> None:
     if other:
         same = 'original', 'products', case.implementations[0]
         shared = [pair for pair in plan if pair[0] not in same]
-        there, more = other.prepare(name, size, shared, modes)
+        there, more = other.prepare(name, size, shared, modes, share)
         here, errors = here + there, {**errors, **more}
     times = time_in_turns(
         *(here, modes, args.repeats, args.budget, args.clock),

@@ -1,4 +1,4 @@
-"""What the data set converters share.
+"""Helpers of the data set converters.
 
 Files of other programs are read here in whatever encoding they have, images
 are measured as the image loader will show them, and COCO files are written. A

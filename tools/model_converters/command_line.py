@@ -1,4 +1,4 @@
-"""What all converters of checkpoints do around their ``convert``."""
+"""The command line of all converters of checkpoints."""
 
 import argparse
 import logging

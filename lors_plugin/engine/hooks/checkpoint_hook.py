@@ -340,7 +340,7 @@ class CheckpointHook(HostCheckpointHook):
             )
 
     def _restore_random(self) -> None:
-        """Continue with the random numbers of the checkpoint, once."""
+        """Restore the random states of the checkpoint, once."""
         position, self._resumed = self._resumed, None
         if position is not None and position['ranks'] == get_world_size():
             set_random_state(position['random'])

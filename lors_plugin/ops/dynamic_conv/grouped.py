@@ -155,7 +155,7 @@ def chunks(x: Tensor, weight: Tensor) -> Iterator[slice]:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether maps (B, C, H, W) are channels last and not contiguous too."""
+    """Return whether maps (B, C, H, W) are channels last only."""
     return not x.is_contiguous() and x.is_contiguous(
         memory_format=torch.channels_last
     )

@@ -6,6 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ..backend import is_plain
 from . import grouped
 
 # Schemas are written out, since PyTorch 2.4 reads `list[int]` as none.
@@ -14,7 +15,6 @@ GEOMETRY = (
     'SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups'
 )
 GRADS = '(Tensor, Tensor, Tensor, Tensor)'
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 @torch.library.custom_op(
@@ -83,21 +83,21 @@ def _(grad_out, x, weight, attention, bias, *rest):
 
 
 def runs_directly(*tensors: Optional[Tensor]) -> bool:
-    """Whether a call needs neither autograd nor the registered operator.
+    """Return whether a call needs no autograd and no registered operator.
 
     The operator takes three times as long as a small convolution. A graph of
     ``torch.jit.trace`` has PyTorch's own operators, to be run anywhere.
     """
     if torch.jit.is_tracing():
         return True
-    if torch.compiler.is_compiling():
+    given = [t for t in tensors if t is not None]
+    if not is_plain(given):
         return False
-    if any(type(t) not in _PLAIN for t in tensors):
-        return False  # such as fake tensors
-    if torch.is_autocast_enabled(tensors[0].device.type):
+    if torch.is_autocast_enabled(given[0].device.type):
         return False
-    needs_grad = any(t is not None and t.requires_grad for t in tensors)
-    return not (needs_grad and torch.is_grad_enabled())
+    return not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    )
 
 
 def _grads(grad_out, x, weight, attention, bias, geometry, needed):

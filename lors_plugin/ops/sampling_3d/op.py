@@ -6,8 +6,8 @@ from types import ModuleType
 import torch
 from torch.library import custom_op
 
+from ..backend import is_plain
 from .level_gradients import TableGradient, table_gradient
-from .table import is_plain
 
 _MODULES = {'torch': 'table', 'triton': 'triton_kernels'}
 

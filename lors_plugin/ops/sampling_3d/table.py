@@ -18,25 +18,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch import Tensor
 
-from ..backend import new_large
-
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-
-def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether tensors are computed with, not traced or transformed."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and _get_current_dispatch_mode() is None
-        and all(
-            type(t) in (Tensor, nn.Parameter) and not _is_wrapped(t)
-            for t in tensors
-        )
-    )
+from ..backend import is_plain, new_large
 
 
 class SharedLevels(NamedTuple):

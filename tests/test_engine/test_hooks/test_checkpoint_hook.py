@@ -1,6 +1,7 @@
 """No kill, full disk, notice or crafted checkpoint loses a run or a file."""
 
 import itertools
+import re
 import resource
 import signal
 import subprocess
@@ -139,14 +140,19 @@ def make(
     return runner
 
 
+def end_workers(runner):
+    """End workers now; as garbage of a cycle they take five seconds each."""
+    for loader in (runner.train_dataloader, runner.val_dataloader):
+        if loader.num_workers:
+            loader._iterator._shutdown_workers()
+
+
 def train(folder, **kwargs):
     """Train; return the batches of each step."""
     runner = make(folder, **kwargs)
-    try:
-        runner.train()
-    finally:
-        seen = runner.model.seen
-    return seen
+    runner.train()
+    end_workers(runner)
+    return runner.model.seen
 
 
 def files(folder):
@@ -194,6 +200,7 @@ def test_notice(tmp_path, uninterrupted, moment, steps, workers, number):
     runner = make(tmp_path, at=at, workers=workers)
     with pytest.raises(SystemExit) as error:
         runner.train()
+    end_workers(runner)
     assert error.value.code == EXIT_REQUEUE
     assert len(runner.model.seen) == steps
     assert last(tmp_path)['meta']['iter'] == steps
@@ -250,48 +257,11 @@ def test_accumulated_gradients_are_used_first(tmp_path):
     assert last(tmp_path)['meta']['iter'] == 3
 
 
-NOTIFY = """
-import gc, os, signal, subprocess, sys
+PROGRAM = """
+import os, signal, subprocess, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_checkpoint_hook import At, last, make
-
-def children():
-    tasks = Path('/proc/self/task').glob('*/children')
-    return {int(pid) for path in tasks for pid in path.read_text().split()}
-
-def notify():
-    workers = map(str, children() - others)
-    subprocess.run(['kill', '-TERM', *workers], check=True)
-    signal.raise_signal(signal.SIGTERM)
-
-folder, others = Path(sys.argv[1]), children()
-runner = make(folder, at=At(notify, step=5), workers=1)
-try:
-    runner.train()
-    sys.exit('did not stop')
-except SystemExit as stop:
-    assert stop.code == 75, stop.code
-assert last(folder)['meta']['iter'] == 6
-del runner
-gc.collect()
-assert children() <= others
-"""
-
-
-def test_workers_outlive_a_notice_and_end_with_their_parent(tmp_path):
-    """The notice often goes to all processes of a job."""
-    subprocess.run(
-        [sys.executable, '-c', NOTIFY, tmp_path, Path(__file__).parent],
-        check=True,
-    )
-
-
-KILL = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_checkpoint_hook import At, last, train
+from test_checkpoint_hook import At, last, make, train
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -307,29 +277,67 @@ for index, name in enumerate(('fsync', 'replace', 'unlink')):
         os._exit(1)
     _, status = os.waitpid(pid, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL, status
+
+def children():
+    tasks = Path('/proc/self/task').glob('*/children')
+    return {int(pid) for path in tasks for pid in path.read_text().split()}
+
+def notify():
+    workers = [str(pid) for pid in children() - others]
+    print('workers:', *workers, flush=True)
+    subprocess.run(['kill', '-TERM', *workers], check=True)
+    signal.raise_signal(signal.SIGTERM)
+
+others = children()
+runner = make(folder / 'notice', at=At(notify, step=5), workers=1)
+try:
+    runner.train()
+    sys.exit('did not stop')
+except SystemExit as stop:
+    assert stop.code == 75, stop.code
+assert last(folder / 'notice')['meta']['iter'] == 6
 """
 
 
-@pytest.mark.slow
-def test_kill_while_writing(tmp_path, uninterrupted):
-    """In any phase of it: the checkpoint before is whole, or the new one."""
-    subprocess.run(
-        [sys.executable, '-c', KILL, tmp_path, Path(__file__).parent],
+@pytest.fixture(scope='module')
+def program(tmp_path_factory):
+    """What a process of its own printed, and where its runs are."""
+    folder = tmp_path_factory.mktemp('program')
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM, folder, Path(__file__).parent],
+        stdout=subprocess.PIPE,
+        text=True,
         check=True,
     )
+    return done.stdout, folder
+
+
+@pytest.mark.slow
+def test_workers_outlive_a_notice_and_end_with_their_parent(program):
+    """The notice often goes to all processes of a job."""
+    (line,) = re.findall('^workers: (.*)$', program[0], re.MULTILINE)
+    assert line.split()
+    assert not [p for p in line.split() if Path(f'/proc/{p}').exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('name', 'steps'), [('fsync', 4), ('replace', 4), ('unlink', 8)]
+)
+def test_kill_while_writing(program, uninterrupted, name, steps):
+    """In any phase of it: the checkpoint before is whole, or the new one."""
     seen, whole = uninterrupted[0]
-    for name, steps in (('fsync', 4), ('replace', 4), ('unlink', 8)):
-        folder = tmp_path / name
-        assert last(folder)['meta']['iter'] in (4, steps), name
-        left = [p for p in files(folder) if p.endswith('.tmp')]
-        assert left or name == 'unlink'
-        rest = train(folder, resume=True)
-        assert rest in (seen[4:], seen[8:])
-        assert_same(last(folder), whole)
-        assert not [p for p in files(folder) if p.endswith('.tmp')]
-        assert [p for p in files(folder) if p.startswith('epoch')] == [
-            'epoch_3.pth'
-        ]
+    folder = program[1] / name
+    assert last(folder)['meta']['iter'] in (4, steps)
+    left = [p for p in files(folder) if p.endswith('.tmp')]
+    assert left or name == 'unlink'
+    rest = train(folder, resume=True)
+    assert rest in (seen[4:], seen[8:])
+    assert_same(last(folder), whole)
+    assert not [p for p in files(folder) if p.endswith('.tmp')]
+    assert [p for p in files(folder) if p.startswith('epoch')] == [
+        'epoch_3.pth'
+    ]
 
 
 def test_full_disk(tmp_path, uninterrupted):

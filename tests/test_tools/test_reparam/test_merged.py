@@ -96,6 +96,7 @@ def tensors(value):
     return [tensor for item in value for tensor in tensors(item)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', HOSTS)
 def test_stock_hosts_load_it_without_the_plugin(merged, name):
     root, outputs = merged

@@ -50,7 +50,7 @@ def sizes(x, weights, c_core, s_core) -> dict:
 
 
 def on_chip(size: dict, dtype: torch.dtype, cap: int) -> bool:
-    """Whether forward runs in registers: half types on tensor cores."""
+    """Return whether forward runs on chip: half types on tensor cores."""
     return cap >= 80 and dtype != torch.float32
 
 
