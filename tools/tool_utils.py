@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 
 from lors_plugin.compat import read_safely
 from lors_plugin.engine.data_check import check_data
+from lors_plugin.engine.hooks import ClassNamesHook
 from lors_plugin.engine.image_errors import ImageError, name_images_of
 from lors_plugin.engine.preflight import (
     check_data_paths,
@@ -219,6 +220,7 @@ def build_runner(cfg, debug=False):
         custom = 'runner_type' in cfg
         runner = RUNNERS.build(cfg) if custom else Runner.from_cfg(cfg)
     name_images_of(runner)
+    runner.register_hook(ClassNamesHook())
     return runner
 
 

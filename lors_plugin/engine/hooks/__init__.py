@@ -9,11 +9,13 @@ from lors_plugin.lors.hook import LORSHook
 from lors_plugin.parameternet.expert_usage import ExpertUsageHook
 
 from .checkpoint_hook import CheckpointHook
+from .class_names_hook import ClassNamesHook
 from .epoch_seed_hook import EpochSeedHook
 from .freeze_hook import FreezeHook
 
 __all__ = [
     'CheckpointHook',
+    'ClassNamesHook',
     'EpochSeedHook',
     'ExpertUsageHook',
     'FreezeHook',
