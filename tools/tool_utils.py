@@ -21,6 +21,7 @@ from lors_plugin.config_file import (
     read_config,
 )
 from lors_plugin.engine.data_check import check_data
+from lors_plugin.engine.hooks import ClassNamesHook
 from lors_plugin.engine.image_errors import ImageError, name_images_of
 from lors_plugin.engine.preflight import (
     check_data_paths,
@@ -227,6 +228,7 @@ def build_runner(cfg, debug=False):
         runner = RUNNERS.build(cfg) if custom else Runner.from_cfg(cfg)
     runner.logger.addFilter(is_worth_telling)
     name_images_of(runner)
+    runner.register_hook(ClassNamesHook())
     return runner
 
 

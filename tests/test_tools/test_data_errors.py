@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from lors_plugin.engine.image_errors import ImageError
@@ -62,6 +63,23 @@ def test_an_empty_picture_is_named(tools, detection, fails, workers):
         assert text.startswith(
             'error: the image coco/img/1.png cannot be read'
         )
+
+
+@pytest.mark.parametrize(
+    ('names', 'told'),
+    [('bac', 'b, a, c in the checkpoint, a, b, c in the data'), ('abc', '')],
+)
+def test_names_of_a_checkpoint(tools, classification, capfd, names, told):
+    train, test = tools
+    assert train.main([classification, '--work-dir', 'w']) == 0
+    content = torch.load('w/epoch_1.pth', weights_only=False)
+    content['meta']['dataset_meta']['classes'] = list(names)
+    torch.save(content, 'w.pth')
+    capfd.readouterr()
+    assert test.main([classification, 'w.pth', '--work-dir', 'w']) == 0
+    text = ''.join(capfd.readouterr())
+    assert ('in another order' in text) == bool(told)
+    assert told in text
 
 
 def test_any_process_names_its_image(tools, fails, monkeypatch):

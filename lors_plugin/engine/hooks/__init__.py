@@ -9,12 +9,14 @@ from lors_plugin.lors.hook import LORSHook
 from lors_plugin.parameternet.expert_usage import ExpertUsageHook
 
 from .checkpoint_hook import CheckpointHook
+from .class_names_hook import ClassNamesHook
 from .epoch_seed_hook import EpochSeedHook
 from .finite_predictions_hook import FinitePredictionsHook
 from .freeze_hook import FreezeHook
 
 __all__ = [
     'CheckpointHook',
+    'ClassNamesHook',
     'EpochSeedHook',
     'ExpertUsageHook',
     'FinitePredictionsHook',
