@@ -19,10 +19,9 @@ def results(function, inputs):
 def test_one_graph(kind, tiny_decoder, decoder_inputs):
     """No graph breaks, and the results of the plain program."""
     torch._dynamo.reset()
-    options = dict(num_stages=2, adaptive_groups=[1, 2])
-    if kind == 'adamixer':
-        del options['adaptive_groups']
-    decoder = tiny_decoder(kind, backend='torch', **options)
+    stages = dict(adamixer=dict(num_stages=1),
+                  lors=dict(num_stages=2, adaptive_groups=[1, 2]))  # fmt: skip
+    decoder = tiny_decoder(kind, backend='torch', **stages[kind])
     compiled = torch.compile(decoder, fullgraph=True, backend='aot_eager')
     inputs = decoder_inputs()
     wanted = results(decoder, inputs)

@@ -479,12 +479,13 @@ def arguments(seed, height=64, **changes):
 def test_compiled(dynamic):
     """One graph, forward and backward."""
     torch._dynamo.reset()
-    model, _ = arguments(0)
+    strides = (4, 16)
+    model, _ = arguments(0, strides=strides)
     compiled = torch.compile(
         model, fullgraph=True, backend='aot_eager', dynamic=dynamic
     )
     for queries in (3, 5):
-        _, inputs = arguments(queries, queries=queries)
+        _, inputs = arguments(queries, queries=queries, strides=strides)
         results = []
         for function in (compiled, model):
             outs = function(*inputs)

@@ -23,7 +23,6 @@ GATED = [
     ('mix-fwd', 'lors-k3', 'float16', 80),
     ('mix-fwd', 'lors-k3', 'bfloat16', 90),
     ('mix-fwd', 'lors-k3', 'float16', 70),
-    ('mix-fwd', 'lors-r32', 'float16', 80),
     ('mix-fwd', 'lors-k3', 'float32', 80),
     ('mix-bwd', 'lors-k3', 'float16', 80),
     ('mix-bwd', 'adamixer', 'bfloat16', 90),

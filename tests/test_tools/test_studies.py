@@ -173,12 +173,8 @@ def test_a_study_is_stopped_and_goes_on(tiny, run):
     """A run from the command to the report; the first time, Ctrl-C."""
     work = tiny[-1]
     folder = work / 'tiny' / 'probe' / 'seed3'
-    done = subprocess.run(
-        [sys.executable, STUDIES / 'run.py', *map(str, tiny)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 75 and 'goes on from here' in done.stderr
+    _, error = run(*tiny, code=75)
+    assert 'goes on from here' in error
     assert (folder / 'interrupted.pth').exists()
     assert not (folder / 'result.json').exists()
 

@@ -183,16 +183,15 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ('moment', 'steps', 'workers'),
+    ('number', 'moment', 'steps', 'workers'),
     [
-        (dict(step=0), 1, 0),
-        (dict(step=5), 6, 0),
-        (dict(step=5), 6, 1),
-        (dict(step=7), 8, 0),  # the last one of an epoch
-        (dict(val=(2, 1)), 8, 1),
+        (signal.SIGTERM, dict(step=0), 1, 0),
+        (signal.SIGUSR1, dict(step=5), 6, 0),
+        (signal.SIGTERM, dict(step=5), 6, 1),
+        (signal.SIGTERM, dict(step=7), 8, 0),  # the last one of an epoch
+        (signal.SIGUSR1, dict(val=(2, 1)), 8, 1),
     ],
 )
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
 def test_notice(tmp_path, uninterrupted, moment, steps, workers, number):
     """The step is finished, and the rest comes out as if nothing was."""
     before = signal.getsignal(number)
