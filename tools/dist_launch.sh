@@ -31,7 +31,7 @@ print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
         export OMP_NUM_THREADS
     fi
     # As in setup_env.sh: threads that wait leave the processor to others.
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+    [ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
     # The checkout itself, for those who have not installed it.
     PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" \
         "$TOOLS/dist_run.py" \

@@ -12,7 +12,7 @@ slurm_launch() {
     # All tasks of a job agree on a port, two jobs on a node rarely do.
     export MASTER_PORT="${PORT:-${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-$$} % 20000))}}"
     # As in setup_env.sh: threads that wait leave the processor to others.
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+    [ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
     # Several options in one variable, as OpenMMLab's scripts take them.
     read -r -a extra <<<"${SRUN_ARGS:-}"
     PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" exec srun \

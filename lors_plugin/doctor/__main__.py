@@ -205,7 +205,9 @@ def look_at_operators() -> list[Check]:
             checks.check_operators('the CPU', verdict, variable),
             look_at_compiled(),
             checks.check_threads(
-                os.environ.get('OMP_WAIT_POLICY', ''), torch.get_num_threads()
+                os.environ.get('OMP_WAIT_POLICY', ''),
+                os.environ.get('GOMP_SPINCOUNT', ''),
+                torch.get_num_threads(),
             ),
         ]
     found = []

@@ -343,11 +343,12 @@ def _check_triton_on(text, version, capability):
     )
 
 
-def check_threads(policy: str, threads: int) -> Check:
+def check_threads(policy: str, spins: str, threads: int) -> Check:
     """Check how the threads of a CPU wait for each other.
 
     Args:
         policy (str): Value of OMP_WAIT_POLICY, '' if it is not set.
+        spins (str): Value of GOMP_SPINCOUNT, '' if it is not set.
         threads (int): Threads of PyTorch.
     """
     text = f'{threads} threads compute on the CPU and wait '
@@ -355,11 +356,14 @@ def check_threads(policy: str, threads: int) -> Check:
         return Check('ok', 'one thread computes on the CPU')
     if policy.upper() == 'PASSIVE':
         return Check('ok', f'{text}asleep (OMP_WAIT_POLICY=PASSIVE)')
+    if spins:
+        return Check('ok', f'{text}for GOMP_SPINCOUNT={spins}, then sleep')
     return Check(
         'note',
         f'{text}spinning: other work on the same cores makes training many '
         'times slower',
-        'export OMP_WAIT_POLICY=PASSIVE, as the shell tools do',
+        'export GOMP_SPINCOUNT=10000, as the shell tools do, or '
+        'OMP_WAIT_POLICY=PASSIVE',
     )
 
 

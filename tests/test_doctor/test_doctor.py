@@ -300,12 +300,13 @@ def test_compiled_code(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('policy', 'threads', 'status'),
-    [('', 1, 'ok'), ('', 2, 'note'), ('ACTIVE', 2, 'note')]
-    + [('PASSIVE', 2, 'ok'), ('passive', 8, 'ok')],
+    ('policy', 'spins', 'threads', 'status'),
+    [('', '', 1, 'ok'), ('', '', 2, 'note'), ('ACTIVE', '', 2, 'note')]
+    + [('PASSIVE', '', 2, 'ok'), ('passive', '', 8, 'ok')]
+    + [('', '10000', 2, 'ok')],
 )
-def test_threads(policy, threads, status):
-    found = check_threads(policy, threads)
+def test_threads(policy, spins, threads, status):
+    found = check_threads(policy, spins, threads)
     assert found.status == status
     assert ('OMP_WAIT_POLICY' in found.remedy) == (status == 'note')
 

@@ -109,16 +109,23 @@ def test_host_kind_by_distributions(tmp_path, installed, kind):
 
 
 @pytest.mark.parametrize(
-    ('given', 'policy'), [({}, 'PASSIVE'), ({'OMP_WAIT_POLICY': 'A'}, 'A')]
+    ('given', 'spins'),
+    [
+        ({}, '10000'),
+        ({'GOMP_SPINCOUNT': '7'}, '7'),
+        ({'OMP_WAIT_POLICY': 'PASSIVE'}, 'None'),
+    ],
 )
-def test_threads_that_wait_sleep(monkeypatch, given, policy):
-    monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
+def test_threads_that_wait_soon_sleep(monkeypatch, given, spins):
+    """What the user has set stays; a policy of the user's counts alone."""
+    for name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'):
+        monkeypatch.delenv(name, raising=False)
     done = bash(
-        '"$PYTHON" -c "import os; print(os.environ[\'OMP_WAIT_POLICY\'])"',
+        '"$PYTHON" -c "import os; print(os.environ.get(\'GOMP_SPINCOUNT\'))"',
         PYTHON=sys.executable,
         **given,
     )
-    assert done.stdout.strip() == policy
+    assert done.stdout.strip() == spins
 
 
 def test_paths_with_spaces_and_relative_ones(tmp_path):
