@@ -77,7 +77,7 @@ def category_names(content: Any) -> Optional[list[str]]:
 
 @dataclass
 class Report:
-    """What a data set keeps of an annotation file.
+    """Counts of what a data set keeps of an annotation file, and of faults.
 
     Attributes:
         images (int): Images that the data set keeps.
