@@ -32,11 +32,13 @@ class StopNotice:
     def __init__(self) -> None:
         self.received: Optional[str] = None
         self._former: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def listen(self) -> None:
         """From now on remember the signals instead of ending by them."""
         # Python lets no other thread handle signals.
         if threading.current_thread() is threading.main_thread():
+            self._process = os.getpid()
             for number in SIGNALS:
                 self._former[number] = signal.signal(number, self._receive)
 
@@ -55,7 +57,13 @@ class StopNotice:
         return bool(flag)
 
     def _receive(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number).name
+        if os.getpid() == self._process:
+            self.received = signal.Signals(number).name
+        elif number == signal.SIGTERM:
+            # A forked child: pools of processes end theirs in this way, and
+            # wait for them.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def shield_workers(loader: DataLoader) -> None:
