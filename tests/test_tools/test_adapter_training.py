@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test
 import torch
+import train
 from mmengine.registry import DefaultScope
 from PIL import Image
 
@@ -174,9 +176,8 @@ def scope():
 
 
 @pytest.fixture(scope='module')
-def trained(tools, data):
+def trained(data):
     """Two epochs in one process."""
-    train, _ = tools
     work_dir = data / 'one'
     train.main([str(data / 'config.py'), '--work-dir', str(work_dir)])
     return work_dir
@@ -209,9 +210,8 @@ def test_two_processes_do_what_one_does(data, trained):
 
 
 @pytest.mark.slow
-def test_a_file_is_resumed_and_tested(tools, data, trained):
+def test_a_file_is_resumed_and_tested(data, trained):
     """By the tools, in bfloat16 from the second epoch on."""
-    train, test = tools
     config, path = str(data / 'config.py'), data / 'half' / 'epoch_2.pth'
     options = ['--resume', str(trained / 'epoch_1.pth'), '--amp', 'bfloat16']
     train.main([config, '--work-dir', str(data / 'half'), *options])
