@@ -81,7 +81,7 @@ def test_classifier_and_batch(capsys):
 def test_shape_and_options(capsys, tmp_path):
     path = tmp_path / 'counts.json'
     run(
-        get_flops, capsys, QUICK, '--shape', 100, 70, '--json', path,
+        capsys, QUICK, '--shape', 100, 70, '--json', path,
         '--cfg-options', 'model.decoder.num_stages=1',
     )  # fmt: skip
     counts = json.loads(path.read_text())
