@@ -497,7 +497,6 @@ def test_documented_conversion_of_bccd(tmp_path, monkeypatch):
         script = ROOT / words[1]
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
             patch.setattr(sys, 'argv', words[1:])
-            patch.syspath_prepend(script.parent)
             runpy.run_path(str(script), run_name='__main__')
         assert not end.value.code
     folder = tmp_path / 'data' / 'bccd'
