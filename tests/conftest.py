@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -379,22 +378,3 @@ def goldens():
 def root():
     """Root of the checkout."""
     return ROOT
-
-
-@pytest.fixture(scope='module')
-def tools():
-    """``train.py`` and ``test.py``, imported as their directory sees them."""
-    path = str(ROOT / 'tools')
-    sys.path.insert(0, path)
-    hidden = {n: sys.modules.pop(n, None) for n in ('train', 'test')}
-    try:
-        import test
-        import train
-
-        yield train, test
-    finally:
-        sys.path.remove(path)
-        for name, module in hidden.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module

@@ -201,7 +201,7 @@ def test_runs_are_resumed(name, in_data, tmp_path):
 def run_tool(path, *argv):
     """Run a tool in this process; its exit code and what it printed."""
     path = ROOT / 'tools' / path
-    known, out = set(sys.modules), io.StringIO()
+    out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [str(path), *map(str, argv)])
         patch.syspath_prepend(str(path.parent))
@@ -213,10 +213,6 @@ def run_tool(path, *argv):
                 code = 0
             except SystemExit as error:
                 code = error.code or 0
-    for name in sys.modules.keys() - known:
-        file = getattr(sys.modules[name], '__file__', None)
-        if file and ROOT / 'tools' in Path(file).parents:
-            del sys.modules[name]  # its name means nothing elsewhere
     return code, out.getvalue()
 
 

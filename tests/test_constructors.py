@@ -1,11 +1,14 @@
 """Every bad value of a constructor is named with its field.
 
-Tables of fields and seeded draws: what is built runs, and what is refused
-names a field.
+Values of the parameters in each signature, and seeded draws: what is built
+runs, and what is refused names a field.
 """
 
 import copy
+import inspect
 import random
+from collections.abc import Sequence
+from typing import Union
 
 import pytest
 import torch
@@ -33,43 +36,109 @@ from lors_plugin.parameternet import (
 )
 
 NAN, INF = float('nan'), float('inf')
-# By kind: values that are fine for some combination, and ones that never
-# are.
-KINDS = dict(
-    whole=([1, 2, 3, 4, 8], [0, -1, 1.5, '4', None, NAN, [2], {}]),
-    count=([0, 1, 2], [-1, 0.5, '1', None, [1]]),
-    layers=(
-        [1, 2, 4, [2, 2], [1, 4], (4, 2)],
-        [0, '2', None, 1.0, [2], [2] * 3, [2, 0], [2, 'a'], {}],
-    ),
-    ranks=([0, 1, 2, [1, 2], [0, 2]], [-1, '2', None, 1.0, [2], [2, -1]]),
-    pair=(
-        [1, 2, 3, (1, 3), [3, 1]],
-        [0, -1, '3', None, 1.5, (1,), (1, 2, 3), (1, 0), (1.5, 1), {}],
-    ),
-    padding=([0, 1, (0, 1), 'same', 'valid'], [-1, 'big', None, 0.5, (1, -1)]),
-    share=([0, 0.1, 0.5], [-0.1, 1.5, NAN, '0.1', None, [0.1]]),
-    positive=([0.5, 1, 2.0], [0, -1, NAN, INF, '1', None, [1]]),
-    number=([0, -1, 0.5], [NAN, INF, '1', None]),
-    channels=([[4, 8]], [[], [0, 4], 4, '48', None, [4, '8'], [4, 1.5]]),
-    strides=(
-        [(4, 8)],
-        [(), (0, 4), (4, -8), 4, None, '48', (4, NAN), (4, 'a')],
-    ),
-    backend=(['auto', 'reference', 'torch'], ['cuda', None, 3, []]),
-    routing=(['softmax_mlp', 'sigmoid_linear'], ['linear', None, 1]),
-    norm=([dict(type='BN')], [dict(type='NoNorm'), dict(), 'BN', 3]),
-)
+Sizes = Union[int, Sequence[int]]
 
 
 def choice(*values):
-    """A kind of field that has one of some values."""
+    """Values of a parameter that has one of some values."""
     return list(values), ['other', None, 3]
 
 
 def loss(kind):
-    """A kind of field that is the config of a loss."""
+    """Values of a parameter that is the config of a loss."""
     return [None, dict(type=kind)], ['x', dict(), dict(type='NoSuchLoss'), 3]
+
+
+# Values that are fine for some combination, and ones that never are: for
+# parameters of a name, else for those of a type.
+WHOLE = [1, 2, 3, 4, 8], [0, -1, 1.5, '4', None, NAN, [2], {}]
+COUNT = [0, 1, 2], [-1, 0.5, '1', None, [1]]
+TWO_LAYERS = [2], WHOLE[1]
+RANKS = [0, 1, 2, [1, 2], [0, 2]], [-1, '2', None, 1.0, [2], [2, -1]]
+PAIR = (
+    [1, 2, 3, (1, 3), [3, 1]],
+    [0, -1, '3', None, 1.5, (1,), (1, 2, 3), (1, 0), (1.5, 1), {}],
+)
+PADDING = [0, 1, (0, 1)], [-1, 'big', None, 0.5, (1, -1)]
+NORM = [dict(type='BN')], [dict(type='NoNorm'), dict(), 'BN', 3]
+ROWS = [[(3, 8, 8, 0, 1)], [(3, 16, 8, 0.25, 2)]]
+BY_TYPE = {
+    int: WHOLE,
+    bool: ([False, True], []),
+    Sizes: (
+        [1, 2, 4, [2, 2], [1, 4], (4, 2)],
+        [0, '2', None, 1.0, [2], [2] * 3, [2, 0], [2, 'a'], {}],
+    ),
+}
+BY_NAME = dict(
+    act_cfg=([dict(type='ReLU')], [dict(type='NoAct'), {}, 'ReLU']),
+    adaptive_ranks=RANKS,
+    adaptive_weights=choice('lors', 'private', 'full'),
+    backend=(['auto', 'reference', 'torch'], ['cuda', None, 3, []]),
+    capacity_factor=([None, 0.5, 2], [0, -1, NAN, '1']),
+    channel_dim=([-1], [0, 2, None, 'x']),
+    conv=choice('dynamic', 'rep'),
+    dilation=PAIR,
+    dropout=([0, 0.1, 0.5], [-0.1, 1.5, NAN, '0.1', None, [0.1]]),
+    eval_capacity_factor=([None, 1.5], [0, NAN, '1']),
+    fan_in=choice('stacked', 'matrix'),
+    frozen_stages=([-1, 0, 2], [3, -2, '0', None, 1.0]),
+    generator_init=choice('zero', 'kaiming'),
+    initial_boxes=choice('image', 'grid'),
+    jitter=([0, 0.1], [-0.1, 1, NAN, '0', None]),
+    kernel_size=PAIR,
+    loss_bbox=loss('mmdet.L1Loss'),
+    loss_cls=loss('mmdet.FocalLoss'),
+    loss_iou=loss('mmdet.GIoULoss'),
+    num_branches=COUNT,
+    num_cls_fcs=COUNT,
+    num_layers=TWO_LAYERS,
+    num_reg_fcs=COUNT,
+    num_stages=TWO_LAYERS,
+    out_indices=(
+        [(-1,), (0, 1), [2]],
+        [(), (3,), (-4,), 1, None, ('a',), (1.0,)],
+    ),
+    padding=PADDING,
+    rank=COUNT,
+    ranks=RANKS,
+    routing=(['softmax_mlp', 'sigmoid_linear'], ['linear', None, 1]),
+    scale=([0, -1, 0.5], [NAN, INF, '1', None]),
+    static_ranks=RANKS,
+    static_weights=choice('lors', 'private', 'full'),
+    strides=(
+        [(4, 8)],
+        [(), (0, 4), (4, -8), 4, None, '48', (4, NAN), (4, 'a')],
+    ),
+    stride=PAIR,
+    temperature=([0.5, 1, 2.0], [0, -1, NAN, INF, '1', None, [1]]),
+    test_cfg=(
+        [None, dict(max_per_img=2)],
+        [dict(max_per_img=0), dict(max_per_img='9'), 3],
+    ),
+    train_cfg=([None, dict()], [dict(assigner=3), dict(assigner={}), 3]),
+    width=([None, 0.5, 2], [0, -1, NAN, INF, '1', [1]]),
+    arch=(
+        [dict(rows=ROWS), dict(rows=ROWS, width=2)],
+        [
+            None,
+            'big',
+            {},
+            dict(rows=[]),
+            dict(rows=[[]]),
+            dict(rows=[ROWS[0], []]),
+            dict(rows=3),
+            dict(rows=[3]),
+            dict(rows=[[(3, 8, 8, 0)]]),
+            dict(rows=[[(2, 8, 8, 0, 1)]]),
+            dict(rows=[[(3, -8, 8, 0, 1)]]),
+            dict(rows=[[None]]),
+            dict(rows=[[(3, 8, 8, 0, '1')]]),
+        ],
+    ),
+)
+# What hosts and PyTorch check.
+NOT_OURS = ('init_cfg', 'device', 'dtype', 'owner', 'unknown')
 
 
 def levels():
@@ -119,30 +188,6 @@ def run_images(module):
     return module(torch.rand(2, module.in_channels, 16, 16))
 
 
-DECODER = dict(
-    num_classes='whole',
-    num_stages=([2], KINDS['whole'][1]),
-    embed_dims='whole',
-    feat_channels=([None, 4, 8], [0, -8, 1.5, '8', [8]]),
-    strides='strides',
-    num_groups='layers',
-    in_points='layers',
-    out_points='layers',
-    num_heads='layers',
-    feedforward_channels='layers',
-    num_cls_fcs='count',
-    num_reg_fcs='count',
-    dropout='share',
-    loss_cls=loss('mmdet.FocalLoss'),
-    loss_bbox=loss('mmdet.L1Loss'),
-    loss_iou=loss('mmdet.GIoULoss'),
-    backend='backend',
-    train_cfg=([None, dict()], [dict(assigner=3), dict(assigner={}), 3]),
-    test_cfg=(
-        [None, dict(max_per_img=2)],
-        [dict(max_per_img=0), dict(max_per_img='9'), 3],
-    ),
-)
 SMALL = dict(
     num_classes=2,
     num_stages=2,
@@ -154,226 +199,100 @@ SMALL = dict(
     num_heads=2,
     feedforward_channels=8,
 )
-CONV = dict(
-    in_channels='whole',
-    out_channels='whole',
-    kernel_size='pair',
-    stride='pair',
-    dilation='pair',
-    groups='whole',
-)
-WEIGHTS = choice('lors', 'private', 'full')
 MIXING = dict(
-    embed_dims='whole',
-    feat_channels='whole',
-    num_groups='whole',
-    in_points='whole',
-    out_points='whole',
-    backend='backend',
-)
-MIXING_SMALL = dict(
     embed_dims=8, feat_channels=8, num_groups=2, in_points=4, out_points=2
 )
-LORS = dict(
-    adaptive_ranks='ranks',
-    adaptive_groups='layers',
-    static_ranks='ranks',
-    generator_init=choice('zero', 'kaiming'),
-    fan_in=choice('stacked', 'matrix'),
-    adaptive_weights=WEIGHTS,
-    static_weights=WEIGHTS,
-)
-ROWS = [[(3, 8, 8, 0, 1)], [(3, 16, 8, 0.25, 2)]]
-# Name: class, its fields, values that work, how it is called.
+DECODER = dict(feat_channels=([None, 4, 8], [0, -8, 1.5, '8', [8]]))
+# Name: class, values that work, how it is called, values of parameters that
+# are unlike those of other classes.
 CASES = dict(
-    decoder=(AdaMixerDecoder, DECODER, SMALL, run_decoder),
+    decoder=(AdaMixerDecoder, SMALL, run_decoder, DECODER),
     lors_decoder=(
         LORSAdaMixerDecoder,
-        # Its own default follows from the number of stages.
-        {
-            **DECODER,
-            **LORS,
-            'adaptive_groups': ([None, 1, [1, 2]], [0, '2', [1]]),
-        },
         dict(SMALL, adaptive_ranks=2, static_ranks=2),
         run_decoder,
+        # Its own default follows from the number of stages.
+        dict(DECODER, adaptive_groups=([None, 1, [1, 2]], [0, '2', [1]])),
     ),
-    mixing=(AdaptiveMixing, MIXING, MIXING_SMALL, run_mixing),
+    mixing=(AdaptiveMixing, MIXING, run_mixing),
     lors_mixing=(
         LORSAdaptiveMixing,
-        {**MIXING, **LORS, 'num_stages': ([2], KINDS['whole'][1])},
-        dict(MIXING_SMALL, num_stages=2, adaptive_ranks=2, static_ranks=2),
+        dict(MIXING, num_stages=2, adaptive_ranks=2, static_ranks=2),
         run_lors_mixing,
     ),
     sampling=(
         AdaptiveSampling3D,
-        dict(
-            embed_dims='whole',
-            num_groups='whole',
-            num_points='whole',
-            backend='backend',
-        ),
         dict(embed_dims=8, num_groups=2, num_points=4),
         run_sampling,
     ),
     attention=(
         BoxSelfAttention,
-        dict(embed_dims='whole', num_heads='whole', dropout='share'),
         dict(embed_dims=8, num_heads=2),
         run_attention,
     ),
     queries=(
         InitialQueryGenerator,
-        dict(
-            num_queries='whole',
-            embed_dims='whole',
-            initial_boxes=choice('image', 'grid'),
-        ),
         dict(num_queries=3, embed_dims=8),
         lambda module: module(torch.rand(2, 2))[0],
     ),
     neck=(
         SharedNormChannelMapping,
-        dict(
-            in_channels='channels',
-            out_channels='whole',
-            num_norm_groups='whole',
-        ),
         dict(in_channels=[4, 8], out_channels=8, num_norm_groups=2),
         run_neck,
+        dict(
+            in_channels=(
+                [[4, 8]],
+                [[], [0, 4], 4, '48', None, [4, '8'], [4, 1.5]],
+            )
+        ),
     ),
     parameternet=(
         ParameterNet,
-        dict(
-            arch=(
-                [dict(rows=ROWS), dict(rows=ROWS, width=2)],
-                [
-                    None,
-                    'big',
-                    {},
-                    dict(rows=[]),
-                    dict(rows=[[]]),
-                    dict(rows=[ROWS[0], []]),
-                    dict(rows=3),
-                    dict(rows=[3]),
-                    dict(rows=[[(3, 8, 8, 0)]]),
-                    dict(rows=[[(2, 8, 8, 0, 1)]]),
-                    dict(rows=[[(3, -8, 8, 0, 1)]]),
-                    dict(rows=[[None]]),
-                    dict(rows=[[(3, 8, 8, 0, '1')]]),
-                ],
-            ),
-            width=([None, 0.5, 2], [0, -1, NAN, INF, '1', [1]]),
-            conv=choice('dynamic', 'rep'),
-            num_experts='whole',
-            routing='routing',
-            temperature='positive',
-            num_branches='count',
-            in_channels='whole',
-            stem_stride='whole',
-            out_indices=(
-                [(-1,), (0, 1), [2]],
-                [(), (3,), (-4,), 1, None, ('a',), (1.0,)],
-            ),
-            frozen_stages=([-1, 0, 2], [3, -2, '0', None, 1.0]),
-            norm_cfg='norm',
-            act_cfg=([dict(type='ReLU')], [dict(type='NoAct'), {}, 'ReLU']),
-        ),
         dict(arch=dict(rows=ROWS), width=0.5, num_experts=2, in_channels=3),
         lambda module: module(
             torch.rand(2, module.stem.conv.in_channels, 32, 32)
         )[-1],
+        dict(norm_cfg=NORM),
     ),
     dynamic_conv=(
         DynamicConv2d,
-        dict(
-            CONV,
-            padding='padding',
-            num_experts='whole',
-            routing='routing',
-            temperature='positive',
-            backend='backend',
-        ),
         dict(in_channels=4, out_channels=4, kernel_size=3),
         run_images,
+        dict(padding=([*PADDING[0], 'same', 'valid'], PADDING[1])),
     ),
     rep_conv=(
         RepConv2d,
-        dict(
-            CONV,
-            padding=([0, 1, (0, 1)], KINDS['padding'][1]),
-            num_branches='count',
-            norm_cfg=([None, *KINDS['norm'][0]], KINDS['norm'][1]),
-        ),
         dict(in_channels=4, out_channels=4, kernel_size=3),
         run_images,
+        dict(norm_cfg=([None, *NORM[0]], NORM[1])),
     ),
     dynamic_linear=(
         DynamicLinear,
-        dict(
-            in_features='whole',
-            out_features='whole',
-            num_experts='whole',
-            routing='routing',
-            temperature='positive',
-            backend='backend',
-        ),
         dict(in_features=4, out_features=4),
         lambda module: module(torch.rand(2, 3, module.in_features)),
     ),
     router=(
         ExpertRouter,
-        dict(
-            in_channels='whole',
-            num_experts='whole',
-            routing='routing',
-            temperature='positive',
-        ),
         dict(in_channels=4, num_experts=2),
         lambda module: module(torch.rand(2, module.fc.in_features)),
     ),
     adapter=(
         RepAdapter,
-        dict(
-            embed_dims='whole',
-            hidden_dims='whole',
-            groups='whole',
-            scale='number',
-            dropout='share',
-            channel_dim=([-1], [0, 2, None, 'x']),
-        ),
         dict(embed_dims=8),
         lambda module: module(torch.rand(2, 3, module.embed_dims)),
     ),
     lors_linear=(
         LowRankResidualLinear,
-        dict(in_features='whole', out_features='whole', rank='count'),
         dict(in_features=4, out_features=4, rank=2),
         lambda module: module(torch.rand(2, 3, module.in_features)),
     ),
     lors_stack=(
         LowRankLinearStack,
-        dict(
-            in_features='whole',
-            out_features='whole',
-            num_layers=([2], KINDS['whole'][1]),
-            ranks='ranks',
-            groups='layers',
-        ),
         dict(in_features=4, out_features=4, num_layers=2, ranks=2),
         lambda module: module(torch.rand(2, 3, module.in_features), 1),
     ),
     adaptive_stack=(
         AdaptiveLowRankStack,
-        dict(
-            rows='whole',
-            cols='whole',
-            num_layers=([2], KINDS['whole'][1]),
-            ranks='ranks',
-            groups='layers',
-            copies='whole',
-            fan_in=choice('stacked', 'matrix'),
-        ),
         dict(rows=4, cols=4, num_layers=2, ranks=2, groups=1),
         lambda module: (
             module(torch.rand(2, 3, module.core_sizes[1]), 1) or torch.zeros(1)
@@ -381,22 +300,30 @@ CASES = dict(
     ),
     switch=(
         SwitchLinear,
-        dict(
-            in_features='whole',
-            out_features='whole',
-            num_experts='whole',
-            capacity_factor=([None, 0.5, 2], [0, -1, NAN, '1']),
-            eval_capacity_factor=([None, 1.5], [0, NAN, '1']),
-            jitter=([0, 0.1], [-0.1, 1, NAN, '0', None]),
-        ),
         dict(in_features=4, out_features=4),
         lambda module: module(torch.rand(2, 3, module.in_features)),
     ),
 )
 
 
-def values_of(kind):
-    return KINDS[kind] if isinstance(kind, str) else kind
+def parameters_of(kind):
+    """Parameters of a constructor that passes the others on."""
+    own = dict(inspect.signature(kind, eval_str=True).parameters)
+    if 'kwargs' not in own:
+        return own
+    del own['kwargs']
+    return parameters_of(kind.__base__) | own
+
+
+def values_of(name):
+    """Right and wrong values of all parameters of a case."""
+    kind, _, _, *special = CASES[name]
+    given = BY_NAME | (special[0] if special else {})
+    return {
+        key: given[key] if key in given else BY_TYPE[parameter.annotation]
+        for key, parameter in parameters_of(kind).items()
+        if key not in NOT_OURS
+    }
 
 
 def build(name, options):
@@ -407,11 +334,11 @@ def build(name, options):
 
 @pytest.mark.parametrize('name', CASES)
 def test_bad_values_are_named(name):
-    _, fields, small, run = CASES[name]
+    _, small, run, *_ = CASES[name]
     run(build(name, small))
     wrong = []
-    for field, kind in fields.items():
-        for value in values_of(kind)[1]:
+    for field, (_, values) in values_of(name).items():
+        for value in values:
             try:
                 build(name, {**small, field: value})
             except (ValueError, TypeError) as error:
@@ -429,7 +356,8 @@ def test_bad_values_are_named(name):
 @pytest.mark.parametrize('name', CASES)
 def test_what_is_built_runs(name):
     """Of random combinations of values, each of which is fine somewhere."""
-    _, fields, small, run = CASES[name]
+    _, small, run, *_ = CASES[name]
+    fields = values_of(name)
     rnd = random.Random(name)
     built = 0
     for _ in range(12):
@@ -438,7 +366,7 @@ def test_what_is_built_runs(name):
         )
         options = dict(small)
         for field in chosen:
-            options[field] = rnd.choice(values_of(fields[field])[0])
+            options[field] = rnd.choice(fields[field][0])
         try:
             module = build(name, options)
         except (ValueError, TypeError) as error:
@@ -473,7 +401,7 @@ def test_casts_of_the_whole_model(kind, dtype, tiny_detector):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('name', ['parameternet', 'dynamic_conv', 'rep_conv'])
 def test_casts_of_layers(name, dtype):
-    layer = build(name, CASES[name][2]).eval()
+    layer = build(name, CASES[name][1]).eval()
     x = torch.rand(2, 3 + (name != 'parameternet'), 32, 32)
     wanted, found = layer(x), layer.to(dtype)(x.to(dtype))
     if isinstance(wanted, tuple):

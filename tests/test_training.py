@@ -1,18 +1,32 @@
 """Training as users start it: several processes, resuming, mixed precision.
 
-Each test runs the real tools on a small data set.
+Each test runs the real tools on a small data set, with a detector or with the
+adapters of a classifier.
 """
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test
 import torch
+import train as train_tool
+from forked import ONE_THREAD, start_server, train_in_processes
+from mmengine.registry import DefaultScope
 from PIL import Image, ImageDraw
+
+from lors_plugin.adapters import (
+    fingerprint,
+    is_adapter_checkpoint,
+    load_adapter_checkpoint,
+)
+from lors_plugin.adapters.checkpoint import META
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +83,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=3)]
 default_hooks = dict(
     logger=dict(interval=1), checkpoint=dict(save_last=True))
-custom_hooks = [dict(type='SaveRankHook')]
+custom_hooks = [dict(type='NoticeHook'), dict(type='SaveRankHook')]
 visualizer = dict(name='{name}')
 custom_imports = dict(imports=['save_rank_hook'])
 env_cfg = dict(mp_cfg=dict(mp_start_method='fork'))
@@ -86,12 +100,15 @@ from mmengine.registry import HOOKS
 
 
 @HOOKS.register_module()
-class SaveRankHook(Hook):
+class NoticeHook(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if get_rank() == 1 and not runner._resume:
             os.kill(os.getppid(), signal.SIGUSR1)
             time.sleep(1)
 
+
+@HOOKS.register_module()
+class SaveRankHook(Hook):
     def after_train(self, runner):
         model = runner.model
         if is_model_wrapper(model):
@@ -143,11 +160,17 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def train(tools, data):
+def train(data):
     """Train in this process: ``train(config, *words)``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(data)
-        yield lambda *words: tools[0].main([*map(str, words)])
+        yield lambda *words: train_tool.main([*map(str, words)])
+
+
+@pytest.fixture(scope='module')
+def train_apart(train):
+    """Train in other processes: ``train_apart(number, log, *words)``."""
+    return partial(train_in_processes, start_server())
 
 
 def write_config(
@@ -180,26 +203,23 @@ def write_config(
     return path
 
 
-def run(data, *command, code=0):
-    """Run a command in a process of its own; return what it printed."""
-    env = dict(
-        os.environ,
-        PYTHONPATH=f'{ROOT}{os.pathsep}{data}',
-        OMP_NUM_THREADS='1',
-        PYTHON=sys.executable,
-        CUDA_VISIBLE_DEVICES='',
-    )
-    env.pop('RANK', None)
+def launch(data, *words):
+    """Run the launcher until it is stopped; return what was printed."""
     result = subprocess.run(
-        [str(word) for word in command],
-        env=env,
-        capture_output=True,
+        ['bash', ROOT / 'tools' / 'dist_train.sh', *map(str, words)],
+        env=dict(
+            os.environ,
+            PYTHONPATH=f'{ROOT}{os.pathsep}{data}',
+            PYTHON=sys.executable,
+            **ONE_THREAD,
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=300,
     )
-    output = result.stdout + result.stderr
-    assert result.returncode == code, output[-6000:]
-    return output
+    assert result.returncode == 75, result.stdout[-6000:]
+    return result.stdout
 
 
 def weights(work_dir, name='rank0.pth'):
@@ -215,7 +235,7 @@ def logged(work_dir, key='loss'):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(data, train, tmp_path):
+def test_two_processes_do_what_one_does(data, train, train_apart, tmp_path):
     """Same global batch: same losses, same weights, on both ranks.
 
     Both stop after the same step when a notice arrives, and go on from there.
@@ -229,13 +249,13 @@ def test_two_processes_do_what_one_does(data, train, tmp_path):
     seed = ['--cfg-options', 'randomness.seed=3']
     one, two = tmp_path / 'one', tmp_path / 'two'
     train(config, '--work-dir', one, *seed)
-    command = ['bash', ROOT / 'tools' / 'dist_train.sh', config, 2]
-    command += ['--work-dir', two, *seed, 'train_dataloader.batch_size=2']
-    command += ['model.decoder.with_cp=True']
-    text = run(data, *command, code=75)
+    options = ['train_dataloader.batch_size=2', 'model.decoder.with_cp=True']
+    options = ['--work-dir', two, *seed, *options]
+    text = launch(data, config, 2, *options)
     assert '2 CPU processes by gloo' in text
     assert 'saved interrupted.pth' in text
-    text = run(data, *command, '--resume')
+    log = tmp_path / 'two.log'
+    text = train_apart(2, log, config, '--resume', *options)
     assert 'batches of this epoch were trained on before' in text
     assert not (two / 'interrupted.pth').exists()
 
@@ -254,7 +274,7 @@ def test_two_processes_do_what_one_does(data, train, tmp_path):
 
 
 @pytest.mark.slow
-def test_resuming_changes_nothing(data, train, tmp_path):
+def test_resuming_changes_nothing(data, train, train_apart, tmp_path):
     """Two epochs, or one and one more: equal to the last bit.
 
     With shuffling, flips, workers that persist, and no seed in the config;
@@ -265,9 +285,8 @@ def test_resuming_changes_nothing(data, train, tmp_path):
     )
     train(config, '--work-dir', tmp_path / 'whole')
     first = tmp_path / 'whole' / 'epoch_1.pth'
-    command = [sys.executable, ROOT / 'tools' / 'train.py', config]
-    parts = tmp_path / 'parts'
-    run(data, *command, '--work-dir', parts, '--resume', first)
+    parts, log = tmp_path / 'parts', tmp_path / 'parts.log'
+    train_apart(1, log, config, '--work-dir', parts, '--resume', first)
     whole, resumed = weights(tmp_path / 'whole'), weights(parts)
     start = torch.load(first, weights_only=False)['state_dict']
     assert any(not torch.equal(start[k], whole[k]) for k in whole)
@@ -303,3 +322,151 @@ def test_what_is_not_finite_stops_with_its_name(data, train, tmp_path):
     options += ['optim_wrapper.clip_grad=None']
     with pytest.raises(FloatingPointError, match='stage.*images/'):
         train(config, '--work-dir', tmp_path, '--cfg-options', *options)
+
+
+CLASSIFIER = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='VisionTransformer',
+        arch=dict(
+            embed_dims=24, num_layers=2, num_heads=2, feedforward_channels=48
+        ),
+        img_size=16,
+        patch_size=8,
+    ),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=24),
+)
+ADAPTER_CONFIG = """
+default_scope = 'mmpretrain'
+model = {model!r}
+model['backbone']['init_cfg'] = dict(
+    type='Pretrained', checkpoint='{data}/base.pth')
+data_preprocessor = dict(mean=[128] * 3, std=[64] * 3, num_classes=2)
+pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type='CustomDataset', data_root='{data}/images',
+                 pipeline=pipeline))
+test_dataloader = train_dataloader
+test_evaluator = dict(type='Accuracy')
+train_cfg = dict(by_epoch=True, max_epochs=2)
+test_cfg = dict()
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
+custom_hooks = [
+    dict(type='lors_plugin.RepAdapterHook', adapter_only=True, dropout=0.0,
+         trainable=['ln1']),
+    dict(type='EMAHook', momentum=0.25)]
+env_cfg = dict(mp_cfg=dict(mp_start_method='fork'))
+randomness = dict(seed=0)
+"""
+
+TWO_RANKS = """
+_base_ = 'config.py'
+train_dataloader = dict(batch_size=2)
+custom_hooks = _base_.custom_hooks + [dict(type='SaveRankHook')]
+custom_imports = dict(imports=['save_rank_hook'])
+"""
+
+
+def build_classifier():
+    import mmpretrain.models  # noqa: F401
+    from mmpretrain.registry import MODELS
+
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return MODELS.build(copy.deepcopy(CLASSIFIER))
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    """Eight pictures of two classes, the weights of a base, a config."""
+    root = tmp_path_factory.mktemp('adapters')
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        path = root / 'images' / 'ab'[i % 2] / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 128, (16, 16, 3)) + 127 * (i % 2)
+        Image.fromarray(pixels.astype('uint8')).save(path)
+    torch.manual_seed(5)
+    torch.save(build_classifier().backbone.state_dict(), root / 'base.pth')
+    (root / 'config.py').write_text(
+        ADAPTER_CONFIG.format(data=root, model=CLASSIFIER)
+    )
+    (root / 'two.py').write_text(TWO_RANKS)
+    return root
+
+
+def read(path):
+    return torch.load(path, weights_only=False)
+
+
+@pytest.fixture(scope='module')
+def trained(train, pictures):
+    """Two epochs in one process."""
+    work_dir = pictures / 'one'
+    train(pictures / 'config.py', '--work-dir', work_dir)
+    return work_dir
+
+
+@pytest.mark.slow
+def test_adapters_in_two_processes(pictures, trained, train_apart):
+    """Same global batch: same adapters, on both ranks, and small files."""
+    two = pictures / 'two'
+    log, config = pictures / 'two.log', pictures / 'two.py'
+    train_apart(2, log, config, '--work-dir', two)
+    first, second = read(two / 'rank0.pth'), read(two / 'rank1.pth')
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    file, alone = (read(path / 'epoch_2.pth') for path in (two, trained))
+    meta = file['meta'][META]
+    assert meta == alone['meta'][META]
+    start = build_classifier()
+    start.backbone.load_state_dict(read(pictures / 'base.pth'))
+    assert meta['fingerprint'] == fingerprint(start, meta['keys'])
+    for part in ('state_dict', 'ema_state_dict'):
+        assert file[part].keys() == alone[part].keys()
+        for key, value in file[part].items():
+            torch.testing.assert_close(
+                value, alone[part][key], rtol=1e-3, atol=1e-5
+            )
+    for key in meta['keys']:
+        assert torch.equal(file['ema_state_dict'][f'module.{key}'], first[key])
+        before = start.state_dict().get(key, torch.zeros_like(first[key]))
+        assert key.endswith('scale') or not torch.equal(first[key], before)
+
+
+@pytest.mark.slow
+def test_adapters_are_resumed_and_tested(train, pictures, trained):
+    """By the tools, in bfloat16 from the second epoch on."""
+    config = str(pictures / 'config.py')
+    path = pictures / 'half' / 'epoch_2.pth'
+    options = ['--resume', trained / 'epoch_1.pth', '--amp', 'bfloat16']
+    train(config, '--work-dir', pictures / 'half', *options)
+    file, whole = read(path), read(trained / 'epoch_2.pth')
+    assert is_adapter_checkpoint(file)
+    for key, value in file['state_dict'].items():
+        assert value.dtype == torch.float32, key
+        torch.testing.assert_close(
+            value, whole['state_dict'][key], rtol=0.05, atol=0.02
+        )
+    test.main([config, str(path), '--work-dir', str(pictures / 'test')])
+    (report,) = (pictures / 'test').glob('*/*.json')
+    model = build_classifier()
+    model.backbone.load_state_dict(read(pictures / 'base.pth'))
+    load_adapter_checkpoint(model, path)
+    measured = json.loads(report.read_text())['accuracy/top1']
+    assert measured == accuracy(model, pictures)
+
+
+def accuracy(model, pictures):
+    model.eval()
+    right = 0
+    for i in range(8):
+        path = pictures / 'images' / 'ab'[i % 2] / f'{i}.png'
+        pixels = np.array(Image.open(path))[..., ::-1].copy()
+        image = (torch.from_numpy(pixels).float() - 128) / 64
+        with torch.no_grad():
+            scores = model(image.permute(2, 0, 1)[None], mode='tensor')
+        right += int(scores.argmax() == i % 2)
+    return 100 * right / 8

@@ -1,9 +1,9 @@
 """``tools/convert_checkpoint.py``."""
 
-import importlib.util
 import subprocess
 import sys
 
+import convert_checkpoint
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
@@ -14,12 +14,8 @@ from lors_plugin.testing import Golden
 
 
 @pytest.fixture
-def tool(root):
-    path = root / 'tools' / 'convert_checkpoint.py'
-    spec = importlib.util.spec_from_file_location('convert_checkpoint', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *args: module.main([str(arg) for arg in args])
+def tool():
+    return lambda *args: convert_checkpoint.main([str(arg) for arg in args])
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 Also that the checks would notice if it were wrong.
 """
 
-import importlib.util
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from check_golden import main as check_golden_main
 
 from lors_plugin.adamixer import lors_mixing, mixing
 from lors_plugin.adamixer.mixing import AdaptiveMixing, MixingShape
@@ -380,12 +380,8 @@ def test_norms_of_gradients():
 
 
 @pytest.fixture
-def tool(root):
-    path = root / 'tools' / 'analysis_tools' / 'check_golden.py'
-    spec = importlib.util.spec_from_file_location('check_golden', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *args: module.main([str(arg) for arg in args])
+def tool():
+    return lambda *args: check_golden_main([str(arg) for arg in args])
 
 
 def test_tool(tool, goldens, tmp_path, capsys, monkeypatch):

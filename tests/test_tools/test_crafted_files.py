@@ -8,7 +8,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import test
 import torch
+import train
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
@@ -41,14 +43,14 @@ def kept():
 
 
 @pytest.fixture
-def trained(tools, classification, kept):
+def trained(classification, kept):
     """A checkpoint after one epoch."""
     path = Path('first/epoch_1.pth')
     if 'trained' in kept:
         path.parent.mkdir()
         path.write_bytes(kept['trained'])
     else:
-        assert tools[0].main([classification, '--work-dir', 'first']) == 0
+        assert train.main([classification, '--work-dir', 'first']) == 0
         kept['trained'] = path.read_bytes()
     return str(path)
 
@@ -68,9 +70,7 @@ def crafted(trained):
 
 
 @pytest.mark.parametrize('how', ['file', 'trust', 'auto', 'options'])
-def test_config_in_a_checkpoint_is_not_executed(
-    tools, classification, crafted, how
-):
+def test_config_in_a_checkpoint_is_not_executed(classification, crafted, how):
     argv = [classification, '--work-dir', 'first']
     options = ['--cfg-options', 'train_cfg.max_epochs=2']
     if how == 'file':
@@ -82,7 +82,7 @@ def test_config_in_a_checkpoint_is_not_executed(
         argv += ['--resume']
     else:
         options += ['resume=True', f'load_from={crafted}']
-    assert tools[0].main([*argv, *options]) == 0
+    assert train.main([*argv, *options]) == 0
     written = Path('first/epoch_2.pth')
     # Nor is it handed on to those who read the next checkpoint.
     assert b'makedirs' not in written.read_bytes()
@@ -90,18 +90,18 @@ def test_config_in_a_checkpoint_is_not_executed(
 
 
 @pytest.mark.parametrize('how', ['load_from', 'init_cfg'])
-def test_weights_to_start_from(tools, classification, crafted, how):
+def test_weights_to_start_from(classification, crafted, how):
     options = [f'load_from={crafted}']
     if how == 'init_cfg':
         prefix = 'model.head.init_cfg'
         options = [f'{prefix}.type=Pretrained', f'{prefix}.prefix=head']
         options += [f'{prefix}.checkpoint={crafted}']
     argv = [classification, '--cfg-options', *options]
-    assert tools[0].main(argv) == 0
+    assert train.main(argv) == 0
 
 
-def test_testing(tools, classification, crafted):
-    assert tools[1].main([classification, crafted]) == 0
+def test_testing(classification, crafted):
+    assert test.main([classification, crafted]) == 0
 
 
 def test_inferencer(trained):
@@ -134,7 +134,7 @@ HOOK = dict(type='lors_plugin.RepAdapterHook', adapter_only=True)
 
 
 @pytest.fixture
-def adapted(tools, classification):
+def adapted(classification):
     """A config with adapters, its base, and a file of adapters alone."""
     cfg = Config.fromfile(classification)
     for phase in ('train', 'val', 'test'):
@@ -142,24 +142,24 @@ def adapted(tools, classification):
         dataset.pipeline[0].color_type = 'color'
     cfg.model = TRANSFORMER
     cfg.dump('base.py')
-    assert tools[0].main(['base.py', '--work-dir', 'base']) == 0
+    assert train.main(['base.py', '--work-dir', 'base']) == 0
     cfg.custom_hooks = [dict(HOOK, base='base/epoch_1.pth')]
     cfg.dump('adapted.py')
-    assert tools[0].main(['adapted.py', '--work-dir', 'first']) == 0
+    assert train.main(['adapted.py', '--work-dir', 'first']) == 0
     return 'adapted.py', 'first/epoch_1.pth'
 
 
-def test_adapter_file(tools, adapted, fails):
+def test_adapter_file(adapted, fails):
     config, path = adapted
     argv = [config, '--work-dir', 'first', '--resume', with_texts(path)]
     more = ['--cfg-options', 'train_cfg.max_epochs=2']
-    assert tools[0].main([*argv, *more]) == 0
+    assert train.main([*argv, *more]) == 0
     assert b'makedirs' not in Path('first/epoch_2.pth').read_bytes()
 
     torch.save(dict(torch.load(path), extra=Code()), 'bad.pth')
-    assert 'bad.pth' in fails(tools[0].main, config, '--resume', 'bad.pth')
+    assert 'bad.pth' in fails(train.main, config, '--resume', 'bad.pth')
     hook = 'custom_hooks.0.base=bad.pth'
-    text = fails(tools[0].main, config, '--cfg-options', hook)
+    text = fails(train.main, config, '--cfg-options', hook)
     assert 'bad.pth' in text and '--trust' in text
 
 
@@ -180,23 +180,23 @@ def write_bad(path, kind='zip'):
 
 
 @pytest.mark.parametrize('kind', ['zip', 'pickle', 'legacy', 'tar'])
-def test_pickles_of_all_formats(tools, classification, fails, kind):
-    text = fails(tools[1].main, classification, write_bad('bad.pth', kind))
+def test_pickles_of_all_formats(classification, fails, kind):
+    text = fails(test.main, classification, write_bad('bad.pth', kind))
     assert 'bad.pth' in text.splitlines()[-1] and '--trust' in text
 
 
-def test_pretrained_part(tools, classification, fails):
+def test_pretrained_part(classification, fails):
     prefix = 'model.head.init_cfg'
     options = [f'{prefix}.type=Pretrained', f'{prefix}.checkpoint=bad.pth']
     argv = [classification, '--cfg-options', *options]
-    assert 'bad.pth does not exist' in fails(tools[0].main, *argv)
+    assert 'bad.pth does not exist' in fails(train.main, *argv)
     write_bad('bad.pth')
-    text = fails(tools[0].main, *argv)
+    text = fails(train.main, *argv)
     assert 'bad.pth' in text and '--trust' in text
 
 
 @pytest.mark.parametrize('form', ['pkl', 'yaml'])
-def test_annotations(tools, classification, fails, form):
+def test_annotations(classification, fails, form):
     """MMEngine unpickles those, and its YAML calls what a file names."""
     images = sorted(str(p.resolve()) for p in Path('images').rglob('*.png'))
     data = [dict(img_path=image, gt_label=[0]) for image in images]
@@ -218,28 +218,28 @@ def test_annotations(tools, classification, fails, form):
             lines = [f'{k}: {json.dumps(v)}' for k, v in content.items()]
             Path('a.yaml').write_text('\n'.join(lines) + more)
         if bad:
-            assert '--trust' in fails(tools[0].main, 'config.py')
+            assert '--trust' in fails(train.main, 'config.py')
         else:
-            assert tools[0].main(['config.py']) == 0
+            assert train.main(['config.py']) == 0
 
 
-def test_state_of_strange_types(tools, classification, trained, fails):
+def test_state_of_strange_types(classification, trained, fails):
     content = torch.load(trained, weights_only=True)
     content['meta']['epoch'] = [TEXT]
     torch.save(content, 'odd.pth')
     argv = [classification, '--work-dir', 'first', '--resume', 'odd.pth']
-    text = fails(tools[0].main, *argv)
+    text = fails(train.main, *argv)
     assert 'odd.pth is no checkpoint that' in text and 'meta.epoch' in text
 
 
-def test_weights_are_not_resumed(tools, classification, trained, fails):
+def test_weights_are_not_resumed(classification, trained, fails):
     torch.save(torch.load(trained)['state_dict'], 'bare.pth')
     argv = [classification, '--work-dir', 'first']
-    text = fails(tools[0].main, *argv, '--resume', 'bare.pth')
+    text = fails(train.main, *argv, '--resume', 'bare.pth')
     assert 'bare.pth holds weights without the state of a training' in text
 
 
-def test_wrapped_weights_are_the_same(tools, classification, trained, capsys):
+def test_wrapped_weights_are_the_same(classification, trained, capsys):
     content = torch.load(trained)
     state = content['state_dict']
     content['state_dict'] = {
@@ -250,17 +250,17 @@ def test_wrapped_weights_are_the_same(tools, classification, trained, capsys):
     found = []
     for path in (trained, 'wrapped.pth'):
         argv = [classification, '--work-dir', 'second', '--resume', path]
-        assert tools[0].main([*argv, *options]) == 0
+        assert train.main([*argv, *options]) == 0
         found.append(torch.load('second/epoch_2.pth')['state_dict'])
     assert 'do not match' not in ''.join(capsys.readouterr())
     assert found[0].keys() == found[1].keys()
     assert all(found[0][key].equal(found[1][key]) for key in found[0])
 
 
-def test_safetensors(tools, classification, trained, capsys):
+def test_safetensors(classification, trained, capsys):
     safetensors = pytest.importorskip('safetensors.torch')
     state = torch.load(trained)['state_dict']
     meta = dict(meta=json.dumps(dict(config=TEXT, cfg=TEXT)))
     safetensors.save_file(state, 'w.safetensors', meta)
-    assert tools[1].main([classification, 'w.safetensors']) == 0
+    assert test.main([classification, 'w.safetensors']) == 0
     assert 'do not match' not in ''.join(capsys.readouterr())

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import test
 import torch
+import train
 from mmengine.config import Config
 
 from lors_plugin.engine.image_errors import ImageError
@@ -19,15 +21,15 @@ def change(config, **options):
     cfg.dump(config)
 
 
-def test_annotations_without_a_field(tools, detection, fails):
+def test_annotations_without_a_field(detection, fails):
     path = Path('coco/a.json')
     data = json.loads(path.read_text())
     for annotation in data['annotations']:
         del annotation['area']
     path.write_text(json.dumps(data))
     for main, *argv in (
-        (tools[0].main, detection),
-        (tools[1].main, detection, __file__),
+        (train.main, detection),
+        (test.main, detection, __file__),
     ):
         text = fails(main, *argv)
         assert 'coco/a.json cannot be used as it is' in text
@@ -35,8 +37,8 @@ def test_annotations_without_a_field(tools, detection, fails):
     assert not Path('work_dirs').exists()
 
 
-def test_what_is_kept_is_told(tools, detection, capfd):
-    assert tools[0].main([detection, '--work-dir', 'w']) == 0
+def test_what_is_kept_is_told(detection, capfd):
+    assert train.main([detection, '--work-dir', 'w']) == 0
     out, err = capfd.readouterr()
     assert (
         'coco/a.json (train_dataloader.dataset): 2 images, 2 of 2 boxes kept'
@@ -44,8 +46,7 @@ def test_what_is_kept_is_told(tools, detection, capfd):
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_an_empty_picture_is_named(tools, detection, fails, workers):
-    train, test = tools
+def test_an_empty_picture_is_named(detection, fails, workers):
     assert train.main([detection, '--work-dir', 'w']) == 0
     Path('coco/img/1.png').write_bytes(b'')
     change(
@@ -69,8 +70,7 @@ def test_an_empty_picture_is_named(tools, detection, fails, workers):
     ('names', 'told'),
     [('bac', 'b, a, c in the checkpoint, a, b, c in the data'), ('abc', '')],
 )
-def test_names_of_a_checkpoint(tools, classification, capfd, names, told):
-    train, test = tools
+def test_names_of_a_checkpoint(classification, capfd, names, told):
     assert train.main([classification, '--work-dir', 'w']) == 0
     content = torch.load('w/epoch_1.pth', weights_only=False)
     content['meta']['dataset_meta']['classes'] = list(names)
@@ -82,7 +82,7 @@ def test_names_of_a_checkpoint(tools, classification, capfd, names, told):
     assert told in text
 
 
-def test_any_process_names_its_image(tools, fails, monkeypatch):
+def test_any_process_names_its_image(fails, monkeypatch):
     from tool_utils import user_errors
 
     def run(argv):
@@ -93,18 +93,18 @@ def test_any_process_names_its_image(tools, fails, monkeypatch):
     assert fails(run) == 'error: the image a.png cannot be read\n'
 
 
-def test_an_empty_picture_of_a_classifier(tools, classification, fails):
+def test_an_empty_picture_of_a_classifier(classification, fails):
     Path('images/b/1.png').write_bytes(b'')
-    text = fails(tools[0].main, classification)
+    text = fails(train.main, classification)
     assert 'the image images/b/1.png cannot be read' in text
 
 
-def test_checks_can_be_turned_off(tools, detection, fails):
+def test_checks_can_be_turned_off(detection, fails):
     change(
         detection,
         **{'test_dataloader.dataset.metainfo.classes': ('bush', 'tree')},
     )
     argv = [detection, 'none.pth']
     Path('none.pth').write_bytes(b'')
-    assert 'bush' in fails(tools[1].main, *argv)
-    assert 'bush' not in fails(tools[1].main, *argv, '--no-checks')
+    assert 'bush' in fails(test.main, *argv)
+    assert 'bush' not in fails(test.main, *argv, '--no-checks')

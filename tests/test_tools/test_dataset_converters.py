@@ -6,38 +6,24 @@ import re
 import subprocess
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
+import converter_utils as utils
 import cv2
+import fetch_wheel_members as fetcher
 import mmcv
 import numpy as np
 import pytest
+import tile_coco
+import tree_crowns
 from PIL import Image
 
 FOLDER = Path(__file__).parents[2] / 'tools' / 'dataset_converters'
 
 
-@pytest.fixture
-def tools(monkeypatch):
-    """The modules of the converters, imported as they import each other."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import converter_utils
-    import fetch_wheel_members
-    import tile_coco
-    import tree_crowns
-
-    return SimpleNamespace(
-        utils=converter_utils,
-        fetch=fetch_wheel_members,
-        tile=tile_coco,
-        crowns=tree_crowns,
-    )
-
-
-def test_failed_write_leaves_nothing(tools, tmp_path):
+def test_failed_write_leaves_nothing(tmp_path):
     path = tmp_path / 'new' / 'a.json'
     with pytest.raises(TypeError):
-        tools.utils.write_json({'x': object()}, path)
+        utils.write_json({'x': object()}, path)
     assert list(path.parent.iterdir()) == []
 
 
@@ -52,15 +38,15 @@ def test_failed_write_leaves_nothing(tools, tmp_path):
         (256, 0, 0, [0]),
     ],
 )
-def test_tile_starts(tools, length, overlap, strip, starts):
-    assert tools.tile.tile_starts(length, 256, overlap, strip) == starts
+def test_tile_starts(length, overlap, strip, starts):
+    assert tile_coco.tile_starts(length, 256, overlap, strip) == starts
 
 
-def test_tile_keeps_boxes_by_inside_fraction(tools):
+def test_tile_keeps_boxes_by_inside_fraction():
     def keep(box, fraction, crowd=0):
         annotation = dict(bbox=box, category_id=3, iscrowd=crowd)
         tile = (100, 100, 200, 200)
-        kept = tools.tile.tile_annotations([annotation], tile, fraction)
+        kept = tile_coco.tile_annotations([annotation], tile, fraction)
         return list(kept.values())
 
     assert keep([90, 100, 20, 10], 0.5) == [
@@ -71,7 +57,7 @@ def test_tile_keeps_boxes_by_inside_fraction(tools):
     assert keep([80, 100, 20, 10], 0.0) == []
 
 
-def test_tile_pixels_and_boxes_belong_together(tools, tmp_path):
+def test_tile_pixels_and_boxes_belong_together(tmp_path):
     pixels = np.zeros((90, 130, 3), np.uint8)
     pixels[60:80, 70:100] = 255
     Image.fromarray(pixels).save(tmp_path / 'a.png')
@@ -88,7 +74,7 @@ def test_tile_pixels_and_boxes_belong_together(tools, tmp_path):
     arguments = [str(tmp_path / a) for a in arguments]
     options = ['--size', '50', '--overlap', '20', '--min-fraction', '0']
     options += ['--min-strip', '5']
-    assert tools.tile.main(arguments + options) == 0
+    assert tile_coco.main(arguments + options) == 0
     result = json.loads(out.read_text())
     files = {i['id']: i['file_name'] for i in result['images']}
     assert len(files) == 4 * 3 == len(list((tmp_path / 'tiles').iterdir()))
@@ -100,13 +86,13 @@ def test_tile_pixels_and_boxes_belong_together(tools, tmp_path):
         inside = white[y : y + h, x : x + w]
         assert inside.all() and inside.sum() == white.sum()
     with_boxes = {a['image_id'] for a in result['annotations']}
-    assert tools.tile.main(arguments + options + ['--drop-empty']) == 0
+    assert tile_coco.main(arguments + options + ['--drop-empty']) == 0
     dropped = json.loads(out.read_text())
     assert len(dropped['images']) == len(with_boxes) < len(files)
 
 
 @pytest.fixture
-def cut(tools, tmp_path):
+def cut(tmp_path):
     """Cut images into tiles of 64 pixels.
 
     Images are arrays by file name; other options of the first image and of
@@ -133,7 +119,7 @@ def cut(tools, tmp_path):
         (tmp_path / 'a.json').write_text(json.dumps(coco))
         names = ('a.json', 'i', 'o.json', 't')
         argv = [str(tmp_path / name) for name in names]
-        code = tools.tile.main([*argv, '--size', '64', *options])
+        code = tile_coco.main([*argv, '--size', '64', *options])
         out = tmp_path / 'o.json'
         return code, json.loads(out.read_text()) if out.exists() else None
 
@@ -227,23 +213,21 @@ def test_boxes_in_no_tile_are_told(cut, caplog, bbox):
         (None, 'does not exist'),
     ],
 )
-def test_other_files_than_coco(tools, tmp_path, content, expected):
+def test_other_files_than_coco(tmp_path, content, expected):
     path = tmp_path / 'a.json'
     if content is not None:
         path.write_text(content, 'utf-8')
-    with pytest.raises(
-        tools.utils.ConverterError, match=f'a.json.*{expected}'
-    ):
-        tools.utils.read_coco(path)
+    with pytest.raises(utils.ConverterError, match=f'a.json.*{expected}'):
+        utils.read_coco(path)
 
 
-def test_sizes_of_maps_and_scans(tools, tmp_path):
+def test_sizes_of_maps_and_scans(tmp_path):
     """More pixels than Pillow opens by default; they are not decoded."""
     path = tmp_path / 'map.png'
     Image.new('1', (14000, 14000), 1).save(path)
     with path.open('r+b') as file:
         file.truncate(500)
-    size = tools.utils.read_size(path)
+    size = utils.read_size(path)
     assert size.loaded == size.stored == (14000, 14000)
 
 
@@ -258,25 +242,25 @@ def wheel(tmp_path):
     return path, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def fetch(tools, tmp_path, digest, *members):
-    return tools.fetch.main(
+def fetch(tmp_path, digest, *members):
+    return fetcher.main(
         ['my-data==1.2', '--sha256', digest, '--dest', str(tmp_path / 'out')]
         + ['--wheel-dir', str(tmp_path / 'wheels'), '--members', *members]
     )
 
 
-def test_fetch_uses_wheel_that_is_there(tools, tmp_path, wheel, monkeypatch):
+def test_fetch_uses_wheel_that_is_there(tmp_path, wheel, monkeypatch):
     monkeypatch.setattr(subprocess, 'run', None)
     members = ['my_data/a.txt', 'my_data/sub/b.txt']
-    assert fetch(tools, tmp_path, wheel[1], *members) == 0
+    assert fetch(tmp_path, wheel[1], *members) == 0
     found = {p.name: p.read_text() for p in (tmp_path / 'out').iterdir()}
     assert found == {'a.txt': 'aaa', 'b.txt': 'bbb'}
     wheel[0].unlink()
-    assert fetch(tools, tmp_path, wheel[1], *members) == 0
+    assert fetch(tmp_path, wheel[1], *members) == 0
 
 
 @pytest.mark.parametrize('case', ['checksum', 'member', 'network'])
-def test_fetch_errors(tools, tmp_path, wheel, monkeypatch, caplog, case):
+def test_fetch_errors(tmp_path, wheel, monkeypatch, caplog, case):
     path, digest = wheel
     members = ['my_data/a.txt']
     if case == 'checksum':
@@ -288,7 +272,7 @@ def test_fetch_errors(tools, tmp_path, wheel, monkeypatch, caplog, case):
         expected = 'copy the wheel to'
         failing = subprocess.CompletedProcess([], 1)
         monkeypatch.setattr(subprocess, 'run', lambda *a, **k: failing)
-    assert fetch(tools, tmp_path, digest, *members) == 1
+    assert fetch(tmp_path, digest, *members) == 1
     assert expected in caplog.text
     assert not list((tmp_path / 'out').glob('*'))
     assert [p.name for p in (tmp_path / 'wheels').iterdir()] == (
@@ -296,7 +280,7 @@ def test_fetch_errors(tools, tmp_path, wheel, monkeypatch, caplog, case):
     )
 
 
-def test_fetch_downloads_and_checks(tools, tmp_path, wheel, monkeypatch):
+def test_fetch_downloads_and_checks(tmp_path, wheel, monkeypatch):
     content = wheel[0].read_bytes()
     wheel[0].unlink()
 
@@ -307,15 +291,15 @@ def test_fetch_downloads_and_checks(tools, tmp_path, wheel, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, 'run', pip)
-    assert fetch(tools, tmp_path, '0' * 64, 'my_data/a.txt') == 1
+    assert fetch(tmp_path, '0' * 64, 'my_data/a.txt') == 1
     assert not wheel[0].exists()
-    assert fetch(tools, tmp_path, wheel[1], 'my_data/a.txt') == 0
+    assert fetch(tmp_path, wheel[1], 'my_data/a.txt') == 0
     assert wheel[0].exists()
 
 
-def test_fetch_wants_a_pinned_version(tools, tmp_path):
-    with pytest.raises(tools.utils.ConverterError, match='pin a version'):
-        tools.fetch.fetch_wheel_members('a>=1', '', ['b'], tmp_path, tmp_path)
+def test_fetch_wants_a_pinned_version(tmp_path):
+    with pytest.raises(utils.ConverterError, match='pin a version'):
+        fetcher.fetch_wheel_members('a>=1', '', ['b'], tmp_path, tmp_path)
 
 
 @pytest.fixture
@@ -334,28 +318,28 @@ def photos(tmp_path):
     return folder
 
 
-def test_tree_crowns_are_cut_once(tools, tmp_path, photos, monkeypatch):
+def test_tree_crowns_are_cut_once(tmp_path, photos, monkeypatch):
     splits = {
         'train': (('p',), 0, True, 2, 2),
         'val': (('q',), 0, False, 4, 0),
     }
-    monkeypatch.setattr(tools.crowns, 'SPLITS', splits)
+    monkeypatch.setattr(tree_crowns, 'SPLITS', splits)
     calls = []
     monkeypatch.setattr(
-        tools.crowns, 'fetch_wheel_members', lambda *a: calls.append(a)
+        tree_crowns, 'fetch_wheel_members', lambda *a: calls.append(a)
     )
-    assert tools.crowns.main(['--out-dir', str(tmp_path)]) == 0
+    assert tree_crowns.main(['--out-dir', str(tmp_path)]) == 0
     train = json.loads((tmp_path / 'annotations' / 'train.json').read_text())
     assert [c['name'] for c in train['categories']] == ['tree']
-    assert tools.crowns.main(['--out-dir', str(tmp_path)]) == 0
+    assert tree_crowns.main(['--out-dir', str(tmp_path)]) == 0
     assert len(calls) == 1
     next((tmp_path / 'val').iterdir()).unlink()
-    assert tools.crowns.main(['--out-dir', str(tmp_path)]) == 0
+    assert tree_crowns.main(['--out-dir', str(tmp_path)]) == 0
     assert len(calls) == 2
 
 
-def test_edited_tree_crowns_are_noticed(tools, tmp_path, photos, monkeypatch):
+def test_edited_tree_crowns_are_noticed(tmp_path, photos, monkeypatch):
     splits = {'val': (('p',), 0, False, 4, 3)}
-    monkeypatch.setattr(tools.crowns, 'SPLITS', splits)
-    with pytest.raises(tools.utils.ConverterError, match='instead of'):
-        tools.crowns.make_split(tmp_path, 'val')
+    monkeypatch.setattr(tree_crowns, 'SPLITS', splits)
+    with pytest.raises(utils.ConverterError, match='instead of'):
+        tree_crowns.make_split(tmp_path, 'val')

@@ -1,23 +1,13 @@
 """The data set of solar cells."""
 
 from collections import Counter
-from pathlib import Path
 
+import elpv as tool
 import pytest
 
-FOLDER = Path(__file__).parents[2] / 'tools' / 'dataset_converters'
-
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import elpv
-
-    return elpv
-
-
-@pytest.fixture
-def labels(tool, tmp_path):
+def labels(tmp_path):
     """As many cells of each kind as there are, and some unsure ones."""
     kinds = [key for key, count in tool.COUNTS.items() for _ in range(count)]
     kinds += [(0.3333333333333333, 'mono')] * (tool.NUM_PHOTOS - len(kinds))
@@ -30,7 +20,7 @@ def labels(tool, tmp_path):
     return path
 
 
-def test_split(tool, labels):
+def test_split(labels):
     cells = tool.read_labels(labels)
     assert Counter(c[1:] for c in cells) == tool.COUNTS
     splits = tool.split_cells(cells)
@@ -47,7 +37,7 @@ def test_split(tool, labels):
     assert tool.split_cells(cells[::-1]) == splits
 
 
-def test_lists(tool, labels, tmp_path, monkeypatch):
+def test_lists(labels, tmp_path, monkeypatch):
     out = tmp_path / 'out'
     monkeypatch.setattr(
         tool, 'fetch_wheel_members', lambda *args: [labels] * len(args[2])
@@ -70,7 +60,7 @@ def test_lists(tool, labels, tmp_path, monkeypatch):
         assert int(defect[name]) == cells[name].defect
 
 
-def test_changed_labels_are_refused(tool, labels, monkeypatch, caplog):
+def test_changed_labels_are_refused(labels, monkeypatch, caplog):
     monkeypatch.setattr(
         tool, 'fetch_wheel_members', lambda *args: [labels] * len(args[2])
     )

@@ -2,21 +2,13 @@
 
 import json
 
+import export_onnx as tool
 import pytest
 import torch
 from mmengine.config import Config
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
-
-
-@pytest.fixture
-def tool(root, monkeypatch):
-    """The module, imported as its directory sees it."""
-    monkeypatch.syspath_prepend(str(root / 'tools'))
-    import export_onnx
-
-    return export_onnx
 
 
 @pytest.fixture
@@ -45,7 +37,7 @@ def trained(tiny_config, tiny_detector, tmp_path):
     return str(config), str(checkpoint), str(tmp_path / 'out' / 'tiny.onnx')
 
 
-def test_a_detector(tool, trained, tmp_path, capsys):
+def test_a_detector(trained, tmp_path, capsys):
     import cv2
     import numpy as np
     import onnx
@@ -79,7 +71,7 @@ def test_a_detector(tool, trained, tmp_path, capsys):
     assert shapes['boxes'] == ['batch', 9, 4]
 
 
-def test_a_wrong_file_is_not_written(tool, trained, tmp_path, capsys):
+def test_a_wrong_file_is_not_written(trained, tmp_path, capsys):
     # Nothing is exact to the last bit.
     status = tool.main([*trained, '--static', '--tolerance', '0'])
     assert status == 1
@@ -100,14 +92,14 @@ def test_a_wrong_file_is_not_written(tool, trained, tmp_path, capsys):
         (0, 'mmpretrain::a/missing.py', 'missing.py'),
     ],
 )
-def test_mistakes(tool, trained, place, value, word, capsys):
+def test_mistakes(trained, place, value, word, capsys):
     command = list(trained)
     command[place] = value
     assert tool.main(command) == 2
     assert word in capsys.readouterr().err
 
 
-def test_weights_that_are_missing(tool, trained, capsys):
+def test_weights_that_are_missing(trained, capsys):
     content = torch.load(trained[1], weights_only=False)
     weight = content['state_dict'].pop('backbone.conv1.weight')
     torch.save(content, trained[1])
@@ -120,7 +112,7 @@ def test_weights_that_are_missing(tool, trained, capsys):
     assert 'it has backbone.adapter.weight' in capsys.readouterr().err
 
 
-def test_other_detectors_are_refused(tool, trained, capsys):
+def test_other_detectors_are_refused(trained, capsys):
     config = Config.fromfile(trained[0])
     config.model = dict(
         type='FCOS',
@@ -138,7 +130,7 @@ def test_other_detectors_are_refused(tool, trained, capsys):
     assert 'FCOS is neither' in capsys.readouterr().err
 
 
-def test_a_classifier_of_gray_images(tool, tmp_path, capsys):
+def test_a_classifier_of_gray_images(tmp_path, capsys):
     """Its data preprocessor stands beside the model, where it often is."""
     import onnx
 
@@ -192,7 +184,7 @@ def swin(tmp_path):
     return [str(config), 'none', str(tmp_path / 'swin.onnx')]
 
 
-def test_swin_says_its_only_size(tool, swin, capsys):
+def test_swin_says_its_only_size(swin, capsys):
     import onnx
 
     assert tool.main([*swin, '--shape', '32', '40']) == 0
@@ -208,9 +200,7 @@ def test_swin_says_its_only_size(tool, swin, capsys):
     assert 'cannot run the model on images of 8 x 8' in capsys.readouterr().err
 
 
-def test_adapters_and_shared_layers_of_the_config_are_merged(
-    tool, tmp_path, capsys
-):
+def test_adapters_and_shared_layers_of_the_config_are_merged(tmp_path, capsys):
     hook = dict(type='lors_plugin.RepAdapterHook', targets=[r'conv2\.conv'])
     config = tmp_path / 'adapted.py'
     Config(
@@ -234,7 +224,7 @@ def test_adapters_and_shared_layers_of_the_config_are_merged(
     assert out.is_file()
 
 
-def test_a_model_of_one_size(tool, swin, capsys):
+def test_a_model_of_one_size(swin, capsys):
     config = Config.fromfile(swin[0])
     config.model.backbone = dict(
         type='MlpMixer',
@@ -255,7 +245,7 @@ def test_a_model_of_one_size(tool, swin, capsys):
     assert '2 comparisons' in capsys.readouterr().out
 
 
-def test_weights_that_a_host_computes_anew(tool, swin, tmp_path, capsys):
+def test_weights_that_a_host_computes_anew(swin, tmp_path, capsys):
     """Swin V2 takes its tables out of a checkpoint while it is read."""
     from mmengine.registry import DefaultScope
 

@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import get_flops
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / 'tools' / 'analysis_tools'
 READMES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / 'configs').rglob('README.md')
@@ -18,13 +18,9 @@ QUICK = (
 )
 
 
-@pytest.fixture
-def get_flops(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    import get_flops
-
-    return get_flops
 
 
 @pytest.fixture(scope='module')
@@ -49,7 +45,7 @@ def first_and_last(match):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('readme', READMES)
-def test_tables_are_what_the_command_writes(readme, get_flops, known):
+def test_tables_are_what_the_command_writes(readme, known):
     text = Path(readme).read_text(encoding='utf-8')
     assert '| ' in text.split('<!-- get_flops: ')[1]
     models = r'(<!-- get_flops: models )(?:.+?)( -->\n)(.*?)(?=<!--)'
@@ -57,24 +53,24 @@ def test_tables_are_what_the_command_writes(readme, get_flops, known):
     assert get_flops.with_tables(text, Path(readme), known) == text
 
 
-def run(get_flops, capsys, *argv, code=0):
+def run(capsys, *argv, code=0):
     assert get_flops.main([str(arg) for arg in argv]) == code
     captured = capsys.readouterr()
     return captured.err if code else captured.out
 
 
-def test_detector(get_flops, capsys):
-    out = run(get_flops, capsys, QUICK)
+def test_detector(capsys):
+    out = run(capsys, QUICK)
     assert '1 x 256 x 256\n' in out
     assert 'decoder / mixing: low rank' in out
     assert '3,868,551' in out
     assert 'NOT COUNTED' not in out
 
 
-def test_classifier_and_batch(get_flops, capsys):
+def test_classifier_and_batch(capsys):
     """ResNet-18 at 224 x 224 takes 1.814 G, as its authors say (1.8)."""
     config = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
-    out = run(get_flops, capsys, config, '--json', '-', '--batch', 2)
+    out = run(capsys, config, '--json', '-', '--batch', 2)
     counts = json.loads(out[out.index('{') :])
     assert counts['total']['parameters'] == 11_689_512
     assert f'{counts["total"]["multiply_adds"] / 2e9:.3f}' == '1.814'
@@ -82,10 +78,10 @@ def test_classifier_and_batch(get_flops, capsys):
     assert counts['batch'] == 2
 
 
-def test_shape_and_options(get_flops, capsys, tmp_path):
+def test_shape_and_options(capsys, tmp_path):
     path = tmp_path / 'counts.json'
     run(
-        get_flops, capsys, QUICK, '--shape', 100, 70, '--json', path,
+        capsys, QUICK, '--shape', 100, 70, '--json', path,
         '--cfg-options', 'model.decoder.num_stages=1',
     )  # fmt: skip
     counts = json.loads(path.read_text())
@@ -106,8 +102,8 @@ def test_shape_and_options(get_flops, capsys, tmp_path):
         ('mmpretrain::lenet/lenet5_mnist.py', 61_706),
     ],
 )
-def test_gray_images(config, parameters, get_flops, capsys):
-    out = run(get_flops, capsys, config, '--json', '-')
+def test_gray_images(config, parameters, capsys):
+    out = run(capsys, config, '--json', '-')
     total = json.loads(out)['total']
     assert total['multiply_adds'] > 0
     assert total['parameters'] == parameters or not parameters
@@ -126,20 +122,20 @@ def test_gray_images(config, parameters, get_flops, capsys):
     ],
     ids=['file', 'model', 'option', 'values'],
 )
-def test_mistakes(argv, text, get_flops, capsys):
-    assert text in run(get_flops, capsys, *argv, code=2)
+def test_mistakes(argv, text, capsys):
+    assert text in run(capsys, *argv, code=2)
 
 
 @pytest.mark.parametrize(
     'argv', [[], [QUICK, '--check-readme', 'x'], [QUICK, '--shape', '0']]
 )
-def test_wrong_arguments(argv, get_flops, capsys):
+def test_wrong_arguments(argv, capsys):
     with pytest.raises(SystemExit) as error:
         get_flops.main(argv)
     assert error.value.code == 2
 
 
-def test_update_and_check(get_flops, capsys, tmp_path):
+def test_update_and_check(capsys, tmp_path):
     config = (ROOT / QUICK).as_posix()
     (tmp_path / 'tiny.py').write_text(
         f'_base_ = {config!r}\n'
@@ -152,16 +148,16 @@ def test_update_and_check(get_flops, capsys, tmp_path):
         '<!-- get_flops: parts tiny.py -->\n<!-- get_flops: end -->\nafter\n'
     )
     readme.write_text(empty)
-    error = run(get_flops, capsys, '--check-readme', readme, code=1)
+    error = run(capsys, '--check-readme', readme, code=1)
     assert 'tables differ' in error and readme.read_text() == empty
-    run(get_flops, capsys, '--update-readme', readme)
+    run(capsys, '--update-readme', readme)
     text = readme.read_text()
     assert text.startswith('before\n<!--') and text.endswith('-->\nafter\n')
     assert 'old' not in text and 'between' in text
     assert '| [tiny](tiny.py) | 256 x 256 | 3.400 M | 1.035 M |' in text
     assert '| **all** | 3.400 M | 0.48 G |' in text
     readme.write_text(text.replace('3.400 M', '3.401 M', 1))
-    run(get_flops, capsys, '--check-readme', readme, code=1)
+    run(capsys, '--check-readme', readme, code=1)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +171,8 @@ def test_update_and_check(get_flops, capsys, tmp_path):
         ),
     ],
 )
-def test_wrong_marks(mark, message, get_flops, capsys, tmp_path):
+def test_wrong_marks(mark, message, capsys, tmp_path):
     readme = tmp_path / 'README.md'
     readme.write_text(mark)
-    error = run(get_flops, capsys, '--update-readme', readme, code=2)
+    error = run(capsys, '--update-readme', readme, code=2)
     assert message in error

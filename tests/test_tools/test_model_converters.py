@@ -1,22 +1,11 @@
-from pathlib import Path
-
+import mobilenetv2_trunk as tool
 import pytest
 import torch
 from torchvision.models import mobilenet_v2
 
-FOLDER = Path(__file__).parents[2] / 'tools' / 'model_converters'
-
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import mobilenetv2_trunk
-
-    return mobilenetv2_trunk
-
-
-@pytest.fixture
-def trunk(tool):
+def trunk():
     """Random weights, with normalisations that are not the identity."""
     torch.manual_seed(0)
     state = {}
@@ -33,7 +22,7 @@ def trunk(tool):
     return state
 
 
-def test_converted_trunk_computes_the_same(tool, trunk, tmp_path):
+def test_converted_trunk_computes_the_same(trunk, tmp_path):
     source, target = tmp_path / 'a.pt', tmp_path / 'new' / 'b.pth'
     torch.save(trunk, source)
     assert tool.main([str(source), str(target)]) == 0
@@ -62,7 +51,7 @@ def test_converted_trunk_computes_the_same(tool, trunk, tmp_path):
     )
 
 
-def test_check_sees_exchanged_weights(tool, trunk):
+def test_check_sees_exchanged_weights(trunk):
     target = tool.map_keys(trunk)
     assert tool.check_trunk(trunk, target) < 1e-5
     a = 'layer3.1.linear_conv.bn.running_mean'
@@ -76,13 +65,13 @@ def test_check_sees_exchanged_weights(tool, trunk):
     ['classifier.1.weight', 'features.30.0.weight', 'features.0.conv.0.weight']
     + ['features.3.0.weight', 'features.3.conv.2.weight'],
 )
-def test_foreign_key_is_named(tool, key):
+def test_foreign_key_is_named(key):
     with pytest.raises(tool.ConversionError, match=key):
         tool.map_keys({key: torch.zeros(1)})
 
 
 @pytest.mark.parametrize('case', ['missing file', 'missing key', 'shape'])
-def test_errors_write_nothing(tool, trunk, tmp_path, caplog, case):
+def test_errors_write_nothing(trunk, tmp_path, caplog, case):
     source, target = tmp_path / 'a.pt', tmp_path / 'b.pth'
     if case == 'missing key':
         trunk.pop('features.4.conv.0.weight')

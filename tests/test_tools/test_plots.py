@@ -4,31 +4,14 @@ import json
 import os
 import pickle
 import re
-from pathlib import Path
 
 import cv2
+import draw_predictions as draw
 import mmcv
 import numpy as np
+import plot_training as plot
 import pytest
 import torch
-
-FOLDER = Path(__file__).parents[2] / 'tools' / 'analysis_tools'
-
-
-@pytest.fixture
-def plot(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import plot_training
-
-    return plot_training
-
-
-@pytest.fixture
-def draw(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import draw_predictions
-
-    return draw_predictions
 
 
 def write_run(root, name, steps, ap=None, seconds=6.0):
@@ -48,7 +31,7 @@ def write_run(root, name, steps, ap=None, seconds=6.0):
     (folder / 'scalars.json').write_text('\n'.join(lines) + '\n{"los')
 
 
-def test_history_of_a_resumed_training(plot, tmp_path):
+def test_history_of_a_resumed_training(tmp_path):
     write_run(tmp_path, '20260101_000000', [10, 20, 30], ap=0.1)
     write_run(tmp_path, '20260101_010000', [30, 40], ap=0.2)
     folder = tmp_path / '20260101_020000' / 'vis_data'
@@ -63,7 +46,7 @@ def test_history_of_a_resumed_training(plot, tmp_path):
     }
 
 
-def test_history_of_a_repeated_training(plot, tmp_path):
+def test_history_of_a_repeated_training(tmp_path):
     write_run(tmp_path, '20260101_000000', [10, 20, 30], ap=0.1)
     write_run(tmp_path, '20260101_010000', [10, 20], ap=0.2)
     history = plot.read_history(tmp_path)
@@ -71,7 +54,7 @@ def test_history_of_a_repeated_training(plot, tmp_path):
     assert [v['coco/bbox_mAP'] for v in history.val] == [0.2, 0.2]
 
 
-def test_losses_are_summed_over_stages(plot, tmp_path):
+def test_losses_are_summed_over_stages(tmp_path):
     write_run(tmp_path, 'run', [10, 20])
     losses = plot.collect_losses(plot.read_history(tmp_path).train)
     found = {name: values.tolist() for name, values in losses.items()}
@@ -82,26 +65,26 @@ def test_losses_are_summed_over_stages(plot, tmp_path):
     }
 
 
-def test_smoothing_keeps_lines(plot):
+def test_smoothing_keeps_lines():
     line = np.arange(20.0)
     np.testing.assert_allclose(plot.smooth(line, 4), line)
     assert plot.smooth(np.array([0.0, 3.0, 0.0]), 5).tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize('ap', [None, 0.0, 0.3])
-def test_plot_is_written(plot, tmp_path, ap):
+def test_plot_is_written(tmp_path, ap):
     write_run(tmp_path, 'run', range(10, 100, 10), ap=ap)
     assert plot.main([str(tmp_path)]) == 0
     picture = cv2.imread(str(tmp_path / 'training.png'))
     assert picture.shape[1] > 1000 and picture.std() > 5
 
 
-def test_plot_without_log(plot, tmp_path, caplog):
+def test_plot_without_log(tmp_path, caplog):
     assert plot.main([str(tmp_path)]) == 1
     assert 'scalars.json' in caplog.text
 
 
-def make_sample(draw, boxes, scores, labels=None, truth=None):
+def make_sample(boxes, scores, labels=None, truth=None):
     truth = [[0, 0, 10, 10], [20, 20, 30, 30]] if truth is None else truth
     return draw.Sample(
         path='',
@@ -113,24 +96,24 @@ def make_sample(draw, boxes, scores, labels=None, truth=None):
     )
 
 
-def test_match_is_one_to_one_and_by_class(draw):
+def test_match_is_one_to_one_and_by_class():
     boxes = [[0, 0, 10, 9], [0, 0, 10, 10], [20, 20, 30, 30]]
     boxes += [[21, 20, 30, 30], [5, 0, 15, 10]]
-    sample = make_sample(draw, boxes, [5, 4, 3, 2, 1], [0, 0, 0, 1, 0])
+    sample = make_sample(boxes, [5, 4, 3, 2, 1], [0, 0, 0, 1, 0])
     assert sample.match().tolist() == [0, -1, -1, 1, -1]
 
 
-def test_match_without_boxes(draw):
-    assert make_sample(draw, [], []).match().tolist() == []
-    sample = make_sample(draw, [[0, 0, 9, 9]], [1], truth=[])
+def test_match_without_boxes():
+    assert make_sample([], []).match().tolist() == []
+    sample = make_sample([[0, 0, 9, 9]], [1], truth=[])
     assert sample.match().tolist() == [-1]
 
 
-def test_best_threshold(draw):
+def test_best_threshold():
     boxes = [[0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]]
-    sample = make_sample(draw, boxes, [0.9, 0.6, 0.2], [0, 1, 0])
+    sample = make_sample(boxes, [0.9, 0.6, 0.2], [0, 1, 0])
     assert draw.best_threshold([sample]) == 0.6
-    nothing = make_sample(draw, boxes[2:], [0.9])
+    nothing = make_sample(boxes[2:], [0.9])
     assert draw.best_threshold([nothing]) == 0.3
 
 
@@ -187,7 +170,7 @@ def coco_set(tmp_path):
     return config, pkl, results
 
 
-def test_pictures_from_a_pickle(draw, coco_set, tmp_path):
+def test_pictures_from_a_pickle(coco_set, tmp_path):
     config, pkl, _ = coco_set
     out = tmp_path / 'pictures'
     code = draw.main([str(config), '--pkl', str(pkl), '--out-dir', str(out)])
@@ -216,7 +199,7 @@ def test_pictures_from_a_pickle(draw, coco_set, tmp_path):
     assert yellow[1] < 0.9 * yellow[0]
 
 
-def test_pictures_by_threshold_and_number(draw, coco_set, tmp_path):
+def test_pictures_by_threshold_and_number(coco_set, tmp_path):
     config, pkl, _ = coco_set
     out = tmp_path / 'pictures'
     options = ['--score-thr', '0.9', '--num', '1', '--out-dir', str(out)]
@@ -228,7 +211,7 @@ def test_pictures_by_threshold_and_number(draw, coco_set, tmp_path):
     assert not has_color(read(out / 'a.png')[draw.HEADER :], draw.GREEN)
 
 
-def test_ground_truth_alone(draw, coco_set, tmp_path):
+def test_ground_truth_alone(coco_set, tmp_path):
     config = coco_set[0]
     text = config.read_text().replace('test_dataloader', 'train_dataloader')
     config.write_text(text)
@@ -247,13 +230,13 @@ def test_ground_truth_alone(draw, coco_set, tmp_path):
     np.testing.assert_allclose(found, expected, atol=2)
 
 
-def test_classes_differ_in_colour(draw):
+def test_classes_differ_in_colour():
     colors = np.array(draw.Painter([str(i) for i in range(10)]).colors)
     distances = np.abs(colors[:, None] - colors[None]).sum(-1)
     assert distances[~np.eye(10, dtype=bool)].min() > 30
 
 
-def test_images_of_the_same_name(draw, coco_set, tmp_path):
+def test_images_of_the_same_name(coco_set, tmp_path):
     """A thin one among them, and one with the name of the sheet."""
     config = coco_set[0]
     content = json.loads((tmp_path / 'ann.json').read_text())
@@ -278,7 +261,7 @@ def test_images_of_the_same_name(draw, coco_set, tmp_path):
     }
 
 
-def test_data_is_checked(draw, coco_set, tmp_path, caplog):
+def test_data_is_checked(coco_set, tmp_path, caplog):
     """Names would be wrong, and predictions of two files be mixed up."""
     config, pkl, _ = coco_set
     path = tmp_path / 'ann.json'
@@ -314,7 +297,7 @@ class Code:
 
 
 @pytest.mark.parametrize('form', ['--pkl', 'checkpoint'])
-def test_code_needs_trust(draw, coco_set, tmp_path, caplog, form):
+def test_code_needs_trust(coco_set, tmp_path, caplog, form):
     config, pkl, results = coco_set
     mark = tmp_path / 'ran'
     data = dict(state_dict={}, meta=Code(str(mark)))
@@ -353,7 +336,7 @@ STRANGE = [
 
 
 @pytest.mark.parametrize('content', STRANGE)
-def test_pickles_without_detections(draw, coco_set, tmp_path, caplog, content):
+def test_pickles_without_detections(coco_set, tmp_path, caplog, content):
     config, pkl, _ = coco_set
     pkl.write_bytes(pickle.dumps(content))
     argv = [str(config), '--pkl', str(pkl), '--out-dir', str(tmp_path / 'o')]
@@ -370,7 +353,7 @@ def test_pickles_without_detections(draw, coco_set, tmp_path, caplog, content):
         ('empty image', r'cannot read image .*a\.png'),
     ],
 )
-def test_picture_errors(draw, coco_set, tmp_path, caplog, case, expected):
+def test_picture_errors(coco_set, tmp_path, caplog, case, expected):
     config, pkl, results = coco_set
     if case == 'other data':
         pkl.write_bytes(pickle.dumps(results[:1]))
@@ -386,7 +369,7 @@ def test_picture_errors(draw, coco_set, tmp_path, caplog, case, expected):
     assert not out.exists()
 
 
-def test_checkpoint_or_pickle(draw):
+def test_checkpoint_or_pickle():
     for arguments in (
         [],
         ['w.pth', '--pkl', 'p.pkl'],

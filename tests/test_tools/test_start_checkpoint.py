@@ -7,7 +7,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import test
 import torch
+import train
 
 pytestmark = pytest.mark.usefixtures('in_tmp_path')
 
@@ -19,24 +21,23 @@ class Touch:
         return os.makedirs, ('ran', 0o777, True)
 
 
-def trained(train, config):
+def trained(config):
     """Train an epoch and return the path of its checkpoint."""
     assert train.main([config, '--work-dir', 'first']) == 0
     return 'first/epoch_1.pth'
 
 
 @pytest.fixture
-def malicious(tools, classification):
-    content = torch.load(trained(tools[0], classification), weights_only=False)
+def malicious(classification):
+    content = torch.load(trained(classification), weights_only=False)
     torch.save(dict(content, extra=Touch()), 'bad.pth')
     return 'bad.pth'
 
 
 @pytest.mark.parametrize('how', ['test', 'load_from', 'resume', 'auto'])
 def test_code_in_a_checkpoint_does_not_run(
-    tools, classification, malicious, fails, how
+    classification, malicious, fails, how
 ):
-    train, test = tools
     if how == 'test':
         text = fails(test.main, classification, malicious)
     elif how == 'load_from':
@@ -53,17 +54,14 @@ def test_code_in_a_checkpoint_does_not_run(
     assert not Path('ran').exists()
 
 
-def test_trusted_checkpoint_is_read(
-    tools, classification, malicious, monkeypatch
-):
+def test_trusted_checkpoint_is_read(classification, malicious, monkeypatch):
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '0')
-    assert tools[1].main([classification, malicious, '--trust']) == 0
+    assert test.main([classification, malicious, '--trust']) == 0
     assert Path('ran').exists()
 
 
-def test_newest_checkpoint_of_another_model(tools, classification, fails):
-    train, _ = tools
-    trained(train, classification)
+def test_newest_checkpoint_of_another_model(classification, fails):
+    trained(classification)
     more = ['--work-dir', 'first', '--resume', '--cfg-options']
     more += ['train_cfg.max_epochs=2', 'model.head.in_channels=60']
     text = fails(train.main, classification, *more)
@@ -75,9 +73,9 @@ def test_newest_checkpoint_of_another_model(tools, classification, fails):
     assert 'first/last_checkpoint: the checkpoint file' in text
 
 
-def test_nothing_to_resume_from(tools, classification, capsys):
+def test_nothing_to_resume_from(classification, capsys):
     argv = [classification, '--work-dir', 'new', '--resume']
-    assert tools[0].main(argv) == 0
+    assert train.main(argv) == 0
     out = ''.join(capsys.readouterr())
     assert 'no checkpoint in new; training starts from the beginning' in out
     assert Path('new/epoch_1.pth').exists()
@@ -110,9 +108,8 @@ def flip_bit_of_a_weight(path):
         ),
     ],
 )
-def test_newest_whole_checkpoint(tools, classification, capsys, damage, why):
+def test_newest_whole_checkpoint(classification, capsys, damage, why):
     """One line says why and from which file the training goes on."""
-    train, _ = tools
     argv = [classification, '--work-dir', 'first', '--cfg-options']
     assert train.main([*argv, 'train_cfg.max_epochs=2']) == 0
     first, last = Path('first/epoch_1.pth'), Path('first/epoch_2.pth')
@@ -131,12 +128,12 @@ def test_newest_whole_checkpoint(tools, classification, capsys, damage, why):
     assert Path('first/last_checkpoint').read_text().endswith('epoch_3.pth')
 
 
-def test_no_whole_checkpoint(tools, classification, fails):
-    trained(tools[0], classification)
+def test_no_whole_checkpoint(classification, fails):
+    trained(classification)
     cut_off(Path('first/epoch_1.pth'))
     argv = [classification, '--work-dir', 'first', '--resume']
     for _ in range(2):
-        text = fails(tools[0].main, *argv)
+        text = fails(train.main, *argv)
         assert 'no whole checkpoint to go on from' in text
         assert 'epoch_1.pth' in text
         assert '--resume CHECKPOINT' in text
@@ -152,9 +149,8 @@ with run_lock('first'):
 """
 
 
-def test_work_directory_in_use(tools, classification, fails, capsys):
+def test_work_directory_in_use(classification, fails, capsys):
     """The message names the process; a dead one locks nothing."""
-    train, _ = tools
     other = subprocess.Popen(
         [sys.executable, '-c', LOCK],
         stdin=subprocess.PIPE,

@@ -11,44 +11,34 @@ import signal
 import statistics
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import llama_moe
 import numpy as np
+import parameternet
 import pytest
+import recipe
+import report
+import run as run_study
 import torch
+import train
 from PIL import Image
+from study import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDIES = ROOT / 'tools' / 'studies'
 PAGES = ROOT / 'docs' / 'en' / 'benchmarks'
 
 
-@pytest.fixture(scope='module')
-def modules():
-    """The scripts of the studies, imported as their directory sees them."""
-    names = {path.stem for path in STUDIES.glob('*.py')}
-    hidden = {n: sys.modules.pop(n) for n in names & sys.modules.keys()}
-    sys.path.insert(0, str(STUDIES))
-    try:
-        yield SimpleNamespace(**{n: import_module(n) for n in sorted(names)})
-    finally:
-        sys.path.remove(str(STUDIES))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(hidden)
-
-
 @pytest.fixture
-def run(modules, capsys):
+def run(capsys):
     """Run the command; return what it printed on both streams."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
 
     def run(*words, code=0):
         capsys.readouterr()
-        found = modules.run.main([*map(str, words)])
+        found = run_study.main([*map(str, words)])
         out, error = capsys.readouterr()
         assert found == code, error
         return out, error
@@ -95,13 +85,13 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=3))
 custom_hooks = [dict(type='lors_plugin.FreezeHook', modules=['neck'])]
 """
-# Once, in the middle of a training, the study gets a Ctrl-C.
+# A training that stops in the middle, once.
 STOP = """
 custom_imports = dict(imports=['lors_plugin', 'stop_hook'])
 custom_hooks += [dict(type='StopHook')]
 """
 STOP_HOOK = """
-import os, signal, time
+import signal
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -110,8 +100,13 @@ from mmengine.registry import HOOKS
 class StopHook(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.iter == 5 and not runner._resume:
-            os.kill(os.getppid(), signal.SIGINT)
-            time.sleep(2)  # it forwards that
+            signal.raise_signal(signal.SIGTERM)
+"""
+# A Python in which the study gets a Ctrl-C.
+STOPPED = """#!/bin/sh
+trap 'exit 75' TERM
+kill -INT $PPID
+while :; do sleep 0.1; done
 """
 STUDY = """
 from study import Run, Study
@@ -131,10 +126,7 @@ STUDY = Study(
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
-    """Arguments of a tiny study: twelve images of two classes.
-
-    Its first training gets a notice to stop.
-    """
+    """Arguments of a tiny study: twelve images of two classes."""
     folder = tmp_path_factory.mktemp('tiny')
     images = folder / 'sets' / 'tiny' / 'images'
     images.mkdir(parents=True)
@@ -169,22 +161,28 @@ def scalars(folder):
 
 
 @pytest.mark.slow
-def test_a_study_is_stopped_and_goes_on(tiny, run):
+def test_a_study_is_stopped_and_goes_on(tiny, run, tmp_path, monkeypatch):
     """A run from the command to the report; the first time, Ctrl-C."""
     work = tiny[-1]
     folder = work / 'tiny' / 'probe' / 'seed3'
-    _, error = run(*tiny, code=75)
+    python = tmp_path / 'python'
+    python.write_text(STOPPED)
+    python.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, 'executable', str(python))
+        _, error = run(*tiny, code=75)
     assert 'goes on from here' in error
-    assert (folder / 'interrupted.pth').exists()
     assert not (folder / 'result.json').exists()
 
+    log = folder / 'train.log'
+    words = shlex.split(log.read_text())
+    assert words[:2] == [str(python), 'tools/train.py']
+    with pytest.raises(SystemExit, match='75'):
+        train.main(words[2:])
+    assert (folder / 'interrupted.pth').exists()
     run(*tiny)
-    commands = [
-        shlex.split(line)
-        for line in (folder / 'train.log').read_text().splitlines()
-        if ' tools/train.py ' in line
-    ]
-    assert ['--resume' in words for words in commands] == [False, True]
+    (command,) = log.read_text().splitlines()[1:2]
+    assert '--resume' in shlex.split(command)
     result = json.loads((folder / 'result.json').read_text())
     accuracy = scalars(folder)
     assert set(accuracy) == {*range(4, 13, 4)}
@@ -201,9 +199,9 @@ def test_a_study_is_stopped_and_goes_on(tiny, run):
     (best,) = folder.glob('best_*.pth')
     assert f' {best} ' in (folder / 'test.log').read_text()
 
-    report = json.loads((work / 'report' / 'results.json').read_text())
+    written = json.loads((work / 'report' / 'results.json').read_text())
     for label, value in values.items():
-        summary = report['runs']['tiny/probe']['summary'][label]
+        summary = written['runs']['tiny/probe']['summary'][label]
         assert summary['mean'] == pytest.approx(value)
     with (work / 'report' / 'results.csv').open() as file:
         (row,) = csv.DictReader(file)
@@ -308,7 +306,7 @@ def test_list(run):
     assert all((ROOT / config).is_file() for config in configs)
 
 
-def test_length_of_a_training(tmp_path, modules):
+def test_length_of_a_training(tmp_path):
     """Schedules follow the length; a quick one has two evaluations."""
     iterations = tmp_path / 'iterations.py'
     iterations.write_text(CONFIG)
@@ -330,9 +328,7 @@ train_cfg = dict(by_epoch=True, max_epochs=7, val_interval=5)
         (str(epochs), None, False),
     ]
     found = [
-        modules.recipe.make_options(
-            modules.study.Run('r', config), *rest, ['a=b']
-        )
+        recipe.make_options(Run('r', config), *rest, ['a=b'])
         for config, *rest in cases
     ]
     assert found[0] == [
@@ -351,9 +347,8 @@ train_cfg = dict(by_epoch=True, max_epochs=7, val_interval=5)
     assert found[3] == ['a=b']
 
 
-def test_report_by_hand(tmp_path, modules):
+def test_report_by_hand(tmp_path):
     """Means, spreads and paired differences, of seeds that both have."""
-    report = modules.report
     assert report.summarise([1.0, 3.0]) == dict(mean=2.0, std=2**0.5, n=2)
     assert report.summarise([1.0]) == dict(mean=1.0, std=None, n=1)
     # 1, 2 and 3: standard error 1 / sqrt(3), Student's t 4.303.
@@ -402,7 +397,7 @@ def test_report_by_hand(tmp_path, modules):
     ]  # fmt: skip
 
 
-def test_area_under_curve(tmp_path, modules):
+def test_area_under_curve(tmp_path):
     """Ties count half: of six pairs four are won and one is a tie."""
     pairs = [(0.1, 0), (0.4, 0), (0.4, 1), (0.9, 1), (0.3, 1)]
     samples = [
@@ -410,14 +405,14 @@ def test_area_under_curve(tmp_path, modules):
         for p, y in pairs
     ]
     (tmp_path / 'p.pkl').write_bytes(pickle.dumps(samples))
-    found = modules.parameternet.area_under_curve(tmp_path / 'p.pkl')
+    found = parameternet.area_under_curve(tmp_path / 'p.pkl')
     assert found['auc'] == pytest.approx(100 * 4.5 / 6)
 
 
-def test_language_models(tmp_path, modules, capsys):
+def test_language_models(tmp_path, capsys):
     """Parameters are the published ones; a training logs what is reported."""
     pytest.importorskip('transformers')
-    main = modules.llama_moe.main
+    main = llama_moe.main
     assert main(['count']) == 0
     assert '1,540,507,648' in capsys.readouterr().out
     words = ['train', '--projection', 'up', '--experts', '4', '--steps', '2']
@@ -502,7 +497,6 @@ def test_documented_conversion_of_bccd(tmp_path, monkeypatch):
         script = ROOT / words[1]
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
             patch.setattr(sys, 'argv', words[1:])
-            patch.syspath_prepend(script.parent)
             runpy.run_path(str(script), run_name='__main__')
         assert not end.value.code
     folder = tmp_path / 'data' / 'bccd'

@@ -5,7 +5,9 @@ import resource
 from pathlib import Path
 
 import pytest
+import test
 import torch
+import train
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 
@@ -14,8 +16,7 @@ from lors_plugin.build import build_model
 pytestmark = pytest.mark.usefixtures('in_tmp_path')
 
 
-def test_classification_is_trained_resumed_and_tested(tools, classification):
-    train, test = tools
+def test_classification_is_trained_resumed_and_tested(classification):
     assert train.main([classification, '--auto-scale-lr']) == 0
     work_dir = Path('work_dirs') / Path(classification).stem
     first = torch.load(work_dir / 'epoch_1.pth', weights_only=False)
@@ -35,9 +36,8 @@ def test_classification_is_trained_resumed_and_tested(tools, classification):
     assert len(list(Path('shown').iterdir())) > 0
 
 
-def test_detection_is_trained_and_tested(tools, detection):
+def test_detection_is_trained_and_tested(detection):
     pytest.importorskip('mmdet')
-    train, test = tools
     assert train.main([detection, '--work-dir', 'here']) == 0
     outputs = ['--out', 'out.pkl', '--show-dir', str(Path('shown').resolve())]
     argv = [detection, 'here/epoch_1.pth', '--work-dir', 'there', *outputs]
@@ -56,18 +56,17 @@ def weights(classification):
     return 'w.pth'
 
 
-def test_pictures_go_where_a_shell_user_expects(tools, detection):
+def test_pictures_go_where_a_shell_user_expects(detection):
     """Below the current directory, and not below the work directory."""
     cfg = Config.fromfile(detection)
-    args = tools[1].parse_args([detection, 'w.pth', '--show-dir', 'pictures'])
-    tools[1].apply_visualization(cfg, args)
+    args = test.parse_args([detection, 'w.pth', '--show-dir', 'pictures'])
+    test.apply_visualization(cfg, args)
     place = str(Path('pictures').resolve())
     assert cfg.default_hooks.visualization.test_out_dir == place
 
 
-def test_predictions_on_a_full_disk(tools, classification, weights, fails):
+def test_predictions_on_a_full_disk(classification, weights, fails):
     """The old file stays, nothing lies beside it, and one line says so."""
-    _, test = tools
     Path('out').mkdir()
     argv = [classification, weights, '--out', 'out/a.pkl']
     assert test.main(argv) == 0
@@ -94,9 +93,7 @@ def test_predictions_on_a_full_disk(tools, classification, weights, fails):
     assert 'is a directory' in fails(test.main, *argv)
 
 
-def test_predictions_that_are_no_numbers(
-    tools, classification, weights, capsys
-):
+def test_predictions_that_are_no_numbers(classification, weights, capsys):
     """Of weights so large that values overflow."""
     content = torch.load(weights)
     for value in content['state_dict'].values():
@@ -104,24 +101,23 @@ def test_predictions_that_are_no_numbers(
     torch.save(content, 'large.pth')
     for path, said in ((weights, False), ('large.pth', True)):
         argv = [classification, path, '--work-dir', path[:-4]]
-        assert tools[1].main(argv) == 0
+        assert test.main(argv) == 0
         text = ''.join(capsys.readouterr())
         assert ('0.png: pred_score of the prediction hold NaN' in text) == said
         assert ('6 of 6 images have predictions' in text) == said
 
 
 @pytest.mark.parametrize('which', [0, 1], ids=['train', 'test'])
-def test_damaged_weights(tools, classification, weights, fails, which):
+def test_damaged_weights(classification, weights, fails, which):
     content = torch.load(weights)
     next(iter(content['state_dict'].values())).view(-1)[0] = float('nan')
     torch.save(content, 'nan.pth')
     argv = [['--cfg-options', 'load_from=nan.pth'], ['nan.pth']][which]
-    text = fails(tools[which].main, classification, *argv)
+    text = fails((train, test)[which].main, classification, *argv)
     assert 'nan.pth: 1 of 8 weights hold NaN' in text
 
 
-def test_user_mistakes_before_anything_is_built(tools, classification, fails):
-    train, test = tools
+def test_user_mistakes_before_anything_is_built(classification, fails):
     text = fails(train.main, 'none.py')
     assert 'config file none.py does not exist' in text
 
@@ -150,10 +146,7 @@ def test_user_mistakes_before_anything_is_built(tools, classification, fails):
     assert not Path('work_dirs').exists()
 
 
-def test_no_checks_allows_other_numbers_of_classes(
-    tools, classification, fails
-):
-    train, test = tools
+def test_no_checks_allows_other_numbers_of_classes(classification, fails):
     argv = ['--work-dir', 'w', '--cfg-options', 'model.head.num_classes=7']
     assert '--no-checks' in fails(train.main, classification, *argv)
     assert train.main([classification, '--no-checks', *argv]) == 0
@@ -162,8 +155,7 @@ def test_no_checks_allows_other_numbers_of_classes(
     assert test.main([classification, '--no-checks', *argv]) == 0
 
 
-def test_mistakes_in_the_model(tools, classification, fails):
-    train, test = tools
+def test_mistakes_in_the_model(classification, fails):
     options = ['--cfg-options', 'model.neck.foo=1']
     text = fails(train.main, classification, *options)
     assert "unexpected keyword argument 'foo'" in text
@@ -192,8 +184,7 @@ def test_mistakes_in_the_model(tools, classification, fails):
         ('bfloat16', True, 'bfloat16'),
     ],
 )
-def test_amp(tools, monkeypatch, given, cuda, dtype):
-    train, _ = tools
+def test_amp(monkeypatch, given, cuda, dtype):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')  # loggers ask
     options = dict(
@@ -209,8 +200,7 @@ def test_amp(tools, monkeypatch, given, cuda, dtype):
     assert cfg.optim_wrapper.to_dict() == expected
 
 
-def test_amp_where_the_config_decides(tools):
-    train, _ = tools
+def test_amp_where_the_config_decides():
     cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper')))
     train.apply_amp(cfg, 'auto')
     assert cfg.optim_wrapper.to_dict() == dict(type='AmpOptimWrapper')
@@ -226,7 +216,6 @@ def test_amp_where_the_config_decides(tools):
         train.apply_amp(cfg, 'auto')
 
 
-def test_auto_scale_lr_needs_a_base(tools):
-    train, _ = tools
+def test_auto_scale_lr_needs_a_base():
     with pytest.raises(ValueError, match='base_batch_size'):
         train.apply_auto_scale_lr(Config(dict()))

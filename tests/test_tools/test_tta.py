@@ -4,7 +4,9 @@ import pickle
 from pathlib import Path
 
 import pytest
+import test
 import torch
+import train
 from mmengine.config import Config
 from PIL import Image, ImageOps
 
@@ -15,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(ROOT.glob('configs/*adamixer/*.py'))
 
 
-def test_tta_wraps_model_and_innermost_pipeline(tools):
+def test_tta_wraps_model_and_innermost_pipeline():
     from tool_utils import apply_tta
 
     dataset = dict(dataset=dict(dataset=dict(pipeline=['old'])))
@@ -34,7 +36,7 @@ def test_tta_wraps_model_and_innermost_pipeline(tools):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
-def test_default_for_shipped_configs(tools, path, read_config):
+def test_default_for_shipped_configs(path, read_config):
     from tool_utils import apply_tta
 
     def pipeline():
@@ -55,7 +57,7 @@ def test_default_for_shipped_configs(tools, path, read_config):
     assert set(keys) == {*plain[-1].meta_keys, 'flip', 'flip_direction'}
 
 
-def test_every_data_set_of_several_is_augmented(tools):
+def test_every_data_set_of_several_is_augmented():
     """Each by its own pipeline, or all by that of the config."""
     from tool_utils import apply_tta
 
@@ -79,7 +81,7 @@ def test_every_data_set_of_several_is_augmented(tools):
     assert [d.pipeline for d in datasets] == [['new'], ['new']]
 
 
-def test_no_default_for_other_hosts_and_pipelines(tools):
+def test_no_default_for_other_hosts_and_pipelines():
     from tool_utils import apply_tta
 
     loader = dict(dataset=dict(pipeline=[dict(type='Resize')]))
@@ -96,7 +98,7 @@ def test_no_default_for_other_hosts_and_pipelines(tools):
 
 @pytest.mark.parametrize('kind', ['adamixer', 'lors'])
 def test_detections_follow_a_mirrored_image(
-    tools, detection, tiny_config, build, kind, capsys
+    detection, tiny_config, build, kind, capsys
 ):
     """The second image is the first one mirrored, so with the default the
     boxes are mirrored; without it they are not.
@@ -112,7 +114,7 @@ def test_detections_follow_a_mirrored_image(
 
     def mirrored(*options):
         argv = [config, 'a.pth', '--out', 'out.pkl', *options]
-        assert tools[1].main(argv) == 0
+        assert test.main(argv) == 0
         first, second = (
             p['pred_instances'] for p in pickle.loads(read('out.pkl'))
         )
@@ -132,8 +134,7 @@ def read(path):
     return Path(path).read_bytes()
 
 
-def test_classification_by_the_mean_of_both_views(tools, classification):
-    train, test = tools
+def test_classification_by_the_mean_of_both_views(classification):
     assert train.main([classification, '--work-dir', 'w']) == 0
     for name in 'abc':
         image = Image.open(f'images/{name}/0.png')

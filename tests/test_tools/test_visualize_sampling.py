@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import visualize_sampling as sampling
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
@@ -18,16 +19,6 @@ CONFIG = (
     / 'configs/lors_adamixer'
     / 'lors-adamixer_mobilenetv2_quickstart_tree-crowns.py'
 )
-
-
-@pytest.fixture(scope='module')
-def sampling():
-    """Import the tool as a script sees it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        import visualize_sampling
-
-        yield visualize_sampling
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +43,7 @@ def files(tmp_path_factory):
     DefaultScope._instance_dict.update(scopes)
 
 
-def test_points_are_in_pixels_of_the_original_image(sampling, files):
+def test_points_are_in_pixels_of_the_original_image(files):
     """The first boxes of this model are a grid over the whole image."""
     model = sampling.load_model(*files[:2], device='cpu')
     records, factors = sampling.record(model, files[2])
@@ -79,7 +70,7 @@ def test_points_are_in_pixels_of_the_original_image(sampling, files):
         ['--queries', '3', '17', '--stages', '2', '--format', 'jpg'],
     ],
 )
-def test_writes_a_picture(sampling, files, tmp_path, options):
+def test_writes_a_picture(files, tmp_path, options):
     out = tmp_path / 'new'
     assert sampling.main([*files, '--out', str(out), *options]) == 0
     (path,) = out.iterdir()
@@ -89,7 +80,7 @@ def test_writes_a_picture(sampling, files, tmp_path, options):
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
 
 
-def test_images_of_the_same_name(sampling, files, tmp_path):
+def test_images_of_the_same_name(files, tmp_path):
     *model, image = files
     images = [tmp_path / 'north' / '1.jpg', tmp_path / 'south' / '1.jpg']
     for path in images:
@@ -101,7 +92,7 @@ def test_images_of_the_same_name(sampling, files, tmp_path):
     assert found == {'north', 'south'}
 
 
-def test_predictions_that_are_no_numbers(sampling, files, tmp_path, caplog):
+def test_predictions_that_are_no_numbers(files, tmp_path, caplog):
     config, weights, image = files
     content = torch.load(weights)
     content['state_dict']['decoder.stages.2.fc_reg.bias'].fill_(3e38)
@@ -113,9 +104,7 @@ def test_predictions_that_are_no_numbers(sampling, files, tmp_path, caplog):
 
 
 @pytest.mark.parametrize('content', [b'', b'no image'])
-def test_images_that_cannot_be_read(
-    sampling, files, tmp_path, caplog, content
-):
+def test_images_that_cannot_be_read(files, tmp_path, caplog, content):
     image = tmp_path / 'bad.jpg'
     image.write_bytes(content)
     argv = [*files[:2], str(image), '--out', str(tmp_path)]
@@ -131,16 +120,14 @@ def test_images_that_cannot_be_read(
         (['--score-thr', '0.99'], 'the best has'),
     ],
 )
-def test_numbers_that_do_not_exist(
-    sampling, files, tmp_path, caplog, options, expected
-):
+def test_numbers_that_do_not_exist(files, tmp_path, caplog, options, expected):
     assert sampling.main([*files, '--out', str(tmp_path), *options]) == 1
     assert expected in caplog.text
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('missing', [0, 1, 2])
-def test_missing_files(sampling, files, tmp_path, caplog, missing):
+def test_missing_files(files, tmp_path, caplog, missing):
     files = list(files)
     files[missing] = 'nowhere'
     assert sampling.main([*files, '--out', str(tmp_path)]) == 1
@@ -180,9 +167,7 @@ class Code:
 
 
 @pytest.mark.parametrize('case', REFUSED)
-def test_foreign_files_are_refused(
-    sampling, files, tmp_path, monkeypatch, caplog, case
-):
+def test_foreign_files_are_refused(files, tmp_path, monkeypatch, caplog, case):
     monkeypatch.chdir(tmp_path)
     path = change(files[1], case)
     argv = [files[0], path, files[2], '--out', 'out']
@@ -192,9 +177,7 @@ def test_foreign_files_are_refused(
 
 
 @pytest.mark.parametrize('case', ['compiled', 'without meta'])
-def test_other_forms_of_the_same_weights(
-    sampling, files, tmp_path, monkeypatch, case
-):
+def test_other_forms_of_the_same_weights(files, tmp_path, monkeypatch, case):
     """Class names come from the config where the file has none."""
     monkeypatch.chdir(tmp_path)
     model = sampling.load_model(files[0], change(files[1], case), 'cpu')
@@ -204,7 +187,7 @@ def test_other_forms_of_the_same_weights(
     assert all(have[key].equal(value) for key, value in wanted.items())
 
 
-def test_best_queries_one_an_object(sampling):
+def test_best_queries_one_an_object():
     boxes = np.array(
         [[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [40, 0, 50, 10.0]]
     )
@@ -215,12 +198,12 @@ def test_best_queries_one_an_object(sampling):
         sampling.choose_queries(boxes, scores, 2, 0.95)
 
 
-def test_other_models_are_refused(sampling):
+def test_other_models_are_refused():
     with pytest.raises(sampling.DrawError, match='for AdaMixer'):
         sampling.record(torch.nn.Linear(1, 1), 'a.png')
 
 
-def make_view(sampling, points, box=(40, 10, 60, 30)):
+def make_view(points, box=(40, 10, 60, 30)):
     points = np.array(points, float).reshape(1, 1, -1, 2)
     weights = np.full((*points.shape[:3], 6), 0.1)
     weights[..., 2] = 0.5
@@ -228,22 +211,22 @@ def make_view(sampling, points, box=(40, 10, 60, 30)):
     return sampling.StageView(0, boxes, boxes, ['#0'], points, weights)
 
 
-def test_limits_show_points_outside_up_to_a_margin(sampling):
+def test_limits_show_points_outside_up_to_a_margin():
     import sampling_figure
 
     limits = sampling_figure.view_limits
     size = (100, 50)
-    inside = make_view(sampling, [[50, 20]])
+    inside = make_view([[50, 20]])
     assert limits([inside], size) == (0, 0, 100, 50)
-    outside = make_view(sampling, [[-5, 20], [50, 999]])
+    outside = make_view([[-5, 20], [50, 999]])
     assert limits([inside, outside], size) == (-5, 0, 100, 62)
     assert limits([outside], size, zoom=2) == (30, 0, 70, 40)
 
 
-def test_figure_counts_hidden_points_and_colours_levels(sampling):
+def test_figure_counts_hidden_points_and_colours_levels():
     import sampling_figure
 
-    view = make_view(sampling, [[-5, 20], [50, 999]])
+    view = make_view([[-5, 20], [50, 999]])
     image = np.zeros((50, 100, 3), np.uint8)
     strides = (4, 8, 16, 32, 64, 128)
     figure = sampling_figure.sampling_figure(image, [view], strides, 'x')
@@ -260,7 +243,7 @@ def test_figure_counts_hidden_points_and_colours_levels(sampling):
     sampling.plt.close(figure)
 
 
-def test_wrong_options(sampling):
+def test_wrong_options():
     files = ['c', 'p', 'i', '--out', 'o']
     for wrong in (['--top-k', '0'], ['--zoom', '-1'], ['--columns', '0']):
         with pytest.raises(SystemExit):

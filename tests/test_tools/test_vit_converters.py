@@ -11,11 +11,6 @@ FOLDER = Path(__file__).parents[2] / 'tools' / 'model_converters'
 WIDTH, HEADS, LAYERS, PATCH, HIDDEN = 12, 2, 2, 4, 20
 
 
-@pytest.fixture(autouse=True)
-def _path(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-
 def make_vit(**options):
     from mmpretrain.models import VisionTransformer
 

@@ -9,18 +9,10 @@ from pathlib import Path
 import mmcv
 import numpy as np
 import pytest
+import voc_to_coco as voc
 from PIL import Image
 
 FOLDER = Path(__file__).parents[2] / 'tools' / 'dataset_converters'
-
-
-@pytest.fixture
-def voc(monkeypatch):
-    """The converter as a script sees it."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import voc_to_coco
-
-    return voc_to_coco
 
 
 def write_voc(root, name, boxes, size=(40, 30), stated=None, suffix='.png'):
@@ -42,7 +34,7 @@ def write_voc(root, name, boxes, size=(40, 30), stated=None, suffix='.png'):
     )
 
 
-def run(voc, root, *options):
+def run(root, *options):
     out = root / 'out.json'
     arguments = [root / 'xml', root / 'img', out, *options]
     code = voc.main([str(a) for a in arguments])
@@ -62,27 +54,27 @@ def size_of(coco):
     return info['width'], info['height']
 
 
-def test_boxes_count_pixels_from_one(voc, tmp_path):
+def test_boxes_count_pixels_from_one(tmp_path):
     write_voc(tmp_path, 'a', [('cat', (1, 1, 40, 30), 0)])
     write_voc(tmp_path, 'b', [('ant', (3, 4, 3, 5), 0)])
-    code, coco = run(voc, tmp_path)
+    code, coco = run(tmp_path)
     assert code == 0
     assert boxes_of(coco) == [[0, 0, 40, 30], [2, 3, 1, 2]]
     assert [a['area'] for a in coco['annotations']] == [1200, 2]
     assert [c['name'] for c in coco['categories']] == ['ant', 'cat']
     assert [a['category_id'] for a in coco['annotations']] == [2, 1]
     assert files_of(coco) == ['a.png', 'b.png']
-    _, coco = run(voc, tmp_path, '--zero-based')
+    _, coco = run(tmp_path, '--zero-based')
     assert boxes_of(coco) == [[1, 1, 39, 29]]  # the other has no area
 
 
-def test_the_size_of_the_image_counts(voc, tmp_path, caplog):
+def test_the_size_of_the_image_counts(tmp_path, caplog):
     boxes = [('x', (31, 1, 99, 99), 0), ('x', (9, 9, 5, 20), 0)]
     write_voc(
         tmp_path, 'a', [*boxes, ('x', (50, 1, 60, 9), 0)], (40, 30), (99, 99)
     )
     with caplog.at_level('INFO'):
-        _, coco = run(voc, tmp_path)
+        _, coco = run(tmp_path)
     assert size_of(coco) == (40, 30)
     assert boxes_of(coco) == [[30, 0, 10, 30]]
     assert '1 files state no or a wrong image size' in caplog.text
@@ -92,28 +84,28 @@ def test_the_size_of_the_image_counts(voc, tmp_path, caplog):
 @pytest.mark.parametrize(
     ('mode', 'crowds'), [('ignore', [0, 1]), ('keep', [0, 0]), ('drop', [0])]
 )
-def test_difficult(voc, tmp_path, mode, crowds):
+def test_difficult(tmp_path, mode, crowds):
     write_voc(tmp_path, 'a', [('x', (1, 1, 9, 9), 0), ('x', (1, 1, 8, 8), 1)])
-    _, coco = run(voc, tmp_path, '--difficult', mode)
+    _, coco = run(tmp_path, '--difficult', mode)
     assert [a['iscrowd'] for a in coco['annotations']] == crowds
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-16'])
-def test_split_classes_and_rename(voc, tmp_path, encoding):
+def test_split_classes_and_rename(tmp_path, encoding):
     write_voc(tmp_path, 'a', [('Dog', (1, 1, 9, 9), 0)])
     for name in 'bcd':
         write_voc(tmp_path, name, [])
     split = tmp_path / 'train.txt'
     split.write_text('c 1\nb -1\n\na  1\n', encoding)
     options = ['--classes', 'cat', 'dog', '--rename', 'Dog=dog']
-    code, coco = run(voc, tmp_path, '--split', split, *options)
+    code, coco = run(tmp_path, '--split', split, *options)
     assert code == 0
     assert files_of(coco) == ['c.png', 'a.png']
     assert coco['annotations'][0]['category_id'] == 2
     assert coco['annotations'][0]['image_id'] == coco['images'][1]['id']
 
 
-def test_names_in_a_split(voc, tmp_path):
+def test_names_in_a_split(tmp_path):
     (tmp_path / 'photo 1.xml').touch()
     split = tmp_path / 's.txt'
     split.write_text('photo 1\na b  1\nc.jpg\nd\t-1\n\nc\ne.2\n')
@@ -135,13 +127,13 @@ def test_names_in_a_split(voc, tmp_path):
         ('hex', 'ascii', None),
     ],
 )
-def test_encodings(voc, tmp_path, caplog, stated, encoding, word):
+def test_encodings(tmp_path, caplog, stated, encoding, word):
     write_voc(tmp_path, 'a', [('WORD', (1, 1, 9, 9), 0)])
     xml = tmp_path / 'xml' / 'a.xml'
     text = xml.read_text().replace('WORD', word or '狗'[encoding == 'ascii' :])
     text = f'<?xml version="1.0" encoding="{stated}"?>\n{text}'
     xml.write_bytes(text.encode(encoding))
-    code, coco = run(voc, tmp_path)
+    code, coco = run(tmp_path)
     if word:
         assert [c['name'] for c in coco['categories']] == [word]
     else:
@@ -162,7 +154,7 @@ def test_encodings(voc, tmp_path, caplog, stated, encoding, word):
         (['b.jpg'], '', None),
     ],
 )
-def test_the_image_of_a_file(voc, tmp_path, names, stated, chosen):
+def test_the_image_of_a_file(tmp_path, names, stated, chosen):
     for name in names:
         path = tmp_path / 'img' / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +170,7 @@ def test_the_image_of_a_file(voc, tmp_path, names, stated, chosen):
         assert found.relative_to(folder.root).as_posix() == chosen
 
 
-def test_images_beside_their_xml(voc, tmp_path):
+def test_images_beside_their_xml(tmp_path):
     for part in 'xy':
         write_voc(tmp_path / part, 'a', [(part, (1, 1, 9, 9), 0)])
         (tmp_path / part / 'xml' / 'a.xml').rename(
@@ -190,11 +182,11 @@ def test_images_beside_their_xml(voc, tmp_path):
     assert files_of(coco) == ['x/img/a.png', 'y/img/a.png']
 
 
-def test_images_without_xml_are_told(voc, tmp_path, caplog):
+def test_images_without_xml_are_told(tmp_path, caplog):
     write_voc(tmp_path, 'a', [('x', (1, 1, 9, 9), 0)])
     write_voc(tmp_path, 'b', [])
     (tmp_path / 'xml' / 'b.xml').unlink()
-    assert run(voc, tmp_path)[0] == 0
+    assert run(tmp_path)[0] == 0
     assert '1 images' in caplog.text and 'left out' in caplog.text
 
 
@@ -228,7 +220,7 @@ def save_tagged(path, orientation, size=(40, 30), box=(5, 2, 15, 20)):
     ],
 )
 def test_boxes_on_photos_with_an_orientation(
-    voc, tmp_path, suffix, orientation, stated
+    tmp_path, suffix, orientation, stated
 ):
     """They were drawn on the photo as it is stored."""
     stated = [stated.format(length) for length in (40, 30)]
@@ -236,48 +228,48 @@ def test_boxes_on_photos_with_an_orientation(
     write_voc(tmp_path, 'a', [box], stated=stated, suffix=suffix)
     path = tmp_path / 'img' / f'a{suffix}'
     size, box = save_tagged(path, orientation)
-    _, coco = run(voc, tmp_path)
+    _, coco = run(tmp_path)
     assert size_of(coco) == size
     assert boxes_of(coco) == [box]
 
 
 @pytest.mark.parametrize('orientation', [5, 6, 7, 8])
-def test_boxes_of_the_upright_photo(voc, tmp_path, orientation):
+def test_boxes_of_the_upright_photo(tmp_path, orientation):
     box = ('x', (1, 1, 10, 35), 0)
     write_voc(tmp_path, 'a', [box], stated=(30, 40))
     save_tagged(tmp_path / 'img' / 'a.png', orientation)
-    _, coco = run(voc, tmp_path)
+    _, coco = run(tmp_path)
     assert boxes_of(coco) == [[0, 0, 10, 35]]
 
 
-def test_boxes_turned_unlike_the_loader(voc, tmp_path, caplog):
+def test_boxes_turned_unlike_the_loader(tmp_path, caplog):
     box = ('x', (1, 1, 10, 35), 0)
     write_voc(tmp_path, 'a', [box], stated=(30, 40), suffix='.webp')
     size, _ = save_tagged(tmp_path / 'img' / 'a.webp', 6)
     if size == (30, 40):
         pytest.skip('this OpenCV follows the orientation of WebP files')
-    assert run(voc, tmp_path) == (1, None)
+    assert run(tmp_path) == (1, None)
     assert 'does not turn' in caplog.text and 'a.webp' in caplog.text
 
 
 @pytest.mark.parametrize(('orientation', 'height'), [(3, 30), (6, 40)])
-def test_a_size_that_tells_nothing(voc, tmp_path, caplog, orientation, height):
+def test_a_size_that_tells_nothing(tmp_path, caplog, orientation, height):
     """Of photos turned by half or square ones the boxes are not moved."""
     size = (40, height)
     write_voc(tmp_path, 'a', [('x', (6, 3, 15, 20), 0)], size)
     save_tagged(tmp_path / 'img' / 'a.png', orientation, size)
-    _, coco = run(voc, tmp_path)
+    _, coco = run(tmp_path)
     assert boxes_of(coco) == [[5, 2, 10, 18]]
     assert '1 photos are turned or mirrored' in caplog.text
 
 
-def test_split_of_images(voc, tmp_path):
+def test_split_of_images(tmp_path):
     for i in range(10):
         write_voc(tmp_path, f'a{i}', [('x', (1, 1, 9, 9), 0)])
     options = ['--val-fraction', '0.3', '--val-out', tmp_path / 'val.json']
 
     def names(*more):
-        code, train = run(voc, tmp_path, *options, *more)
+        code, train = run(tmp_path, *options, *more)
         assert code == 0
         val = json.loads((tmp_path / 'val.json').read_text())
         assert train['categories'] == val['categories']
@@ -289,16 +281,16 @@ def test_split_of_images(voc, tmp_path):
     assert names() == (train, val)
     assert names('--seed', '1') != (train, val)
     options[1] = '0.01'
-    assert run(voc, tmp_path, *options)[0] == 1
+    assert run(tmp_path, *options)[0] == 1
     for wrong in (options[:2], [*options, '--val-out', tmp_path / 'out.json']):
         with pytest.raises(SystemExit):
-            run(voc, tmp_path, *wrong)
+            run(tmp_path, *wrong)
 
 
-def test_a_class_without_a_box_is_told(voc, tmp_path, caplog):
+def test_a_class_without_a_box_is_told(tmp_path, caplog):
     write_voc(tmp_path, 'a', [('x', (1, 1, 9, 9), 0)])
     with caplog.at_level('INFO'):
-        run(voc, tmp_path, '--classes', 'x', 'big tree')
+        run(tmp_path, '--classes', 'x', 'big tree')
     assert "1 boxes: 'x' 1, 'big tree' 0" in caplog.text
     assert "no box of ['big tree']" in caplog.text
 
@@ -311,11 +303,11 @@ def test_a_class_without_a_box_is_told(voc, tmp_path, caplog):
         ('</annotation>', '', 'a.xml is not xml'),
     ],
 )
-def test_damaged_files_are_named(voc, tmp_path, caplog, old, new, expected):
+def test_damaged_files_are_named(tmp_path, caplog, old, new, expected):
     write_voc(tmp_path, 'a', [('x', (1, 1, 9, 9), 0)])
     xml = tmp_path / 'xml' / 'a.xml'
     xml.write_text(xml.read_text().replace(old, new))
-    assert run(voc, tmp_path) == (1, None)
+    assert run(tmp_path) == (1, None)
     assert expected in caplog.text
 
 
@@ -334,12 +326,12 @@ def test_damaged_files_are_named(voc, tmp_path, caplog, old, new, expected):
     ],
 )
 def test_errors_name_the_cause(
-    voc, tmp_path, caplog, monkeypatch, change, options, expected
+    tmp_path, caplog, monkeypatch, change, options, expected
 ):
     write_voc(tmp_path, 'a', [('x', (1, 1, 9, 9), 0)])
     monkeypatch.chdir(tmp_path)
     subprocess.run(change, shell=True, check=True)
-    assert run(voc, tmp_path, *options) == (1, None)
+    assert run(tmp_path, *options) == (1, None)
     assert expected in caplog.text
 
 

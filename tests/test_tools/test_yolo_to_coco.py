@@ -1,22 +1,11 @@
 """``yolo_to_coco.py``."""
 
 import json
-from pathlib import Path
 
 import mmcv
 import pytest
+import yolo_to_coco as yolo
 from PIL import Image
-
-FOLDER = Path(__file__).parents[2] / 'tools' / 'dataset_converters'
-
-
-@pytest.fixture
-def yolo(monkeypatch):
-    """Import the converter as a script sees it."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import yolo_to_coco
-
-    return yolo_to_coco
 
 
 def write(root, image, label=None, size=(40, 20), exif=None):
@@ -31,7 +20,7 @@ def write(root, image, label=None, size=(40, 20), exif=None):
         path.write_text(label[1], encoding='utf-8')
 
 
-def run(yolo, root, *options, labels='labels', images='images'):
+def run(root, *options, labels='labels', images='images'):
     out = root / 'out' / 'train.json'
     arguments = [root / labels, root / images, out, *options]
     code = yolo.main([str(a) for a in arguments])
@@ -42,7 +31,7 @@ def names_of(coco):
     return [c['name'] for c in coco['categories']]
 
 
-def test_boxes_and_background(yolo, tmp_path, caplog):
+def test_boxes_and_background(tmp_path, caplog):
     rows = '\ufeff1 0.5 0.5 0.5 0.2\n\n0 0.1 0.9 0.4 0.4 \n1 0.5 0.5 0.5 0.2'
     write(tmp_path, 'images/a.jpg', ('labels/a.txt', rows))
     write(tmp_path, 'images/b.PNG')
@@ -51,7 +40,7 @@ def test_boxes_and_background(yolo, tmp_path, caplog):
     (tmp_path / 'labels' / 'gone.txt').write_text('0 0.5 0.5 1 1')
     (tmp_path / 'labels' / 'classes.txt').write_text('cat\nbig dog\n\n')
     with caplog.at_level('INFO'):
-        code, coco = run(yolo, tmp_path)
+        code, coco = run(tmp_path)
     assert code == 0
     assert names_of(coco) == ['cat', 'big dog']
     files = [i['file_name'] for i in coco['images']]
@@ -74,23 +63,23 @@ def test_boxes_and_background(yolo, tmp_path, caplog):
         ('all', 'all', 'all/x/a.b.jpg', 'all/x/a.b.txt', 'x/a.b.jpg'),
     ],
 )
-def test_layouts(yolo, tmp_path, images, labels, image, label, file_name):
+def test_layouts(tmp_path, images, labels, image, label, file_name):
     write(tmp_path, image, (label, '0 0.5 0.5 0.5 0.5'))
     (tmp_path / 'data.yaml').write_text('names: [cat]\nnc: 1\n')
-    code, coco = run(yolo, tmp_path, images=images, labels=labels)
+    code, coco = run(tmp_path, images=images, labels=labels)
     assert code == 0
     assert [i['file_name'] for i in coco['images']] == [file_name]
     assert len(coco['annotations']) == 1
 
 
-def test_same_names_in_two_folders(yolo, tmp_path):
+def test_same_names_in_two_folders(tmp_path):
     for part in ('x', 'y'):
         row = '0 0.5 0.5 0.5 0.5\n' * (part == 'y')
         write(tmp_path, f'images/{part}/a.jpg', (f'labels/{part}/a.txt', row))
-    _, coco = run(yolo, tmp_path, '--classes', 'cat')
+    _, coco = run(tmp_path, '--classes', 'cat')
     assert [a['image_id'] for a in coco['annotations']] == [2]
     write(tmp_path, 'images/x/a.png')
-    assert run(yolo, tmp_path, '--classes', 'cat')[0] == 1
+    assert run(tmp_path, '--classes', 'cat')[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -111,7 +100,7 @@ def test_same_names_in_two_folders(yolo, tmp_path):
         ('names: [', 'not yaml'),
     ],
 )
-def test_names_in_yaml(yolo, tmp_path, text, expected):
+def test_names_in_yaml(tmp_path, text, expected):
     path = tmp_path / 'data.yaml'
     path.write_text(text, 'utf-8')
     if isinstance(expected, list):
@@ -134,7 +123,7 @@ def test_names_in_yaml(yolo, tmp_path, text, expected):
         ('data.yaml', 'gbk', False),
     ],
 )
-def test_encodings(yolo, tmp_path, file, encoding, read):
+def test_encodings(tmp_path, file, encoding, read):
     path = tmp_path / file
     text = 'names: [狗, a]' if file == 'data.yaml' else '狗\na\n'
     path.write_bytes(text.encode(encoding))
@@ -146,7 +135,7 @@ def test_encodings(yolo, tmp_path, file, encoding, read):
 
 
 @pytest.mark.parametrize('text', ['cat\n\ndog\n', ''])
-def test_names_with_a_gap(yolo, tmp_path, text):
+def test_names_with_a_gap(tmp_path, text):
     """An empty line would move all numbers behind it."""
     path = tmp_path / 'classes.txt'
     path.write_text(text)
@@ -169,19 +158,19 @@ def test_names_with_a_gap(yolo, tmp_path, text):
         ('cat 0.5 0.5 0.5 0.5', "'cat'"),
     ],
 )
-def test_wrong_rows_are_named(yolo, tmp_path, caplog, row, expected):
+def test_wrong_rows_are_named(tmp_path, caplog, row, expected):
     text = f'0 0.5 0.5 0.5 0.5\n\n{row}\n'
     write(tmp_path, 'images/a.jpg', ('labels/a.txt', text))
-    code, coco = run(yolo, tmp_path, '--classes', 'cat', 'dog')
+    code, coco = run(tmp_path, '--classes', 'cat', 'dog')
     assert code == 1 and coco is None
     assert expected in caplog.text
     assert 'a.txt, line 3' in caplog.text
 
 
-def test_polygons(yolo, tmp_path):
+def test_polygons(tmp_path):
     text = '0 0.1 0.2 0.5 0.1 0.3 0.5\n0 0.5 0.5 0.5 0.5'
     write(tmp_path, 'images/a.jpg', ('labels/a.txt', text))
-    _, coco = run(yolo, tmp_path, '--classes', 'cat', '--polygons')
+    _, coco = run(tmp_path, '--classes', 'cat', '--polygons')
     boxes = [a['bbox'] for a in coco['annotations']]
     assert boxes == [[4, 2, 16, 8], [10, 5, 20, 10]]
 
@@ -190,15 +179,13 @@ def test_polygons(yolo, tmp_path):
     ('suffix', 'orientation'),
     [('.jpg', 8), ('.jpg', 3), ('.png', 9), ('.tif', 6), ('.webp', 6)],
 )
-def test_photos_with_an_orientation(
-    yolo, tmp_path, caplog, suffix, orientation
-):
+def test_photos_with_an_orientation(tmp_path, caplog, suffix, orientation):
     """Boxes are fractions of the photo as the image loader shows it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     label = ('labels/a.txt', '0 0.5 0.5 0.5 0.5')
     write(tmp_path, f'images/a{suffix}', label, exif=exif)
-    _, coco = run(yolo, tmp_path, '--classes', 'cat')
+    _, coco = run(tmp_path, '--classes', 'cat')
     image = mmcv.imread(str(tmp_path / 'images' / f'a{suffix}'))
     height, width = image.shape[:2]
     info = coco['images'][0]
@@ -208,24 +195,24 @@ def test_photos_with_an_orientation(
     assert ('EXIF orientation' in caplog.text) == (orientation != 9)
 
 
-def test_split_file(yolo, tmp_path, caplog):
+def test_split_file(tmp_path, caplog):
     for name in ('a', 'b', 'c', 'd e'):
         label = (f'labels/{name}.txt', '0 0.5 0.5 0.5 0.5')
         write(tmp_path, f'images/{name}.jpg', label)
     split = tmp_path / 'train.txt'
     split.write_text('data/images/c.jpg\na\n\nimages\\d e.jpg\nc\n')
     options = ['--classes', 'cat', '--split', split]
-    code, coco = run(yolo, tmp_path, *options)
+    code, coco = run(tmp_path, *options)
     assert code == 0
     files = [i['file_name'] for i in coco['images']]
     assert files == ['c.jpg', 'a.jpg', 'd e.jpg']
     assert 'no image' not in caplog.text
     split.write_text('z.jpg')
-    assert run(yolo, tmp_path, *options)[0] == 1
+    assert run(tmp_path, *options)[0] == 1
     assert 'z.jpg fits 0 images' in caplog.text
 
 
-def test_split_file_with_folders(yolo, tmp_path):
+def test_split_file_with_folders(tmp_path):
     for name in ('x/a.JPG', 'y/a.jpg', 'y/b.jpg', 'y/b.png'):
         write(tmp_path, f'images/{name}')
     folder = yolo.ImageFolder(tmp_path / 'images')
@@ -236,13 +223,13 @@ def test_split_file_with_folders(yolo, tmp_path):
     assert names == ['x/a.JPG', 'y/a.jpg', 'y/b.png']
 
 
-def test_split_by_share(yolo, tmp_path):
+def test_split_by_share(tmp_path):
     for name in 'abcd':
         label = (f'labels/{name}.txt', '0 0.5 0.5 0.5 0.5')
         write(tmp_path, f'images/{name}.jpg', label)
     val = tmp_path / 'val.json'
     options = ['--val-fraction', '0.25', '--val-out', val]
-    code, train = run(yolo, tmp_path, '--classes', 'cat', *options)
+    code, train = run(tmp_path, '--classes', 'cat', *options)
     assert code == 0 and len(train['images']) == 3
     assert len(json.loads(val.read_text())['images']) == 1
 
@@ -255,17 +242,17 @@ def test_split_by_share(yolo, tmp_path):
         ('other labels', 'has a label file'),
     ],
 )
-def test_wrong_folders(yolo, tmp_path, caplog, case, expected):
+def test_wrong_folders(tmp_path, caplog, case, expected):
     write(tmp_path, 'images/a.jpg', ('labels/a.txt', '0 0.5 0.5 0.5 0.5'))
     options = [] if case == 'names' else ['--classes', 'cat']
     if case == 'labels':
         (tmp_path / 'labels').rename(tmp_path / 'other')
     elif case == 'other labels':
         (tmp_path / 'labels' / 'a.txt').rename(tmp_path / 'labels' / 'b.txt')
-    assert run(yolo, tmp_path, *options) == (1, None)
+    assert run(tmp_path, *options) == (1, None)
     assert expected in caplog.text
 
 
-def test_one_source_of_names(yolo, tmp_path):
+def test_one_source_of_names(tmp_path):
     with pytest.raises(SystemExit):
-        run(yolo, tmp_path, '--classes', 'cat', '--names', 'data.yaml')
+        run(tmp_path, '--classes', 'cat', '--names', 'data.yaml')

@@ -1,7 +1,5 @@
 """Small models that merge, and files of them, for tests of the tool."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +13,6 @@ from lors_plugin.reparam.structure import (
     build_base,
 )
 
-TOOLS = Path(__file__).resolve().parents[3] / 'tools'
 ARCH = dict(embed_dims=24, num_layers=2, num_heads=2, feedforward_channels=48)
 VIT = dict(
     type='VisionTransformer', img_size=32, patch_size=16, arch=ARCH,
@@ -205,15 +202,3 @@ def make(name, folder, content=None):
 def hosts():
     """Names and configs of small models, and what writes files of them."""
     return SimpleNamespace(configs=HOSTS, make=make)
-
-
-@pytest.fixture(scope='session')
-def reparam():
-    """The tool, imported as its directory sees it."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        import reparam
-
-        yield reparam
-    finally:
-        sys.path.remove(str(TOOLS))

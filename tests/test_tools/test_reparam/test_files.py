@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import reparam
 import torch
 
 from lors_plugin.checkpoints.files import checkpoint_writer
@@ -18,7 +19,7 @@ def folder(hosts, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(reparam, folder):
+def run(folder):
     """Run the tool fast; a list of its outputs."""
 
     def make(*argv):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import reparam
 import torch
 from mmengine.config import Config
 
@@ -70,7 +71,7 @@ assert 'lors_plugin' not in sys.modules
 
 
 @pytest.fixture(scope='module')
-def merged(reparam, hosts, tmp_path_factory):
+def merged(hosts, tmp_path_factory):
     """All hosts by the tool; directory, trained models and their outputs."""
     root = tmp_path_factory.mktemp('merged')
     inputs, outputs = {}, {}
@@ -130,7 +131,7 @@ def test_what_is_kept_and_what_is_not(merged, name):
         assert evaluator == dict(metric='bbox', ann_file='a.json')
 
 
-def test_adapter_files_in_turn(reparam, hosts, tmp_path, capsys):
+def test_adapter_files_in_turn(hosts, tmp_path, capsys):
     folders = []
     for task in ('a', 'b'):
         folder = tmp_path / task

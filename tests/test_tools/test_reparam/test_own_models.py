@@ -3,6 +3,7 @@
 import mmcv
 import numpy as np
 import pytest
+import reparam
 import torch
 from mmengine.config import Config
 
@@ -14,7 +15,7 @@ ROWS = [[[3, 16, 16, 0, 1]], [[3, 48, 24, 0.25, 2], [3, 48, 24, 0, 1]]]
 
 
 @pytest.fixture
-def run(reparam, hosts, tmp_path):
+def run(hosts, tmp_path):
     """Make, merge and build again: config, plain model, its file."""
 
     def make(content, *argv):
