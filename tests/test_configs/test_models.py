@@ -20,6 +20,7 @@ PUBLISHED = dict(
         'adamixer_r50-g2-p64_8xb2-1x_coco',
         'adamixer_r50_300-queries_8xb2-1x_coco',
         'adamixer_r50_8xb2-ms-480-800-3x_coco',
+        'adamixer_r101_8xb2-ms-480-800-3x_coco',
         'adamixer_r50_300-queries_8xb2-ms-480-800-3x_coco',
         f'adamixer_r50_{CROP}',
         f'adamixer_r50_300-queries_{CROP}',
