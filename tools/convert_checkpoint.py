@@ -4,6 +4,11 @@ Class names and other meta data are kept, averaged (EMA) weights are taken
 where there are any, optimizer state is dropped. Keys that are unknown or
 missing are listed and nothing is written.
 
+With --to-lors CONFIG a trained AdaMixer, of the original program or of this
+package, becomes the LORS-AdaMixer of that config: shared weights and low-rank
+parts are fitted to its mixing, all else is taken over. Train it some epochs
+more: load_from=DST.
+
 Files of MMCV's EMAHook hold two sets of weights and do not say which are the
 averages. By its defaults they are the buffers `ema_*`, which are taken; where
 it ran before the checkpoint was written (a priority above the usual one, as
@@ -47,12 +52,32 @@ def parse_args(argv=None):
         'but the only check of one that is neither ResNet(XT) nor Swin',
     )
     parser.add_argument(
+        '--to-lors',
+        metavar='CONFIG',
+        help='fit a LORS-AdaMixer to an AdaMixer: the config of the former, '
+        'with as many groups and points as SRC has',
+    )
+    parser.add_argument(
+        '--images',
+        type=int,
+        default=100,
+        metavar='N',
+        help='with --to-lors: images of its training data on which the '
+        'queries of each stage are recorded; 0 needs no data and fits to the '
+        'norm in front of the mixing (default: %(default)s)',
+    )
+    parser.add_argument(
         '--trust',
         action='store_true',
         help='allow SRC to run code of its own while it is read; only for '
         'files from people you trust',
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.to_lors and (args.reverse or args.config):
+        parser.error('--to-lors goes with neither --reverse nor --config')
+    if args.images < 0:
+        parser.error(f'--images {args.images} must not be negative')
+    return args
 
 
 def check_fits(state, path):
@@ -108,6 +133,55 @@ def check_backbone(state, config):
         )
 
 
+def fit_lors(state, args):
+    """Fit the model of a config to an AdaMixer; return weights, a table."""
+    from lors_plugin.adamixer import LORSAdaMixerDecoder, to_lors
+    from lors_plugin.build import build_model, load_config
+    from lors_plugin.checkpoints import ConversionError
+    from lors_plugin.utils import text_table
+
+    cfg = load_config(args.to_lors)
+    target = build_model(cfg)
+    decoder = getattr(target, 'decoder', None)
+    if not isinstance(decoder, LORSAdaMixerDecoder):
+        raise ConversionError(f'{args.to_lors} has no LORSAdaMixerDecoder')
+    source = build_model(dict(cfg, model=adamixer_of(cfg.model, decoder)))
+    try:
+        source.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConversionError(
+            f'{args.src} is no AdaMixer of the sizes of {args.to_lors} '
+            f'(num_groups, in_points, out_points, num_stages ...): {error}'
+        ) from error
+    batches = ()
+    if args.images:
+        from mmengine.registry import DefaultScope
+        from mmengine.runner import Runner
+
+        scope = cfg.get('default_scope', 'mmdet')
+        with DefaultScope.overwrite_default_scope(scope):
+            batches = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    errors = to_lors(source, target, batches, args.images)
+    rows = [('stage', 'channel', 'spatial', 'projection')]
+    for number, error in enumerate(errors):
+        values = error.channel, error.spatial, error.projection
+        rows.append((number, *(f'{100 * value:.1f} %' for value in values)))
+    return target.state_dict(), text_table(rows, '>')
+
+
+def adamixer_of(model, decoder):
+    """Config of the AdaMixer that has the sizes of a LORS-AdaMixer."""
+    from lors_plugin.adamixer.decoder import LORS_OPTIONS
+
+    options = {k: v for k, v in model.decoder.items() if k not in LORS_OPTIONS}
+    options.update(
+        type='lors_plugin.AdaMixerDecoder',
+        num_groups=decoder.num_groups,
+        in_points=decoder.in_points,
+    )
+    return dict(model, decoder=options)
+
+
 def meta_of(content, reverse):
     """Meta data, with class names where the old framework looks for them."""
     meta = dict(content.get('meta') or {})
@@ -122,7 +196,9 @@ def meta_of(content, reverse):
 def convert(args):
     """Do what the arguments say; return a sentence about it."""
     from lors_plugin.checkpoints import (
+        ConversionError,
         guess_source,
+        is_converted,
         load_checkpoint_file,
         save_checkpoint_file,
         to_lors_plugin,
@@ -135,6 +211,23 @@ def convert(args):
     source = args.source
     if source == 'auto':
         source = guess_source(state)
+    if args.to_lors:
+        if source != 'adamixer':
+            raise ConversionError(
+                f'{args.src} is no AdaMixer ({source}); --to-lors takes one'
+            )
+        if not is_converted(state, source):
+            state = to_lors_plugin(state, source)
+        fitted, table = fit_lors(state, args)
+        save_checkpoint_file(
+            dict(meta=meta_of(content, False), state_dict=fitted), args.dst
+        )
+        return (
+            f'relative errors of the fit, stage by stage:\n{table}\n'
+            f'LORS fitted to AdaMixer: {args.dst}\nTrain it some epochs '
+            f'more: tools/train.py {args.to_lors} --cfg-options '
+            f'load_from={args.dst}'
+        )
     check_direction(state, source, args)
     if source != 'parameternet':
         check_backbone(state, args.config)
@@ -153,11 +246,10 @@ def convert(args):
 def main(argv=None):
     """Convert one file."""
     args = parse_args(argv)
-    from lors_plugin.checkpoints import ConversionError
 
     try:
         print(convert(args))
-    except (ConversionError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f'error: {error}\nnothing was written\n')
         return 1
     return 0

@@ -15,6 +15,7 @@ from .query_generator import InitialQueryGenerator
 from .sampling import AdaptiveSampling3D
 from .self_attention import BoxSelfAttention
 from .stage import AdaMixerStage
+from .to_lors import to_lors
 
 __all__ = [
     'AdaMixer',
@@ -28,4 +29,5 @@ __all__ = [
     'LORSAdaptiveMixing',
     'SetCriterion',
     'SharedNormChannelMapping',
+    'to_lors',
 ]

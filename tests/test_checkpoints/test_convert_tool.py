@@ -6,6 +6,7 @@ import sys
 import convert_checkpoint
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from torch.testing import assert_close
 
@@ -190,3 +191,48 @@ def test_parameternet(tool, goldens, tmp_path, capsys):
     content = torch.load(back, weights_only=True)['state_dict']
     assert_close(content, released, rtol=0, atol=0)
     assert tool(src, dst, '--source', 'lors') == 1
+
+
+@pytest.fixture
+def lors_config(tiny_config, tmp_path):
+    """A LORS-AdaMixer of the sizes of the tiny AdaMixer."""
+    path = tmp_path / 'lors.py'
+    sizes = dict(num_groups=2, in_points=4)
+    model = tiny_config('lors', decoder=sizes)
+    path.write_text(f"default_scope = 'mmdet'\nmodel = {model!r}")
+    return path
+
+
+def test_an_adamixer_becomes_lors(
+    tool, tiny_detector, build, lors_config, tmp_path, capsys
+):
+    src, dst = tmp_path / 'src.pth', tmp_path / 'dst.pth'
+    state = tiny_detector('adamixer').state_dict()
+    meta = dict(dataset_meta=dict(classes=('tree', 'house', 'car')), epoch=3)
+    torch.save(dict(meta=meta, state_dict=state), src)
+    assert tool(src, dst, '--to-lors', lors_config, '--images', 0) == 0
+    out = capsys.readouterr().out
+    assert 'stage  channel  spatial  projection' in out
+    assert f'load_from={dst}' in out
+    content = torch.load(dst, weights_only=True)
+    assert content['meta'] == meta
+    build(Config.fromfile(lors_config).model).load_state_dict(
+        content['state_dict']
+    )
+
+
+def test_only_an_adamixer_of_the_sizes_becomes_lors(
+    tool, tiny_detector, lors_config, tmp_path, capsys
+):
+    src, dst = tmp_path / 'src.pth', tmp_path / 'dst.pth'
+    for detector, message in (
+        (tiny_detector('lors'), 'src.pth is no AdaMixer (lors)'),
+        (
+            tiny_detector('adamixer', decoder=dict(in_points=8)),
+            'no AdaMixer of the sizes of',
+        ),
+    ):
+        torch.save(dict(state_dict=detector.state_dict()), src)
+        assert tool(src, dst, '--to-lors', lors_config, '--images', 0) == 1
+        assert message in capsys.readouterr().err
+        assert not dst.exists()

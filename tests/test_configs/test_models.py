@@ -20,6 +20,7 @@ PUBLISHED = dict(
         'adamixer_r50-g2-p64_8xb2-1x_coco',
         'adamixer_r50_300-queries_8xb2-1x_coco',
         'adamixer_r50_8xb2-ms-480-800-3x_coco',
+        'adamixer_r101_8xb2-ms-480-800-3x_coco',
         'adamixer_r50_300-queries_8xb2-ms-480-800-3x_coco',
         f'adamixer_r50_{CROP}',
         f'adamixer_r50_300-queries_{CROP}',
@@ -30,6 +31,7 @@ PUBLISHED = dict(
     lors_adamixer=[
         'lors-adamixer_r50_8xb2-1x_coco',
         'lors-adamixer_r50_300-queries_8xb2-1x_coco',
+        'lors-adamixer_r50-g4-p32_8xb2-1x_coco',
         f'lors-adamixer_r50_{CROP}',
         f'lors-adamixer_r50_300-queries_{CROP}',
         f'lors-adamixer_r101_300-queries_{CROP}',
@@ -140,9 +142,10 @@ def test_published_model(coco_path, load_config, full_size):
     name = re.sub(r'-g\d+-p\d+$', '', parts[1])
     for option, value in BACKBONES[name].items():
         assert config.model.backbone[option] == value
-    groups, points = 4, 32
-    if stem.startswith('lors-') or '-g2-p64' in stem:
-        groups, points = 2, 64
+    groups, points = (2, 64) if stem.startswith('lors-') else (4, 32)
+    named = re.search(r'-g(\d+)-p(\d+)_', stem)
+    if named:
+        groups, points = map(int, named.groups())
     assert decoder.num_stages == 6
     assert decoder.num_groups == [groups] * 6
     assert decoder.in_points == [points] * 6

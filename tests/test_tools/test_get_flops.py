@@ -53,6 +53,18 @@ def test_tables_are_what_the_command_writes(readme, known):
     assert get_flops.with_tables(text, Path(readme), known) == text
 
 
+def test_weights_per_stage_are_those_of_the_paper():
+    """LORS, table 1: the output projection with a private rank of 8."""
+    folder = ROOT / 'configs'
+    rows = get_flops.stages_table(
+        folder / 'lors_adamixer' / 'lors-adamixer_r50_8xb2-1x_coco.py',
+        folder / 'adamixer' / 'adamixer_r50-g2-p64_8xb2-1x_coco.py',
+    )
+    assert [row[0] for row in rows[1:]] == ['1', '2', '3', '6', '12', '24']
+    shares = [float(row[4].rstrip('%')) for row in rows[1:]]
+    assert shares == pytest.approx([103, 53, 36.5, 19.8, 11.5, 7.3], abs=0.2)
+
+
 def run(capsys, *argv, code=0):
     assert get_flops.main([str(arg) for arg in argv]) == code
     captured = capsys.readouterr()

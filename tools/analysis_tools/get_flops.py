@@ -11,6 +11,9 @@ Tables in READMEs stand between marks, with paths relative to the README:
 
     <!-- get_flops: models *_coco.py -->                  a row per config
     <!-- get_flops: parts a_coco.py ../other/b_coco.py -->  a row per part
+    <!-- get_flops: stages a_coco.py ../other/b_coco.py -->
+                                     a row per number of stages, as table 1 of
+                                     LORS; the second config is AdaMixer's
     <!-- get_flops: end -->
 
 Exit code 2 means a mistake in the command or the config, 1 a README whose
@@ -33,18 +36,20 @@ from lors_plugin.analysis import (
     count_config,
     test_shape,
 )
-from lors_plugin.build import load_config
+from lors_plugin.analysis.weightless import EmptyWeights
+from lors_plugin.build import build_model, load_config
 from lors_plugin.utils import text_table
 
 EXIT_DIFFERENT = 1
 EXIT_USER_ERROR = 2
 MEGA, GIGA = 1e6, 1e9
 TABLE = re.compile(
-    r'(<!-- get_flops: (models|parts) (.+?) -->\n)(.*?)'
+    r'(<!-- get_flops: (models|parts|stages) (.+?) -->\n)(.*?)'
     r'(<!-- get_flops: end -->)',
     re.DOTALL,
 )
 MARK = re.compile(r'<!-- get_flops: (?!end)')
+STAGES = (1, 2, 3, 6, 12, 24)
 # In the order in which a query passes through them.
 PARTS = (
     'backbone',
@@ -236,19 +241,23 @@ def with_tables(text, readme, known):
     if len(MARK.findall(text)) != len(TABLE.findall(text)):
         raise ValueError(
             f'{readme}: a mark "<!-- get_flops: ... -->" has no kind '
-            '("models" or "parts"), no config or no end'
+            '("models", "parts" or "stages"), no config or no end'
         )
 
     def replace(match):
         begin, kind, patterns, _, end = match.groups()
-        results = {}
+        configs = []
         for pattern in patterns.split():
             paths = sorted(readme.parent.glob(pattern))
             if not paths:
                 raise ValueError(f'{readme}: no config is named {pattern}')
-            results.update({path: count(path, known) for path in paths})
-        make = models_table if kind == 'models' else parts_table
-        head, *rows = make(results)
+            configs += paths
+        if kind == 'stages':
+            head, *rows = stages_table(*configs)
+        else:
+            results = {path: count(path, known) for path in configs}
+            make = models_table if kind == 'models' else parts_table
+            head, *rows = make(results)
         lines = [f'| {" | ".join(row)} |' for row in (head, *rows)]
         lines.insert(1, '|---' + '|--:' * (len(head) - 1) + '|')
         return begin + '\n'.join(lines) + '\n' + end
@@ -315,6 +324,33 @@ def parts_table(results):
         cells = [counts.within(prefix) for counts in columns]
         rows.append(part_row(f'**{title}**', cells))
     return [*rows, part_row('**all**', [counts.total for counts in columns])]
+
+
+def stages_table(lors, adamixer):
+    """Make a row per number of stages: weights of the mixing per stage."""
+    rows = [
+        ('stages', 'generated matrices, per stage', "of AdaMixer's",
+         'output projection, per stage', "of AdaMixer's")
+    ]  # fmt: skip
+    full = mixing_weights(adamixer, 1)
+    for number in STAGES:
+        row = [str(number)]
+        for shared, own in zip(mixing_weights(lors, number), full):
+            row += [millions(shared / number), f'{shared / number / own:.1%}']
+        rows.append(row)
+    return rows
+
+
+def mixing_weights(path, stages):
+    """Count weights of generators and of output projections, no biases."""
+    options = {'model.decoder.num_stages': stages}
+    with EmptyWeights():
+        decoder = build_model(load_config(path, options)).decoder
+    counts = [0, 0]
+    for name, param in decoder.mixing.named_parameters():
+        if 'bias' not in name:
+            counts['out_proj' in name] += param.numel()
+    return counts
 
 
 def part_row(title, parts):
