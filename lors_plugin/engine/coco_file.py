@@ -8,14 +8,23 @@ epoch. :func:`inspect` follows the rules of
 
 import json
 import math
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-IMAGE_FIELDS = ('id', 'file_name', 'width', 'height')
-ID_FIELDS = ('id', 'image_id', 'category_id')
+
+def how_to_repair(path: Path, classes: Sequence[str] = ()) -> str:
+    """Return a sentence with the command that repairs a file."""
+    mended = path.with_name(f'{path.stem}_repaired.json')
+    command = [path, mended, *(['--classes', *classes] if classes else ())]
+    return (
+        'This writes a repaired file, if the lack can be made up for:\n'
+        '  python tools/dataset_converters/repair_coco.py '
+        + shlex.join(map(str, command))
+    )
 
 
 class Tally(dict):
@@ -46,7 +55,7 @@ def read_json(path: str | Path) -> Any:
     if data.startswith((b'\xef\xbb\xbf', b'\xff\xfe', b'\xfe\xff')):
         raise ValueError(
             f'{path} starts with a byte order mark, which MMDetection cannot '
-            'read; save it as UTF-8 without one'
+            f'read.\n{how_to_repair(Path(path))}'
         )
     try:
         return json.loads(data.decode('utf-8'))
@@ -131,51 +140,96 @@ def is_number(value: Any) -> bool:
     return -1e15 < value < 1e15  # false for NaN
 
 
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
 def _is_id(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
-def _entries(
-    content: dict, key: str, report: Report, required: bool
-) -> list[dict]:
-    """Return the objects in a list of the file; faults for all else."""
-    found = content.get(key)
-    if found is None and not required:
-        return []
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ''
+
+
+def _is_box(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(map(is_number, value))
+    )
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value in (0, 1)
+
+
+# Fields that the loader or a metric reads: how each is tested, and what it
+# has to be.
+_ID = (_is_id, 'a number or a text')
+RULES = dict(
+    images=dict(
+        id=_ID,
+        file_name=(_is_text, 'a text'),
+        width=(_is_positive, 'a positive number'),
+        height=(_is_positive, 'a positive number'),
+    ),
+    categories=dict(id=_ID, name=(_is_text, 'a text')),
+    annotations=dict(
+        id=_ID,
+        image_id=_ID,
+        category_id=_ID,
+        bbox=(_is_box, 'four finite numbers'),
+        area=(is_number, 'a finite number'),
+        iscrowd=(_is_flag, '0 or 1'),
+    ),
+)
+# Of an annotation with `ignore` set, the loader reads no more than these.
+IGNORED_RULES = {key: _ID for key in ('id', 'image_id', 'category_id')}
+
+
+def _entries(content: dict, part: str, faults: Tally) -> list[dict]:
+    """Return the objects of a list in the file; check their fields."""
+    found = content.get(part, [] if part == 'annotations' else None)
     if not isinstance(found, list):
         what = 'nothing' if found is None else f'a {type(found).__name__}'
-        report.faults.add(f'missing list `{key}`', f'found {what}')
+        faults.add(f'missing list `{part}`', f'found {what}')
         return []
-    if required and not found:
-        report.faults.add(f'empty list `{key}`', 'found no entry')
+    if not found and part != 'annotations':
+        faults.add(f'empty list `{part}`', 'found no entry')
+    entries, seen = [], {}
     for number, entry in enumerate(found, 1):
+        place = f'no. {number}'
         if not isinstance(entry, dict):
-            report.faults.add(f'of `{key}` are no objects', f'no. {number}')
-    return [entry for entry in found if isinstance(entry, dict)]
-
-
-def _check_ids(entries: Iterable[dict], kind: str, report: Report) -> set:
-    """Check that the ids are there, usable and unique; return them."""
-    seen = {}
-    for number, entry in enumerate(entries, 1):
-        value = entry.get('id')
-        name = entry.get('file_name', entry.get('name', f'no. {number}'))
-        if 'id' not in entry:
-            report.faults.add(f'{kind} without `id`', name)
-        elif not _is_id(value):
-            report.faults.add(
-                f'{kind} whose `id` is neither a number nor a text', name
-            )
-        elif value in seen:
-            report.faults.add(
-                f'{kind} with an id that another has',
-                f'id {value!r} twice, of {seen[value]} and {name}',
-            )
+            faults.add(f'of `{part}` are no objects', place)
+            continue
+        entries.append(entry)
+        rules = RULES[part]
+        if part == 'annotations':
+            name = f'annotation {entry["id"]}' if 'id' in entry else place
+            rules = IGNORED_RULES if entry.get('ignore') else rules
         else:
-            seen[value] = name
-    return set(seen)
+            name = entry.get('file_name' if part == 'images' else 'name')
+            name = place = name if _is_text(name) else place
+        for key, (is_right, what) in rules.items():
+            if key not in entry:
+                if key != 'iscrowd':  # as 0
+                    faults.add(f'{part} without `{key}`', name)
+            elif not is_right(entry[key]):
+                faults.add(
+                    f'{part} whose `{key}` is not {what}',
+                    f'{name}: {entry[key]!r:.60}',
+                )
+            elif key == 'id':
+                first = seen.setdefault(entry['id'], place)
+                if first is not place:
+                    faults.add(
+                        f'{part} with an id that another has',
+                        f'id {entry["id"]!r} twice, of {first} and {place}',
+                    )
+    return entries
 
 
 def inspect(
@@ -203,86 +257,14 @@ def inspect(
             f'it is a {type(content).__name__}',
         )
         return report
-    images = _entries(content, 'images', report, True)
-    categories = _entries(content, 'categories', report, True)
-    annotations = _entries(content, 'annotations', report, False)
-    report.image_ids = _check_ids(images, 'images', report)
-    _check_ids(categories, 'categories', report)
-    _check_ids(annotations, 'annotations', report)
-    for number, category in enumerate(categories, 1):
-        if not isinstance(category.get('name'), str):
-            report.faults.add('categories without a `name`', f'no. {number}')
-    _check_images(images, report)
-    for number, annotation in enumerate(annotations, 1):
-        name = f'annotation {annotation.get("id", f"no. {number}")}'
-        _check_annotation(annotation, name, report)
+    lists = [_entries(content, part, report.faults) for part in RULES]
+    images, categories, annotations = lists
     report.boxes = len(annotations)
-    if report.faults:
-        return report
-    _check_units(annotations, report)
-    _count(images, categories, annotations, classes, filter_cfg, report)
+    if not report.faults:
+        _check_units(annotations, report)
+    if not report.faults:
+        _count(images, categories, annotations, classes, filter_cfg, report)
     return report
-
-
-def _check_images(images: list[dict], report: Report) -> None:
-    names = set()
-    for number, image in enumerate(images, 1):
-        name = image.get('file_name')
-        if not isinstance(name, str) or not name:
-            report.faults.add('images without `file_name`', f'no. {number}')
-            continue
-        if name in names:
-            report.odd.add('images of a file that another names', name)
-        names.add(name)
-        for key in ('width', 'height'):
-            value = image.get(key)
-            if key not in image:
-                report.faults.add(f'images without `{key}`', name)
-            elif not is_number(value) or value <= 0:
-                report.faults.add(
-                    f'images whose `{key}` is not a positive number',
-                    f'{name}: {value!r:.40}',
-                )
-
-
-def _check_annotation(annotation: dict, name: str, report: Report) -> None:
-    """Count what the loader, or a metric, cannot read."""
-    for key in ('image_id', 'category_id'):
-        if key not in annotation:
-            report.faults.add(f'annotations without `{key}`', name)
-        elif not _is_id(annotation[key]):
-            report.faults.add(
-                f'annotations whose `{key}` is neither a number nor a text',
-                f'{name}: {annotation[key]!r:.40}',
-            )
-    if annotation.get('ignore'):
-        return  # the loader does not read more of it
-    box = annotation.get('bbox')
-    if 'bbox' not in annotation:
-        report.faults.add('annotations without `bbox`', name)
-    elif (
-        not isinstance(box, list)
-        or len(box) != 4
-        or not all(map(is_number, box))
-    ):
-        report.faults.add(
-            'annotations whose `bbox` is not four finite numbers',
-            f'{name}: {box!r:.60}',
-        )
-    area = annotation.get('area')
-    if 'area' not in annotation:
-        report.faults.add('annotations without `area`', name)
-    elif not is_number(area):
-        report.faults.add(
-            'annotations whose `area` is not a finite number',
-            f'{name}: {area!r:.40}',
-        )
-    crowd = annotation.get('iscrowd', 0)
-    if isinstance(crowd, (str, list, dict)) or crowd not in (0, 1):
-        report.faults.add(
-            'annotations whose `iscrowd` is neither 0 nor 1',
-            f'{name}: {crowd!r:.40}',
-        )
 
 
 def _check_units(annotations: list[dict], report: Report) -> None:
@@ -306,10 +288,14 @@ def _count(
     report: Report,
 ) -> None:
     """Count boxes and images by the rules of ``CocoDataset``."""
+    for name, count in Counter(i['file_name'] for i in images).items():
+        for _ in range(count - 1):
+            report.odd.add('images of a file that another names', name)
     names = {c['id']: c['name'] for c in categories}
     wanted = set(names.values() if classes is None else classes)
     in_use = {key for key, name in names.items() if name in wanted}
     sizes = {i['id']: (i['width'], i['height']) for i in images}
+    report.image_ids = set(sizes)
     filter_cfg = filter_cfg or {}
     min_size = filter_cfg.get('min_size', 0)
     left = {key for key, size in sizes.items() if min(size) >= min_size}

@@ -8,9 +8,10 @@ found here, before anything is built, from the files themselves.
 import contextlib
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,9 +21,9 @@ from lors_plugin.utils import few, is_first_rank, type_name
 
 from .coco_file import (
     Report,
-    Tally,
     category_names,
     check_for_host_metric,
+    how_to_repair,
     inspect,
     read_json,
 )
@@ -37,11 +38,6 @@ from .preflight import (
     joined,
     model_num_classes,
     reads_like_coco,
-)
-
-REPAIR = (
-    'docs/en/user_guides/own_data.md#repair-a-json-file shows how to mend a '
-    'file'
 )
 
 
@@ -75,33 +71,33 @@ def _sources(cfg: dict, phases: Sequence[str]) -> list[Source]:
     """Find the data sets and metrics of a config."""
     host, found = host_of(cfg), []
     for phase in phases:
-        first = len(found)
-        for field, dataset in datasets_of(cfg, [phase]):
+        datasets = datasets_of(cfg, [phase])
+        for field, dataset in datasets:
             classes, origin = classes_in_use(field, dataset, host)
             kind = 'coco' if reads_like_coco(dataset, host) else 'other'
-            file = dataset.get('ann_file')
             path = None
-            if isinstance(file, str) and file:
-                path = joined(file, dataset.get('data_root'))
+            if dataset.get('ann_file') and isinstance(
+                dataset['ann_file'], str
+            ):
+                path = joined(dataset['ann_file'], dataset.get('data_root'))
                 path = path if is_local(path, dataset) else None
             found.append(
                 Source(field, phase, dataset, kind, path, classes, origin)
             )
-        if len(found) == first:
+        if not datasets:
             continue
-        like = found[first]
+        # A metric has the classes of the first data set.
+        first = found[-len(datasets)]
         for field, metric in _coco_metrics(cfg, phase):
             file = metric.get('ann_file')
             if file and is_local(file, metric):
                 found.append(
-                    Source(
-                        field,
-                        phase,
-                        metric,
-                        'metric',
-                        Path(file),
-                        like.classes,
-                        like.origin,
+                    replace(
+                        first,
+                        field=field,
+                        config=metric,
+                        kind='metric',
+                        path=Path(file),
                     )
                 )
     return found
@@ -125,9 +121,9 @@ def _is_ours(metric: dict) -> bool:
 def check_data(cfg: dict, phases: Sequence[str]) -> None:
     """Check classes and annotation files, and say what will be kept.
 
-    Every annotation file is read once. A line is logged about each, as a
-    warning if the loader drops boxes, if none is left, or if boxes or images
-    are odd.
+    Every annotation file is read once, on the first rank: launchers end the
+    others where it fails. A line is logged about each file, as a warning if
+    the loader drops boxes, if none is left, or if boxes or images are odd.
 
     Args:
         cfg (:obj:`Config` or dict): The whole config.
@@ -138,14 +134,17 @@ def check_data(cfg: dict, phases: Sequence[str]) -> None:
             the loader or the metric cannot read a file, or if there are no
             boxes to train on; with fields, files and reasons.
     """
+    if not is_first_rank():
+        return
     heads = model_num_classes(cfg.get('model') or {})
     sources = _sources(cfg, phases)
     files, problems = {}, []
     for source in sources:
-        files.setdefault(source.path, []).append(source)
-    for path, users in files.items():
+        path = source.path and source.path.resolve()
+        files.setdefault(path, []).append(source)
+    for users in files.values():
         try:
-            _check_file(path, users, heads)
+            _check_file(users, heads)
         except ValueError as error:
             problems.append(str(error))
     if not problems:
@@ -159,12 +158,10 @@ def check_data(cfg: dict, phases: Sequence[str]) -> None:
         raise ValueError('\n'.join(problems))
 
 
-def _check_file(
-    path: Optional[Path], users: Sequence[Source], heads: dict[str, int]
-) -> None:
+def _check_file(users: Sequence[Source], heads: dict[str, int]) -> None:
     """Check an annotation file against those who read it."""
-    content = None
-    if any(user.kind != 'other' for user in users) and path is not None:
+    path, content = users[0].path, None
+    if path is not None and any(user.kind != 'other' for user in users):
         content = read_json(path)
     elif path is not None and path.suffix == '.json' and path.is_file():
         # Of a format that is not known here: that it is COCO's is a guess.
@@ -172,67 +169,61 @@ def _check_file(
             content = read_json(path)
     lines = {}
     for user in users:
-        if user.kind == 'coco' and path is not None:
+        if path is not None and user.kind != 'other':
             user.report = _inspect(user, content)
-        elif user.kind == 'metric':
-            user.report = _inspect_for_metric(user, content)
         _check_classes(user, content, heads)
-        if user.kind == 'coco' and path is not None:
+        if path is not None and user.kind == 'coco':
             _check_kept(user)
             line = user.report.line(user.classes or ())
             lines.setdefault(line, []).append(user)
     for line, told in lines.items():
         report = told[0].report
         good = report.kept and not (report.dropped or report.odd)
-        level = logging.INFO if good else logging.WARNING
         fields = ', '.join(user.field for user in told)
-        _log(f'{path} ({fields}): {line}', level)
-
-
-def _log(line: str, level: int) -> None:
-    if is_first_rank():
-        print_log(line, 'current', level)
-
-
-def _raise_faults(user: Source, faults: Tally) -> None:
-    if faults:
-        lines = '\n'.join(f'  {line}' for line in faults.lines())
-        raise ValueError(
-            f'{user.path} cannot be used as it is ({user.field}):\n{lines}\n'
-            f'{REPAIR}'
+        print_log(
+            f'{path} ({fields}): {line}',
+            'current',
+            logging.INFO if good else logging.WARNING,
         )
 
 
 def _inspect(user: Source, content: Any) -> Report:
-    """Inspect a file as a data set reads it; raise if it cannot."""
-    prefix = user.config.get('data_prefix') or {}
-    if isinstance(prefix, dict) and 'img' not in prefix:
-        raise ValueError(
-            f'{user.field}.data_prefix needs `img`, the folder of the '
-            f'pictures, and is {dict(prefix)}'
-        )
-    test_mode = user.config.get('test_mode', False)
-    filter_cfg = None if test_mode else user.config.get('filter_cfg')
+    """Inspect a file as a data set or a metric reads it, or raise."""
+    config, filter_cfg = user.config, None
+    if user.kind == 'coco':
+        prefix = config.get('data_prefix') or {}
+        if isinstance(prefix, dict) and 'img' not in prefix:
+            raise ValueError(
+                f'{user.field}.data_prefix needs `img`, the folder of the '
+                f'pictures, and is {dict(prefix)}'
+            )
+        if not config.get('test_mode', False):
+            filter_cfg = config.get('filter_cfg')
     report = inspect(content, user.classes, filter_cfg)
-    if not report.faults:
-        for path in _missing_pictures(user.config, content['images']):
-            report.faults.add('pictures are not there', path)
-    _raise_faults(user, report.faults)
-    return report
-
-
-def _inspect_for_metric(user: Source, content: Any) -> Report:
-    """Inspect a file as a metric reads it; raise if it cannot."""
-    report = inspect(content, user.classes)
-    _raise_faults(user, report.faults)
-    if not _is_ours(user.config):
+    faults, remedy = report.faults, how_to_repair(user.path)
+    if not faults and user.kind == 'coco':
+        remedy = 'Put the pictures there, or take them out of the json'
+        for fault, path in _picture_faults(config, content['images']):
+            faults.add(fault, path)
+    elif not faults and not _is_ours(config):
         faults = check_for_host_metric(content)
-        _raise_faults(user, faults)
+    if faults:
+        lines = '\n'.join(f'  {line}' for line in faults.lines())
+        raise ValueError(
+            f'{user.path} cannot be used as it is ({user.field}):\n{lines}\n'
+            f'{remedy}'
+        )
     return report
 
 
-def _missing_pictures(dataset: dict, images: Sequence[dict]) -> Iterator[str]:
-    """Yield the paths of images that are not there, where that is a fault."""
+def _picture_faults(
+    dataset: dict, images: Sequence[dict]
+) -> Iterator[tuple[str, str]]:
+    """Yield fault and path of pictures that cannot be loaded.
+
+    They are not opened: what the file system tells without that is enough
+    for those that are not there, empty or not ours to read.
+    """
     loaders = [
         step
         for step in dataset.get('pipeline') or ()
@@ -246,17 +237,21 @@ def _missing_pictures(dataset: dict, images: Sequence[dict]) -> Iterator[str]:
     folder = joined(prefix, dataset.get('data_root'))
     if not is_local(folder, dataset):
         return
-    there = {}
     for image in images:
         path = os.path.join(folder, image['file_name'])
-        parent, name = os.path.split(path)
-        if parent not in there:
-            there[parent] = set()
-            with contextlib.suppress(OSError):
-                there[parent] = set(os.listdir(parent))
-        # A file system may take other spellings for the same name.
-        if name not in there[parent] and not os.path.exists(path):
-            yield path
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            yield 'pictures are not there', path
+        except OSError as error:
+            yield f'pictures cannot be read ({error.strerror})', path
+        else:
+            if not stat.S_ISREG(status.st_mode):
+                yield 'pictures are no files', path
+            elif status.st_size == 0:
+                yield 'pictures are empty files (0 bytes)', path
+            elif not os.access(path, os.R_OK):
+                yield 'pictures cannot be read (Permission denied)', path
 
 
 def _check_kept(user: Source) -> None:
@@ -323,7 +318,7 @@ def _check_names(user: Source, categories: list[str], content: dict) -> None:
         raise ValueError(
             f'{user.field}: {path} has the category {twice[0]!r} twice (ids '
             f'{few(ids, 5)}), so that there are more labels than classes.\n'
-            f'Remove the one without annotations. {REPAIR}'
+            f'{how_to_repair(path)}'
         )
     if list(dict.fromkeys(used)) != list(classes):
         raise ValueError(
@@ -332,8 +327,9 @@ def _check_names(user: Source, categories: list[str], content: dict) -> None:
             'so every name would be wrong.\n'
             f'  {user.origin}: {few(classes, 20)}\n'
             f'  the categories: {few(used, 20)}\n'
-            f'Set classes={tuple(used)} for all data sets. {REPAIR}, such as '
-            f'one whose order differs from the others{NO_CHECKS}'
+            f'Set classes={tuple(used)} for all data sets{NO_CHECKS}. Or, '
+            'where the other files have the order of the classes, reorder '
+            f'this one.\n{how_to_repair(path, classes)}'
         )
 
 
@@ -393,10 +389,11 @@ def _check_phase(
             own = next((s for s in sources if s.field == field), None)
             unknown = ids - own.report.image_ids if own else ()
             if own and len(own.report.image_ids) > len(ids):
-                _log(
+                print_log(
                     f'{own.path} ({field}.ann_file): {len(ids)} of '
                     f'{len(own.report.image_ids)} images are in the data set; '
                     'the boxes of the others count as missed',
+                    'current',
                     logging.WARNING,
                 )
             if unknown:

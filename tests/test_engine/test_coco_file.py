@@ -112,7 +112,7 @@ FAULTS = {
     'image_id list': (
         changed('annotations', 2, image_id=[1]),
         1,
-        '`image_id` is neither',
+        '`image_id` is not',
         r'annotation 3: \[1\]',
     ),
     'category_id': (
@@ -179,7 +179,7 @@ FAULTS = {
     'text crowd': (
         changed('annotations', 'all', iscrowd='0'),
         4,
-        '`iscrowd` is neither 0 nor 1',
+        '`iscrowd` is not 0 or 1',
         "annotation 1: '0'",
     ),
     'shares': (

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from mmengine.config import Config
 from PIL import Image
 
 from lors_plugin.engine import data_check
+from lors_plugin.engine.coco_file import how_to_repair
 from lors_plugin.engine.data_check import check_data
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ('cat', 'dog', 'bird')
 PHASES = ('train', 'val')
 META_KEYS = ('img_id', 'ori_shape', 'instances')
@@ -137,10 +138,29 @@ def test_boxes_that_are_lost_are_a_warning(cfg, root, lines):
     ]
 
 
-def test_only_the_first_rank_tells(cfg, lines, monkeypatch):
+def test_only_the_first_rank_reads(cfg, root, lines, monkeypatch):
+    """A job ends with its first rank, and files may be large."""
+    (root / 'a.json').write_text('{')
     monkeypatch.setenv('RANK', '1')
     check_data(cfg, PHASES)
     assert not lines
+    monkeypatch.setenv('RANK', '0')
+    assert 'not whole, valid json' in refused(cfg)
+
+
+def test_a_file_is_read_once(cfg, root, monkeypatch):
+    """However many read it, and by whatever path."""
+    monkeypatch.chdir(root)
+    cfg.val_dataloader.dataset.ann_file = 'a.json'
+    cfg.val_dataloader.dataset.data_root = ''
+    cfg.val_dataloader.dataset.data_prefix = dict(img='img/')
+    cfg.val_evaluator.ann_file = str(root / 'img' / '..' / 'a.json')
+    read, paths = data_check.read_json, []
+    monkeypatch.setattr(
+        data_check, 'read_json', lambda p: paths.append(p) or read(p)
+    )
+    check_data(cfg, PHASES)
+    assert len(paths) == 1
 
 
 # Files
@@ -177,7 +197,7 @@ def test_faults_in_a_file_name_file_and_cause(cfg, root, place):
         f'(train_dataloader.dataset{field}):\n'
         '  1 images without `width` (first: 3.png)\n'
         '  3 annotations without `area` (first: annotation 1)\n'
-        f'{data_check.REPAIR}'
+        f'{how_to_repair(root / "a.json")}'
     )
 
 
@@ -197,14 +217,44 @@ def test_a_file_that_cannot_be_read(cfg, root):
     assert 'b.json (100 bytes) is not whole, valid json' in refused(cfg)
 
 
-def test_pictures_that_are_not_there(cfg, root):
-    (root / 'img/2.png').unlink()
+PICTURES = {
+    'pictures are not there': Path.unlink,
+    'pictures are empty files (0 bytes)': lambda path: path.write_bytes(b''),
+    'pictures are no files': lambda path: path.unlink() or path.mkdir(),
+    'pictures cannot be read (Too many levels of symbolic links)': (
+        lambda path: path.unlink() or path.symlink_to(path)
+    ),
+}
+
+
+@pytest.mark.parametrize('phase', ['train', 'val', 'test'])
+@pytest.mark.parametrize(
+    ('fault', 'harm'), PICTURES.items(), ids=lambda value: str(value)[:24]
+)
+def test_pictures_that_cannot_be_read(cfg, root, fault, harm, phase):
+    cfg.test_dataloader = cfg.val_dataloader
+    cfg.test_evaluator = cfg.val_evaluator
+    name, number = ('a', 2) if phase == 'train' else ('b', 6)
+    harm(root / f'img/{number}.png')
+    assert refused(cfg, [phase]) == (
+        f'{root}/{name}.json cannot be used as it is '
+        f'({phase}_dataloader.dataset):\n'
+        f'  1 {fault} (first: {root}/img/{number}.png)\n'
+        'Put the pictures there, or take them out of the json'
+    )
+    cfg[f'{phase}_dataloader'].dataset.pipeline[0].ignore_empty = True
+    check_data(cfg, [phase])
+
+
+def test_pictures_without_permission(cfg, root, monkeypatch):
+    path = root / 'img/2.png'
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # the superuser may read all files
+        monkeypatch.setattr(os, 'access', lambda p, mode: p != str(path))
     assert (
-        f'{root}/a.json cannot be used as it is (train_dataloader.dataset):\n'
-        f'  1 pictures are not there (first: {root}/img/2.png)\n'
-    ) in refused(cfg)
-    cfg.train_dataloader.dataset.pipeline[0].ignore_empty = True
-    check_data(cfg, PHASES)
+        f'1 pictures cannot be read (Permission denied) (first: {path})'
+        in (refused(cfg))
+    )
 
 
 def test_a_data_set_without_folder_of_pictures(cfg):
@@ -267,34 +317,6 @@ def test_files_of_another_machine_may_have_the_boxes(cfg, root):
 def test_a_filter_that_leaves_nothing(cfg):
     cfg.train_dataloader.dataset.filter_cfg = dict(min_size=50)
     assert 'filter_cfg leaves no image of 3' in refused(cfg)
-
-
-def test_the_guide_mends_a_file(cfg, root, monkeypatch, lines):
-    guide = (ROOT / 'docs/en/user_guides/own_data.md').read_text()
-    _, _, part = guide.partition('## Repair a json file')
-    _, _, code = part.partition('```python')
-    code, _, _ = code.partition('```')
-    data = content(('bird', 'dog', 'cat'))
-    data['categories'].append(dict(id='13', name='cat'))
-    for annotation in data['annotations']:
-        del annotation['id'], annotation['area'], annotation['iscrowd']
-        for key in ('image_id', 'category_id'):
-            annotation[key] = str(annotation[key])
-        annotation['bbox'] = [str(v) for v in annotation['bbox']]
-    data['annotations'][1].update(area='99.5', iscrowd='1')
-    path = root / 'train.json'
-    path.write_text('\ufeff' + json.dumps(data), encoding='utf-8')
-    monkeypatch.chdir(root)
-    names = "['cat', 'dog']"
-    assert names in code
-    exec(code.replace(names, repr(list(NAMES))), {})
-    cfg.train_dataloader.dataset.ann_file = 'mended.json'
-    check_data(cfg, ['train'])
-    ((_, line),) = lines
-    assert '2 of 3 boxes kept (cat 1, dog 0, bird 1)' in line
-    mended = json.loads((root / 'mended.json').read_text())
-    assert [c['id'] for c in mended['categories']] == [12, 11, 10]
-    assert [a['area'] for a in mended['annotations']] == [200, 99.5, 200]
 
 
 # Classes

@@ -3,6 +3,7 @@
 Also that the checks would notice if it were wrong.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -295,6 +296,60 @@ def test_gradients_and_their_noise(goldens, monkeypatch):
     ]
     wrong = 'grad_norm roi_head.bbox_head.1.ffn.layers.1.weight'
     assert above == [wrong]
+
+
+@pytest.fixture(scope='module')
+def float64_golden(tmp_path_factory):
+    """A golden that the original formulation makes in float64."""
+    folder = Path(__file__).parents[2] / 'tools' / 'benchmarks'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.setenv(ENV_NAME, 'auto')  # the tool changes it
+        import make_golden
+
+        small = Golden(FILES[0].with_name('lors_detector_small.npz'))
+        keys = json.loads(small.path.with_suffix('.keys.json').read_text())
+        path = tmp_path_factory.mktemp('made') / 'lors.npz'
+        make_golden.make_golden(
+            path,
+            config=small.json('config'),
+            keys=keys,
+            size=(64, 96),
+            formulation='original',
+            dtype=torch.float64,
+            seed=3,
+        )
+    return path, small
+
+
+def test_a_made_golden_in_float64(float64_golden, tool, capsys):
+    path, small = float64_golden
+    golden = Golden(path)
+    norms = golden.json('grad_norms')
+    assert norms.keys() == small.json('grad_norms').keys()
+    assert max(check_golden(golden).values()) < 1e-9
+    assert tool(path) == 0
+    assert 'all within 1e-04' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'weight', ['backbone.layer3.1.conv2.weight', 'neck.norm.bias']
+)
+def test_a_gradient_that_is_a_little_wrong(
+    float64_golden, monkeypatch, weight
+):
+    """By 1e-3 in one layer: no noise of float32 is in the way."""
+    build = golden_detector.build_detector
+
+    def wrong(golden):
+        model = build(golden)
+        model.get_parameter(weight).register_hook(lambda grad: 1.001 * grad)
+        return model
+
+    monkeypatch.setattr(golden_detector, 'build_detector', wrong)
+    errors = check_golden(Golden(float64_golden[0]))
+    above = {key: e for key, e in errors.items() if not e < TOLERANCE}
+    assert list(above.values()) == pytest.approx([1e-3], rel=0.01)
 
 
 def test_wrong_loss_is_noticed(goldens, monkeypatch, no_kinks):

@@ -46,9 +46,9 @@ def test_what_is_kept_is_told(detection, capfd):
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_an_empty_picture_is_named(detection, fails, workers):
+def test_a_damaged_picture_is_named(detection, fails, workers):
     assert train.main([detection, '--work-dir', 'w']) == 0
-    Path('coco/img/1.png').write_bytes(b'')
+    Path('coco/img/1.png').write_bytes(b'no picture')
     change(
         detection,
         **{
@@ -64,6 +64,17 @@ def test_an_empty_picture_is_named(detection, fails, workers):
         assert text.startswith(
             'error: the image coco/img/1.png cannot be read'
         )
+
+
+def test_an_empty_picture_is_named_at_the_start(detection, fails):
+    Path('coco/img/1.png').write_bytes(b'')
+    for main, *argv in (
+        (tools[0].main, detection),
+        (tools[1].main, detection, __file__),
+    ):
+        text = fails(main, *argv)
+        assert '1 pictures are empty files (0 bytes) (first: coco/img' in text
+    assert not Path('work_dirs').exists()
 
 
 @pytest.mark.parametrize(

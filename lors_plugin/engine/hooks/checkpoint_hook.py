@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
@@ -18,6 +19,7 @@ from mmengine.hooks import CheckpointHook as HostCheckpointHook
 from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import (
+    BaseLoop,
     EpochBasedTrainLoop,
     Runner,
     find_latest_checkpoint,
@@ -103,6 +105,13 @@ class CheckpointHook(HostCheckpointHook):
         self._position: Optional[dict] = None  # to save
         self._resumed: Optional[dict] = None  # to continue at
         self._val_steps = 0
+
+    def before_run(self, runner: Runner) -> None:
+        """Let signals do what they did before, however a training ends."""
+        # Hooks are not told of an exception.
+        loop = runner._train_loop
+        if isinstance(loop, BaseLoop):  # not so where only a test runs
+            loop.run = partial(_run_and_restore, loop.run, self._notice)
 
     def before_train(self, runner: Runner) -> None:
         """Find out what belongs to this run, and listen for signals."""
@@ -198,9 +207,8 @@ class CheckpointHook(HostCheckpointHook):
             self._stop(runner, validate=True)
 
     def after_train(self, runner: Runner) -> None:
-        """Let signals do what they did before."""
+        """Validate to the end from here on."""
         self._val_steps = 0
-        self._notice.restore()
         super().after_train(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -427,6 +435,13 @@ class CheckpointHook(HostCheckpointHook):
 
 def _has_epochs(runner: Runner) -> bool:
     return isinstance(runner.train_loop, EpochBasedTrainLoop)
+
+
+def _run_and_restore(run: Callable, notice: StopNotice) -> Any:
+    try:
+        return run()
+    finally:
+        notice.restore()
 
 
 def _step_is_complete(runner: Runner) -> bool:

@@ -172,6 +172,15 @@ def assert_same(first, second):
     assert first['meta']['iter'] == second['meta']['iter']
 
 
+@pytest.fixture(autouse=True)
+def handlers_as_before():
+    """A training restores what signals do, however it ends."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     """The batches of each step and the last checkpoint."""
@@ -194,7 +203,6 @@ def uninterrupted(tmp_path_factory):
 )
 def test_notice(tmp_path, uninterrupted, moment, steps, workers, number):
     """The step is finished, and the rest comes out as if nothing was."""
-    before = signal.getsignal(number)
     at = At(lambda: signal.raise_signal(number), **moment)
     runner = make(tmp_path, at=at, workers=workers)
     with pytest.raises(SystemExit) as error:
@@ -206,7 +214,6 @@ def test_notice(tmp_path, uninterrupted, moment, steps, workers, number):
     assert Path((tmp_path / 'last_checkpoint').read_text()).name == (
         'interrupted.pth'
     )
-    signal.signal(number, before)
 
     seen, whole = uninterrupted[workers]
     rest = train(tmp_path, workers=workers, resume=True)
@@ -215,16 +222,13 @@ def test_notice(tmp_path, uninterrupted, moment, steps, workers, number):
     assert files(tmp_path) == [
         'best_acc_epoch_3.pth', 'epoch_3.pth', 'last_checkpoint'
     ]  # fmt: skip
-    assert signal.getsignal(number) == before
 
 
 def stopped(folder, **kwargs):
     """Train until a notice in the second epoch."""
-    before = signal.getsignal(signal.SIGTERM)
     at = At(lambda: signal.raise_signal(signal.SIGTERM), step=5)
     with pytest.raises(SystemExit):
         train(folder, at=at, **kwargs)
-    signal.signal(signal.SIGTERM, before)
 
 
 def test_other_batches_within_an_epoch_are_refused(tmp_path):
@@ -249,10 +253,8 @@ def test_accumulated_gradients_are_used_first(tmp_path):
         tmp_path, at=At(lambda: signal.raise_signal(signal.SIGTERM), step=0)
     )
     runner.optim_wrapper.update(accumulative_counts=3)
-    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit):
         runner.train()
-    signal.signal(signal.SIGTERM, before)
     assert last(tmp_path)['meta']['iter'] == 3
 
 
