@@ -69,8 +69,8 @@ def test_a_damaged_picture_is_named(detection, fails, workers):
 def test_an_empty_picture_is_named_at_the_start(detection, fails):
     Path('coco/img/1.png').write_bytes(b'')
     for main, *argv in (
-        (tools[0].main, detection),
-        (tools[1].main, detection, __file__),
+        (train.main, detection),
+        (test.main, detection, __file__),
     ):
         text = fails(main, *argv)
         assert '1 pictures are empty files (0 bytes) (first: coco/img' in text

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import repair_coco
 from mmengine.config import Config
 from PIL import Image
 
@@ -15,20 +16,13 @@ FOLDER = Path(__file__).parents[2] / 'tools' / 'dataset_converters'
 NAMES = ('cat', 'dog')
 
 
-@pytest.fixture
-def repair(monkeypatch):
+def repair(command):
     """Run the tool with the arguments of a list or a command line."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import repair_coco
-
-    def run(command):
-        if isinstance(command, str):
-            program, tool, *command = shlex.split(command)
-            assert program == 'python'
-            assert FOLDER.parents[1] / tool == FOLDER / 'repair_coco.py'
-        return repair_coco.main([str(word) for word in command])
-
-    return run
+    if isinstance(command, str):
+        program, tool, *command = shlex.split(command)
+        assert program == 'python'
+        assert FOLDER.parents[1] / tool == FOLDER / 'repair_coco.py'
+    return repair_coco.main([str(word) for word in command])
 
 
 def content():
@@ -116,7 +110,7 @@ def config(path):
 
 
 @pytest.mark.parametrize(('change', 'encoding'), CHANGES.values(), ids=CHANGES)
-def test_the_command_of_the_message(tmp_path, repair, change, encoding):
+def test_the_command_of_the_message(tmp_path, change, encoding):
     data = content()
     change(data)
     path = tmp_path / "Eva's photos" / 'a.json'
@@ -140,7 +134,7 @@ def test_the_command_of_the_message(tmp_path, repair, change, encoding):
     assert [a['bbox'] for a in data['annotations']] == [[4, 5, 20, 10]] * 2
 
 
-def test_boxes_of_both_categories_of_a_name_stay(tmp_path, repair):
+def test_boxes_of_both_categories_of_a_name_stay(tmp_path):
     data = content()
     for category in data['categories']:
         category['name'] = 'cat'
@@ -154,7 +148,7 @@ def test_boxes_of_both_categories_of_a_name_stay(tmp_path, repair):
     assert [a['category_id'] for a in data['annotations']] == [2, 2, 2]
 
 
-def test_sizes_of_pictures(tmp_path, repair):
+def test_sizes_of_pictures(tmp_path):
     data = content()
     del data['images'][0]['width']
     data['images'][1]['height'] = '48'
@@ -187,9 +181,7 @@ NUMBER = 'have a value that is no number (first: annotation 2'
         ('images', 'file_name', 3, '`file_name` is not a text'),
     ],
 )
-def test_what_cannot_be_repaired(
-    tmp_path, repair, caplog, part, key, value, reason
-):
+def test_what_cannot_be_repaired(tmp_path, caplog, part, key, value, reason):
     data = content()
     data[part][1][key] = value
     path, out = tmp_path / 'a.json', tmp_path / 'b.json'
@@ -201,7 +193,7 @@ def test_what_cannot_be_repaired(
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"images": []}', '{"images": 3}'])
-def test_other_files_are_refused(tmp_path, repair, caplog, text):
+def test_other_files_are_refused(tmp_path, caplog, text):
     path = tmp_path / 'a.json'
     path.write_text(text)
     assert repair([path, tmp_path / 'b.json']) == 1
