@@ -13,8 +13,8 @@ mode, in less time; ``lors_plugin.reparam.reparameterize`` calls it:
   the next pointwise convolution adds two products;
 - the mean that two routers need is computed once.
 
-Inside a block maps are tensors of shape (L, B, C): ``L`` positions, ``B``
-images, ``C`` channels.
+Inside a block maps are contiguous tensors of shape (H, W, B, C): ``B`` images,
+``C`` channels.
 """
 
 import copy
@@ -26,15 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lors_plugin.ops.backend import keep_memory
-from lors_plugin.ops.dynamic_conv.reference import mix_experts
 
 from .dynamic_conv import DynamicConv2d
 from .folding import can_fold, fold_norm
 from .ghost import ConvNorm, GhostBottleneck, GhostModule, SqueezeExcite
 from .rep_conv import RepConv2d
-from .routing import average
 
-Size = tuple[int, int]
 # Eight images of 224 x 224: their maps stay below the 32 MB that glibc maps
 # anew for each allocation.
 CHUNK_PIXELS = 8 * 224**2
@@ -145,9 +142,12 @@ class CPUConvNorm(_InferenceBlock):
 
     Args:
         source (ConvNorm): What is converted.
+        channels (slice): Which output channels. Defaults to all.
     """
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(
+        self, source: nn.Module, channels: slice = slice(None)
+    ) -> None:
         super().__init__()
         conv = source.conv
         experts, bias = conv.weight, conv.bias
@@ -157,6 +157,7 @@ class CPUConvNorm(_InferenceBlock):
             shift, bias = shift + bias.view(-1), None
         if weight.dim() == 4:  # a plain convolution
             weight = weight[None]
+        weight, shift = weight[:, channels], shift[channels]
         self.geometry = conv.stride, conv.padding, conv.dilation
         self.groups = conv.groups
         # By the names that convolutions have.
@@ -169,98 +170,79 @@ class CPUConvNorm(_InferenceBlock):
         self.shift = nn.Parameter(shift.to(experts.dtype))
         self.bias = None
         if bias is not None:
-            self.bias = nn.Parameter(bias.to(experts.dtype))
+            self.bias = nn.Parameter(bias[:, channels].to(experts.dtype))
         self.act = copy.deepcopy(source.act)
         if hasattr(self.act, 'inplace'):
             self.act.inplace = True
 
     def _compute(self, x: Tensor) -> Tensor:
         if self.is_pointwise:
-            maps, size = _to_maps(x)
-            return _to_images(self.pointwise([maps], _mean(maps)), size)
-        kernels, shift = self.mix(average(x, (2, 3)))
+            maps = _to_maps(x)
+            return _to_images(self.pointwise([maps], _mean(maps)))
+        kernels, shift = self.mix(x.mean((2, 3)))
         kernels = kernels.view(-1, *self.kernel_shape)
         # Libraries write channels last where maps have them, without a copy.
         x = x.contiguous(memory_format=torch.channels_last)
-        if len(kernels) == 1:
-            out = F.conv2d(x, kernels[0], None, *self.geometry, self.groups)
-            maps, size = _to_maps(out)
-        else:
-            options = None, *self.geometry, self.groups
-            outs = [
-                F.conv2d(image[None], kernel, *options)
-                for image, kernel in zip(x, kernels)
-            ]
-            maps = torch.stack([out[0].permute(1, 2, 0) for out in outs], 2)
-            maps, size = maps.flatten(0, 1), maps.shape[:2]
-        return _to_images(self._finish(maps.add_(shift)), size)
+        outs = [
+            F.conv2d(images, kernel, None, *self.geometry, self.groups)
+            for images, kernel in zip(x.chunk(len(kernels)), kernels)
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return _to_images(self._finish(_to_maps(out).add_(shift)))
 
     def pointwise(self, parts: list[Tensor], pooled: Tensor) -> Tensor:
         """Convolve a map that comes in parts.
 
         Args:
-            parts (list[Tensor]): Shapes (L, B, C_i), together ``C_in``.
+            parts (list[Tensor]): Shapes (H, W, B, C_i), together ``C_in``.
             pooled (Tensor): Their mean, shape (B, C_in).
 
         Returns:
-            Tensor: Shape (L, B, C_out).
+            Tensor: Shape (H, W, B, C_out).
         """
         kernels, shift = self.mix(pooled)
-        length, batch, width = parts[0].shape
-        rows = self.kernel_shape[0]
-        if len(kernels) == 1:
-            kernel = kernels.view(rows, -1).t()
-            out = parts[0].view(-1, width).mm(kernel[:width])
-            if len(parts) > 1:
-                out.addmm_(parts[1].flatten(0, 1), kernel[width:])
-            # Adding the shift by addmm would read all of it once more.
-            out = out.add_(shift).view(length, batch, rows)
-            return self._finish(out)
-        kernels = kernels.view(batch, rows, -1).mT
-        product = parts[0].transpose(0, 1).bmm(kernels[:, :width])
-        if len(parts) > 1:
-            product.baddbmm_(parts[1].transpose(0, 1), kernels[:, width:])
-        product = product.transpose(0, 1)
-        if torch.compiler.is_compiling():  # which has no layout of `out`
-            return self._finish(product.contiguous().add_(shift))
-        # Back into HWNC layout while the shift is added.
-        out = product.new_empty(length, batch, rows)
-        return self._finish(torch.add(product, shift, out=out))
+        kernels = kernels.view(-1, *self.kernel_shape[:2])
+        # One matrix for each kernel, of all positions.
+        parts_of = [
+            part.view(-1, len(kernels), part.shape[3]).unbind(1)
+            for part in parts
+        ]
+        shifts = shift if shift.dim() == 2 else [shift] * len(kernels)
+        outs = []
+        for kernel, shift, first, *second in zip(kernels, shifts, *parts_of):
+            width = first.shape[1]
+            out = F.linear(first, kernel[:, :width], shift)
+            if second:
+                out.addmm_(second[0], kernel[:, width:].t())
+            outs.append(self._finish(out))
+        out = outs[0] if len(outs) == 1 else torch.stack(outs, 1)
+        return out.view(*parts[0].shape[:3], -1)
 
-    def depthwise(
-        self,
-        maps: Tensor,
-        size: Size,
-        pooled: Optional[Tensor],
-        channels: Optional[slice] = None,
-    ) -> tuple[Tensor, Size]:
-        """Convolve some of the channels.
+    def depthwise(self, maps: Tensor, pooled: Optional[Tensor]) -> Tensor:
+        """Convolve each channel.
 
         Args:
-            maps (Tensor): Shape (L, B, C), the channels of the slice.
-            size (tuple[int]): Height and width.
-            pooled (Tensor, optional): Mean of the map, shape (B, C).
-            channels (slice, optional): Defaults to all.
+            maps (Tensor): Shape (H, W, B, C).
+            pooled (Tensor, optional): Their mean, shape (B, C).
 
         Returns:
-            tuple[Tensor, tuple[int]]: Shape (L', B, C), height and width.
+            Tensor: Shape (H', W', B, C).
         """
         kernels, shift = self.mix(pooled)
-        kernels = kernels.view(-1, *self.kernel_shape)
-        if channels is not None:
-            kernels, shift = kernels[:, channels], shift[..., channels]
-        _, batch, width = maps.shape
+        height, width, batch, channels = maps.shape
         if batch > 1:
-            kernels = kernels.expand(batch, -1, -1, -1, -1)
-            shift = shift.expand(batch, width)
-        x = maps.view(1, *size, batch * width).permute(0, 3, 1, 2)
+            kernels = kernels.expand(batch, -1)
+            shift = shift.expand(batch, -1)
         out = F.conv2d(
-            x, kernels.flatten(0, 1), shift.flatten(), *self.geometry,
-            batch * width,
-        )  # fmt: skip
-        out = out.permute(0, 2, 3, 1)
-        size = out.shape[1:3]
-        return self._finish(out.reshape(-1, batch, width)), size
+            maps.view(1, height, width, -1).permute(0, 3, 1, 2),
+            kernels.reshape(-1, *self.kernel_shape[1:]),
+            shift.flatten(),
+            *self.geometry,
+            batch * channels,
+        )
+        size = out.shape[2:]
+        out = out.permute(0, 2, 3, 1).reshape(*size, batch, channels)
+        return self._finish(out)
 
     def mix(self, pooled: Optional[Tensor]) -> tuple[Tensor, Tensor]:
         """Mix kernels and shift.
@@ -272,17 +254,19 @@ class CPUConvNorm(_InferenceBlock):
             tuple[Tensor, Tensor]: Kernels as rows of a matrix and shift
             (B, C_out), or a single row and (C_out,) for all images.
         """
-        if self.routing is None:
-            return self.weight, self.shift
-        weight, attention = self.weight, self.routing(pooled)
-        kernels = mix_experts(weight, attention).to(weight.dtype)
+        # Each is looked up once: that of a module takes a microsecond.
+        routing, weight, shift = self.routing, self.weight, self.shift
+        if routing is None:
+            return weight, shift
+        attention = routing(pooled).to(weight.dtype)
+        kernels = attention.mm(weight)
         if self.bias is None:
-            return kernels, self.shift
-        mixed = mix_experts(self.bias, attention).to(weight.dtype)
-        return kernels, self.shift + mixed
+            return kernels, shift
+        return kernels, shift + attention.mm(self.bias)
 
     def _finish(self, maps: Tensor) -> Tensor:
-        return maps if self.act is None else self.act(maps)
+        act = self.act
+        return maps if act is None else act(maps)
 
 
 class CPUGhostModule(nn.Module):
@@ -299,13 +283,13 @@ class CPUGhostModule(nn.Module):
         self.rest = source.out_channels - len(self.primary.shift)
 
     def forward(
-        self, parts: list[Tensor], pooled: Tensor, size: Size
+        self, parts: list[Tensor], pooled: Tensor
     ) -> tuple[list[Tensor], Tensor]:
         """Both halves, and the mean of the first."""
         first = self.primary.pointwise(parts, pooled)
         half = _mean(first)
-        second, _ = self.cheap.depthwise(first, size, half)
-        if self.rest < second.shape[2]:  # an odd number of channels
+        second = self.cheap.depthwise(first, half)
+        if self.rest < second.shape[3]:  # an odd number of channels
             second = second[..., : self.rest].contiguous()
         return [first, second], half
 
@@ -320,69 +304,75 @@ class CPUGhostBottleneck(_InferenceBlock):
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         self.expand = CPUGhostModule(source.expand)
-        self.depthwise = self.shortcut = None
+        self.depthwise = self.se = self.shortcut = None
         if source.depthwise is not None:
-            self.depthwise = CPUConvNorm(source.depthwise)
-        self.se = copy.deepcopy(source.se)
+            half = len(self.expand.primary.shift)
+            halves = slice(half), slice(half, None)
+            self.depthwise = nn.ModuleList(
+                CPUConvNorm(source.depthwise, channels) for channels in halves
+            )
+        if source.se is not None:
+            self.se = nn.Sequential(
+                _to_linear(source.se.reduce),
+                copy.deepcopy(source.se.act),
+                _to_linear(source.se.expand),
+                nn.Hardsigmoid(),
+            )
         self.project = CPUGhostModule(source.project)
         if source.shortcut is not None:
             self.shortcut = nn.ModuleList(map(CPUConvNorm, source.shortcut))
 
     def _compute(self, x: Tensor) -> Tensor:
-        maps, size = _to_maps(x)
-        before, pooled = size, _mean(maps)
-        parts, mean = self.expand([maps], pooled, size)
+        maps = _to_maps(x)
+        pooled = _mean(maps)
+        parts, mean = self.expand([maps], pooled)
         if self.depthwise is not None:
-            parts, size = self._downsample(parts, size)
+            parts = [
+                down.depthwise(part, None)
+                for down, part in zip(self.depthwise, parts)
+            ]
             mean = _mean(parts[0])
         means = torch.cat([mean, _mean(parts[1])], 1)
         if self.se is not None:
-            gates = self._gates(means)
-            widths = [part.shape[2] for part in parts]
+            gates = self.se(means)
+            widths = [part.shape[3] for part in parts]
             for part, gate in zip(parts, gates.split(widths, 1)):
                 part.mul_(gate)
             means = means * gates
-        halves, _ = self.project(parts, means, size)
+        halves, _ = self.project(parts, means)
         if self.shortcut is not None:
             down, widen = self.shortcut
-            maps, _ = down.depthwise(maps, before, pooled)
+            maps = down.depthwise(maps, pooled)
             maps = widen.pointwise([maps], _mean(maps))
-        return _to_images(torch.cat(halves, 2).add_(maps), size)
-
-    def _downsample(
-        self, parts: list[Tensor], size: Size
-    ) -> tuple[list[Tensor], Size]:
-        outs, start = [], 0
-        for part in parts:
-            channels = slice(start, start + part.shape[2])
-            out, new = self.depthwise.depthwise(part, size, None, channels)
-            outs.append(out)
-            start = channels.stop
-        return outs, new
-
-    def _gates(self, means: Tensor) -> Tensor:
-        """As :class:`SqueezeExcite` weighs channels, shape (B, C)."""
-        reduce, expand = self.se.reduce, self.se.expand
-        x = F.linear(means, reduce.weight.flatten(1), reduce.bias)
-        x = F.linear(self.se.act(x), expand.weight.flatten(1), expand.bias)
-        return F.hardsigmoid(x)
+        return _to_images(torch.cat(halves, 3).add_(maps))
 
 
 def _mean(maps: Tensor) -> Tensor:
-    """Mean of each channel of each image, shape (L, B, C) to (B, C)."""
-    return average(maps, (0,)).to(maps.dtype)
+    """Mean of each channel of each image, (H, W, B, C) to (B, C)."""
+    return maps.mean((0, 1))
 
 
-def _to_maps(x: Tensor) -> tuple[Tensor, Size]:
-    """Shape (B, C, H, W) to (L, B, C); a view of maps in HWNC layout."""
-    return x.permute(2, 3, 0, 1).flatten(0, 1).contiguous(), x.shape[2:]
+def _to_maps(x: Tensor) -> Tensor:
+    """Shape (B, C, H, W) to (H, W, B, C); a view of maps in HWNC layout."""
+    return x.permute(2, 3, 0, 1).contiguous()
 
 
-def _to_images(maps: Tensor, size: Size) -> Tensor:
-    """Shape (L, B, C) to (B, C, H, W), in HWNC layout."""
-    if maps.shape[1] == 1:  # with the strides of channels last
-        return maps.view(1, *size, -1).permute(0, 3, 1, 2)
-    return maps.unflatten(0, size).permute(2, 3, 0, 1)
+def _to_images(maps: Tensor) -> Tensor:
+    """Shape (H, W, B, C) to (B, C, H, W), in HWNC layout."""
+    return maps.permute(2, 3, 0, 1)
+
+
+def _to_linear(conv: nn.Conv2d) -> nn.Linear:
+    """A 1x1 convolution as a layer of vectors."""
+    linear = nn.Linear(1, 1, bias=conv.bias is not None)
+    linear.in_features, linear.out_features = (
+        conv.in_channels,
+        conv.out_channels,
+    )
+    linear.weight = nn.Parameter(conv.weight.detach().flatten(1).clone())
+    if conv.bias is not None:
+        linear.bias = nn.Parameter(conv.bias.detach().clone())
+    return linear
 
 
 def _can_fold(module: nn.Module) -> bool:

@@ -102,10 +102,11 @@ class ExpertRouter(BaseModule):
             with torch.autocast(pooled.device.type, enabled=False):
                 return self.forward(at_least_float32(pooled))
         # The weight of a quantised layer is a method.
-        x = pooled.to(getattr(self.fc.weight, 'dtype', torch.float32))
+        fc = self.fc
+        x = pooled.to(getattr(fc.weight, 'dtype', torch.float32))
         if self.routing == 'softmax_mlp':
             x = self.hidden(x).relu()
-        logits = at_least_float32(self.fc(x))
+        logits = at_least_float32(fc(x))
         if self.temperature != 1:
             logits = logits / self.temperature
         if self.routing == 'softmax_mlp':
