@@ -6,7 +6,7 @@ from typing import Optional, Union
 from torch import Tensor
 
 from ..backend import _requested
-from . import op
+from . import grouped, op
 from .reference import (
     compute_dtype,
     dynamic_conv2d_reference,
@@ -112,8 +112,10 @@ def _run(
     groups: int = 1,
 ) -> Tensor:
     """Run the PyTorch implementation, as an operator where one is needed."""
+    given = x, weight, attention, bias
     geometry = list(stride), list(padding), list(dilation), groups
-    return op.run(x, weight, attention, bias, *geometry)
+    run = grouped.conv2d if op.runs_directly(*given) else op.conv2d
+    return run(*given, *geometry)
 
 
 def _choose(requested: str) -> str:

@@ -82,16 +82,6 @@ def _(grad_out, x, weight, attention, bias, *rest):
     )
 
 
-def run(*given: object) -> Tensor:
-    """Compute :func:`conv2d` by the shortest way there is for its tensors."""
-    tensors = given[:4]
-    if runs_directly(*tensors):
-        return grouped.conv2d(*given)
-    if is_plain([t for t in tensors if t is not None]):
-        return _Conv2d.apply(*given)
-    return conv2d(*given)
-
-
 def runs_directly(*tensors: Optional[Tensor]) -> bool:
     """Return whether a call needs no autograd and no registered operator.
 
@@ -140,15 +130,3 @@ def _backward(ctx, grad_out):
 
 
 conv2d.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _Conv2d(torch.autograd.Function):
-    """The operator for plain tensors, which need no dispatch."""
-
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
-
-    @staticmethod
-    def forward(x: Tensor, *rest: object) -> Tensor:
-        with _no_autocast(x):
-            return grouped.conv2d(x, *rest)
