@@ -60,13 +60,13 @@ class StageStatistics:
 
 @dataclass
 class StageError:
-    """Relative errors of a stage, as roots of shares of squares.
+    """Relative errors of a stage: root of squared error over variance.
 
     Attributes:
-        channel (float): Of the generated channel matrices, over the queries.
-        spatial (float): Of the generated spatial matrices.
-        projection (float): Of the projected features, against their
-            variance; without images of the weights of the projection.
+        channel (float): Of the channel matrices that queries generate.
+        spatial (float): Of the spatial matrices.
+        projection (float): Of the projected features; without images, of the
+            weights of the projection.
     """
 
     channel: float
@@ -335,7 +335,8 @@ def _fit_generated(
         part.right[i].copy_(right)
         cores.append(_times_inverse(core, factors[i]))
         lost = _mean_square(weight - shared - lowered[i], moment)
-        whole = _mean_square(weight, moment)
+        mean = moment[-1]
+        whole = _mean_square(weight, moment - torch.outer(mean, mean))
         errors.append((max(lost, 0.0) / max(whole, 1e-300)) ** 0.5)
     return _Generated(shared, cores, errors)
 
