@@ -180,15 +180,16 @@ def write_config(
     return path
 
 
-def run(data, *command, code=0):
+def run(data, *command, code=0, gpu=False):
     """Run a command in a process of its own; return what it printed."""
     env = dict(
         os.environ,
         PYTHONPATH=f'{ROOT}{os.pathsep}{data}',
         OMP_NUM_THREADS='1',
         PYTHON=sys.executable,
-        CUDA_VISIBLE_DEVICES='',
     )
+    if not gpu:
+        env['CUDA_VISIBLE_DEVICES'] = ''
     env.pop('RANK', None)
     result = subprocess.run(
         [str(word) for word in command],
@@ -303,3 +304,25 @@ def test_what_is_not_finite_stops_with_its_name(data, train, tmp_path):
     options += ['optim_wrapper.clip_grad=None']
     with pytest.raises(FloatingPointError, match='stage.*images/'):
         train(config, '--work-dir', tmp_path, '--cfg-options', *options)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='needs a GPU that PyTorch can use'
+)
+@pytest.mark.parametrize('amp', [False, True])
+@pytest.mark.parametrize('gpus', [1, 2])
+def test_training_on_gpus(data, tmp_path, gpus, amp):
+    """By ``dist_train.sh``, with the check of the kernels before."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f'needs {gpus} GPUs')
+    config = write_config(tmp_path / f'gpus{gpus}{amp}.py', data)
+    command = ['bash', ROOT / 'tools' / 'dist_train.sh', config, gpus]
+    command += ['--work-dir', tmp_path, *(['--amp'] if amp else [])]
+    # No notice to stop by the hook of the tests above.
+    options = ['custom_hooks=[]', 'custom_imports=None']
+    text = run(data, *command, '--cfg-options', *options, gpu=True)
+    assert 'Triton kernels run for' in text or 'PyTorch operators' in text
+    losses = logged(tmp_path)
+    assert len(losses) == 2 * -(-2 // gpus) and np.isfinite(losses).all()
