@@ -11,13 +11,14 @@ from .checks import Check, check_self_check
 
 HEADER = (
     'kernels', 'verdict', 'error', 'allowed', 'forward, ms', 'PyTorch',
-    'with backward, ms', 'PyTorch',
+    'with backward, ms', 'PyTorch', 'GB/s', 'of a copy',
 )  # fmt: skip
 EXPLANATION = """
 'error' is the largest one beside what is allowed, relative to the reference
 in float64. Times are medians at the size of the papers where the kernels do
-worst beside the PyTorch operators. 'auto' takes the kernels that are right
-and were faster at every size; backend='triton' of an operator, or
+worst beside the PyTorch operators. 'GB/s' is what forward has to read and
+write, divided by its time, beside a plain copy. 'auto' takes the kernels that
+are right and were faster at every size; backend='triton' of an operator, or
 LORS_PLUGIN_BACKEND=triton, orders them all the same, LORS_PLUGIN_BACKEND=torch
 orders the PyTorch operators. A verdict holds for this card and these versions.
 If kernels are wrong, crash or hang, please open an issue with this output.
@@ -130,6 +131,9 @@ def describe(verdict) -> str:
             ms = [size['ms'][mode] for size in group.sizes if size['ms']]
             worst = max(ms, key=lambda pair: pair[0] / pair[1], default=None)
             cells += [f'{m:.3f}' for m in worst] if worst else ['', '']
+        speeds = [size['bandwidth'] for size in group.sizes if size['ms']]
+        least = min(speeds, default=None)
+        cells += [f'{speed:.0f}' for speed in least] if least else ['', '']
         rows.append((name, group.status, *cells))
         reasons.append(f'{name}: {group.reason}')
     return f'{text_table(rows)}\n\n' + '\n'.join(reasons)

@@ -304,9 +304,9 @@ def test_gpu_check(pretend_gpu):
     assert code == 0
     assert text.count('NVIDIA A100 (compute capability 8.0), driver') == 1
     lines = [re.split('  +', line) for line in text.splitlines()]
-    rows = {name: cells for name, *cells in lines if len(cells) == 7}
+    rows = {name: cells for name, *cells in lines if len(cells) == 9}
     assert rows.pop('kernels')[0] == 'verdict' and len(rows) == 9
-    ms = ['0.500', '1.000', '1.000', '2.000']
+    ms = ['0.500', '1.000', '1.000', '2.000', '800', '1500']
     assert rows['mixing bfloat16'] == ['faster', '1.0e-07', '1.0e-05', *ms]
     assert rows['mixing float16'] == ['wrong', '5.0e-01', '1.0e-03', *ms]
     assert 'mixing float16: wrong, gradient of x at size odd has' in text

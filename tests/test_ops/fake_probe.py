@@ -17,12 +17,11 @@ CULPRIT = 'mixing float16'
 
 def main(what, options):
     device, output = options[1], options[3]
-    assert (options[0], options[2], options[4]) == (
-        '--device', '--output', '--limit'
-    )  # fmt: skip
+    given = options[0], options[2], options[4], options[6]
+    assert given == ('--device', '--output', '--limit', '--attended')
     if starts := os.environ.get('FAKE_PROBE_STARTS'):
         with open(starts, 'a') as file:
-            file.write(f'{device} {options[6:]}\n')
+            file.write(f'{device} {options[7:]}\n')
     if what == 'no start':
         sys.exit('RuntimeError: no CUDA-capable device is detected')
     if what == 'silent':
@@ -34,7 +33,7 @@ def main(what, options):
 
         if what == 'nonsense':
             file.write('Segmentation fault\n')
-        for group in options[6:]:
+        for group in options[7:]:
             tell(begin=group)
             mine = what if group == CULPRIT else 'good'
             if mine == 'abort':
@@ -53,8 +52,8 @@ def main(what, options):
                 forward=(0.5, 1.0), full=(took, 2.0)
             )  # fmt: skip
             errors = {'output': (1e-7, 1e-5), 'gradient of x': (error, 1e-3)}
-            tell(size='odd', errors=errors, ms={})
-            tell(size='lors', errors=errors, ms=ms)
+            tell(size='odd', errors=errors, ms={}, bandwidth=[])
+            tell(size='lors', errors=errors, ms=ms, bandwidth=[800, 1500])
             tell(end=group)
 
 

@@ -18,7 +18,7 @@ def forward(*args):
 
 
 kernels.forward = forward
-options, groups = sys.argv[1:7], sys.argv[7:]
+options, groups = sys.argv[1:8], sys.argv[8:]
 options[1] = 'cpu'
 tried = [g for g in groups if g in ('mixing float32', 'sampling float32')]
 if tried:

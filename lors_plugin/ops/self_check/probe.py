@@ -5,7 +5,8 @@
 
 A group is an operator in a type, such as 'mixing float16'. The file gets a
 line of JSON per event: ``{"begin": group}``, then of each size ``{"size":
-name, "errors": {...}, "ms": {...}}``, and ``{"end": group}``. Errors are
+name, "errors": {...}, "ms": {...}, "bandwidth": [...]}``, and ``{"end":
+group}``. Errors are
 relative to the reference in float64; what is allowed is twice the error of
 the PyTorch operators in the same type, and a little more, since two right
 programs differ. Nothing is caught: whoever started this process sees how it
@@ -15,9 +16,11 @@ ended.
 import argparse
 import functools
 import json
+import os
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Optional
@@ -211,6 +214,38 @@ def measure(
     return found
 
 
+def traffic(case: Case, size: Sequence, operator: str) -> int:
+    """Return the bytes that forward has to read and write at least.
+
+    Every input and output of mixing once. Sampling reads four cells on each
+    level for each point, not the whole levels.
+    """
+    _, inputs, grad = case
+    tensors = [*inputs.values(), grad]  # the output is as large as its grad
+    moved = sum(t.numel() * t.element_size() for t in tensors)
+    if operator == 'sampling':
+        table = inputs['table']
+        b, n, g, p, c, _ = size
+        moved -= table.numel() * table.element_size()
+        moved += 4 * len(STRIDES) * b * n * g * p * c * table.element_size()
+    return moved
+
+
+@functools.cache
+def copy_bandwidth(device: torch.device, elements: int = 2**26) -> float:
+    """Return the GB/s of a large copy, read and written."""
+    source = torch.zeros(elements, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(ROUNDS):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(seconds[1:]) / 1e9
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for a GPU."""
     if device.type == 'cuda':
@@ -227,6 +262,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--limit', type=int, help='seconds after which the process ends'
     )
     parser.add_argument(
+        '--attended',
+        action='store_true',
+        help='end when standard input does, that is with the parent',
+    )
+    parser.add_argument(
         '--quick', action='store_true', help='one tiny size, one round'
     )
     return parser.parse_args(argv)
@@ -238,6 +278,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.limit and hasattr(signal, 'alarm'):
         # Ends the process wherever it is, even if nobody waits for it.
         signal.alarm(args.limit)
+    if args.attended:
+        threading.Thread(target=end_with_parent, daemon=True).start()
     rounds, runs = (1, 1) if args.quick else (ROUNDS, RUNS)
     device = torch.device(args.device)
     if device.type == 'cuda':
@@ -256,11 +298,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 case = CASES[operator](size, dtype, args.device)
                 errors, ms = compare(case, kind), {}
                 # Small sizes measure how fast Python is.
+                reached = ()
                 if name != 'odd':
                     ms = measure(case, rounds, runs)
-                tell(size=name, errors=errors, ms=ms)
+                    moved = traffic(case, size, operator)
+                    reached = (
+                        moved / ms['forward'][0] / 1e6,
+                        copy_bandwidth(device, 2**16 if args.quick else 2**26),
+                    )
+                tell(size=name, errors=errors, ms=ms, bandwidth=reached)
             tell(end=group)
     return 0
+
+
+def end_with_parent() -> None:
+    """End the process when the parent's end of standard input closes."""
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 def write(file, **event) -> None:

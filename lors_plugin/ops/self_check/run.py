@@ -142,9 +142,9 @@ def _run_child(
             process = subprocess.Popen(
                 [
                     *(*command, '--device', device, '--output', str(events)),
-                    *('--limit', str(int(left) + 1), *todo),
+                    *('--limit', str(int(left) + 1), '--attended', *todo),
                 ],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # closes if this process ends
                 stdout=output,
                 stderr=output,
                 env=environment,
@@ -237,6 +237,7 @@ def _end(process: subprocess.Popen) -> None:
     # One that hangs in the driver cannot be ended, and is not waited for.
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
+    process.stdin.close()
 
 
 def _signal(process: subprocess.Popen) -> str:

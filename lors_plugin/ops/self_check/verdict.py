@@ -43,8 +43,9 @@ class Group:
             'hung', 'failed' or 'untried'.
         reason (str): A sentence.
         sizes (tuple[dict]): What was measured: ``size`` (name), ``errors``
-            (error and what is allowed by name of the result) and ``ms``
-            (Triton and PyTorch by mode).
+            (error and what is allowed by name of the result), ``ms``
+            (Triton and PyTorch by mode) and ``bandwidth`` (GB/s of forward,
+            and of a copy).
     """
 
     status: str
