@@ -353,6 +353,41 @@ def narrow_config(load_config):
     return make
 
 
+@pytest.fixture
+def pretend_gpu(monkeypatch, tmp_path):
+    """Pretend that there are GPUs of a kind, of which nothing is known.
+
+    ``pretend_gpu((7, 0), 'Tesla V100')`` returns what verdicts are about.
+    """
+    import torch
+
+    from lors_plugin.ops import backend, self_check
+
+    def forget():
+        backend.device_verdict.cache_clear()
+        self_check.forget()
+
+    def make(capability=(8, 0), name='NVIDIA A100', triton=(3, 8, 0), count=1):
+        for key, value in dict(
+            is_available=lambda: True,
+            device_count=lambda: count,
+            get_device_capability=lambda index=None: capability,
+            get_device_name=lambda index=None: name,
+        ).items():
+            monkeypatch.setattr(torch.cuda, key, value)
+        monkeypatch.setattr(backend, 'triton_version', lambda: triton)
+        forget()
+        return self_check.find_card(0)
+
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    for variable in (
+        backend.ENV_NAME, self_check.ENV_NAME, 'TRITON_INTERPRET'
+    ):  # fmt: skip
+        monkeypatch.delenv(variable, raising=False)
+    yield make
+    forget()
+
+
 def remove_pretrained(config):
     """Take every ``init_cfg`` that loads a file out of a config."""
     if isinstance(config, dict):

@@ -200,7 +200,7 @@ def test_no_comparison_is_ignored():
 
 def test_test_paths_follow_the_sources():
     """``lors_plugin/a/b.py`` is tested by ``tests/test_a/test_b.py``."""
-    outside = ('test_tools', 'test_configs', 'data')
+    outside = ('test_tools', 'test_configs', 'test_gpu', 'data')
     packages = {p.name for p in PACKAGE.rglob('*') if p.is_dir()}
     strange = [
         str(folder.relative_to(ROOT))

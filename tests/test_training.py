@@ -203,22 +203,22 @@ def write_config(
     return path
 
 
-def launch(data, *words):
-    """Run the launcher until it is stopped; return what was printed."""
+def launch(data, *words, code=75, env=ONE_THREAD):
+    """Run the launcher, until it is stopped; return what was printed."""
     result = subprocess.run(
         ['bash', ROOT / 'tools' / 'dist_train.sh', *map(str, words)],
         env=dict(
             os.environ,
             PYTHONPATH=f'{ROOT}{os.pathsep}{data}',
             PYTHON=sys.executable,
-            **ONE_THREAD,
+            **env,
         ),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=300,
     )
-    assert result.returncode == 75, result.stdout[-6000:]
+    assert result.returncode == code, result.stdout[-6000:]
     return result.stdout
 
 
@@ -470,3 +470,24 @@ def accuracy(model, pictures):
             scores = model(image.permute(2, 0, 1)[None], mode='tensor')
         right += int(scores.argmax() == i % 2)
     return 100 * right / 8
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='needs a GPU that PyTorch can use'
+)
+@pytest.mark.parametrize('amp', [False, True])
+@pytest.mark.parametrize('gpus', [1, 2])
+def test_training_on_gpus(data, tmp_path, gpus, amp):
+    """By ``dist_train.sh``, with the check of the kernels before."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f'needs {gpus} GPUs')
+    config = write_config(tmp_path / f'gpus{gpus}{amp}.py', data)
+    words = [config, gpus, '--work-dir', tmp_path, *(['--amp'] if amp else [])]
+    # No notice to stop by the hook of the tests above.
+    words += ['--cfg-options', 'custom_hooks=[]', 'custom_imports=None']
+    text = launch(data, *words, code=0, env={})
+    assert 'Triton kernels run for' in text or 'PyTorch operators' in text
+    losses = logged(tmp_path)
+    assert len(losses) == 2 * -(-2 // gpus) and np.isfinite(losses).all()

@@ -32,7 +32,7 @@ from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
 )
-from lors_plugin.engine.hooks import FinitePredictionsHook
+from lors_plugin.engine.hooks import FinitePredictionsHook, KernelCheckHook
 from lors_plugin.engine.image_errors import ImageError
 from lors_plugin.engine.preflight import host_of, type_name
 
@@ -177,6 +177,7 @@ def main(argv=None):
                 hooks=runner.hooks,
             )
         runner.register_hook(FinitePredictionsHook())
+        runner.register_hook(KernelCheckHook())
         if args.out:
             runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
         kinds = (

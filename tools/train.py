@@ -32,7 +32,7 @@ from lors_plugin.engine.checkpoint_fit import (
     check_checkpoint,
     check_checkpoint_path,
 )
-from lors_plugin.engine.hooks import FinitePredictionsHook
+from lors_plugin.engine.hooks import FinitePredictionsHook, KernelCheckHook
 from lors_plugin.engine.hooks.checkpoint_hook import (
     CheckpointHook,
     CheckpointWriteError,
@@ -200,6 +200,7 @@ def train(cfg, args):
     try:
         runner = build_runner(cfg, args.debug)
         runner.register_hook(FinitePredictionsHook())
+        runner.register_hook(KernelCheckHook())
         with user_errors('', args.debug):
             check_start(runner, cfg, args.trust)
         kinds = (

@@ -1,26 +1,31 @@
 """Look at the environment and say what is wrong with it.
 
-    python -m lors_plugin.doctor
+    python -m lors_plugin.doctor [--gpu]
 
 prints one line per check: ``ok``, ``note`` (works, but know this), ``trap``
 (something will fail later) or ``missing`` (the package cannot work), then
 what was found and the remedy. Exit code 1 if anything is missing.
+
+``--gpu`` runs the Triton kernels on the GPUs of this machine instead, which
+takes some minutes, and decides whether ``'auto'`` takes them from now on.
+Exit code 1 if they cannot be run, or the result cannot be kept.
 """
 
+import argparse
 import importlib
 import importlib.util
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Optional
 
 from lors_plugin.compat import explain_import
 from lors_plugin.version import __version__
 
-from . import checks
+from . import checks, gpus
 from .checks import Check, Gpu
 
 HOSTS = ('mmengine', 'mmcv', 'mmdet', 'mmpretrain')
@@ -224,7 +229,7 @@ def look_at_operators() -> list[Check]:
             for name in ('float32', 'float16', 'bfloat16')
         }
         found.append(checks.check_operators(gpu.name, verdicts, variable))
-    return found
+    return found + gpus.look_at_verdicts()
 
 
 def look_at_compiled() -> Check:
@@ -287,9 +292,21 @@ def examine() -> dict[str, list[Check]]:
     return report
 
 
-def main() -> int:
+def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write the report and return 1 if anything is missing."""
+    parser = argparse.ArgumentParser(
+        prog='python -m lors_plugin.doctor',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        '--gpu',
+        action='store_true',
+        help='check the Triton kernels on the GPUs of this machine',
+    )
     write = sys.stdout.write
+    if parser.parse_args(argv).gpu:
+        return gpus.check_gpus(write)
     write(f'lors_plugin {__version__}\n')
     counts = dict.fromkeys(('ok', 'note', 'trap', 'missing'), 0)
     for title, found in examine().items():

@@ -398,13 +398,38 @@ def check_operators(
             'auto, torch, triton or reference',
         )
     choices = {}
+    kernels = 'triton' if variable == 'triton' else 'triton where checked'
     for name in verdicts:
-        choice = 'torch' if name in refused else 'triton'
+        choice = 'torch' if name in refused else kernels
         choices.setdefault(choice, []).append(name)
     text = '; '.join(f'{k} for {", ".join(v)}' for k, v in choices.items())
     if refused:
         text += f' ({_list_reasons(refused)})'
     return Check('ok', f'operators on {where}: {text}')
+
+
+def check_self_check(
+    where: str, date: str, taken: Sequence[str], reason: str
+) -> Check:
+    """Say what the self-check of the Triton kernels found on a GPU.
+
+    Args:
+        where (str): Name of the GPU.
+        date (str): When it was checked, '' if it was not.
+        taken (Sequence[str]): Operators and types whose kernels run.
+        reason (str): Why there is no verdict, '' if there is.
+    """
+    remedy = 'python -m lors_plugin.doctor --gpu'
+    if reason:
+        status = 'trap' if 'not trusted' in reason else 'note'
+        return Check(status, f'self-check on {where}: {reason}', remedy)
+    if taken:
+        text = f'Triton runs for {", ".join(taken)}, PyTorch for the rest'
+    else:
+        text = 'the PyTorch operators run'
+    return Check(
+        'ok', f'self-check on {where}, {date}: {text}', f'{remedy} has more'
+    )
 
 
 def _list_reasons(refused):

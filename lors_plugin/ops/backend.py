@@ -2,7 +2,8 @@
 
 The choice is made per call, from what is known about the tensor and the
 machine and before anything is compiled: some versions of Triton abort the
-whole process on some GPUs, which no ``except`` can catch.
+whole process on some GPUs, which no ``except`` can catch. On a GPU, ``'auto'``
+takes what the self-check (``self_check``) found right and faster there.
 """
 
 import ctypes
@@ -46,6 +47,7 @@ def select_backend(
     tensor: Tensor,
     refusal: str = '',
     cpu_refusal: Optional[str] = None,
+    operator: str = 'mixing',
 ) -> str:
     """Choose the implementation for one call.
 
@@ -57,8 +59,8 @@ def select_backend(
         requested (str): What the caller or the config asks for. ``'auto'``
             leaves the choice to the environment variable
             ``LORS_PLUGIN_BACKEND`` and, without it, to the package: Triton
-            on a GPU that it works on, C++ for float32 on a CPU where the
-            operator has it, 'torch' otherwise.
+            on a GPU where the self-check found it right and faster, C++ for
+            float32 on a CPU where the operator has it, 'torch' otherwise.
         tensor (Tensor): An input as the implementation will get it, of any
             shape: its device and its type decide.
         refusal (str): Why the Triton kernels cannot take these sizes, '' if
@@ -66,6 +68,8 @@ def select_backend(
         cpu_refusal (str, optional): Why the C++ code cannot take these
             sizes, '' if it can. Defaults to None, for an operator without
             C++ code.
+        operator (str): Name of the kernels in the self-check: 'mixing',
+            'low_rank_mixing' or 'sampling'. Defaults to 'mixing'.
 
     Returns:
         str: ``'torch'`` (any device), ``'cpu'`` (C++), ``'triton'`` or
@@ -82,6 +86,7 @@ def select_backend(
         tensor.dtype,
         refusal,
         cpu_refusal,
+        operator,
     )
 
 
@@ -92,6 +97,7 @@ def _choose(
     dtype: torch.dtype,
     refusal: str,
     cpu_refusal: Optional[str] = None,
+    operator: str = 'mixing',
 ) -> str:
     with_cpu = cpu_refusal is not None
     name, source = _requested(requested, with_cpu)
@@ -111,10 +117,14 @@ def _choose(
         if not possible:
             raise RuntimeError(_refused(source, name, reason))
         return 'triton'
-    if possible and not _interpreting():
-        return 'triton'
-    _log_once(reason or 'TRITON_INTERPRET=1 runs kernels on the CPU')
-    return 'torch'
+    if possible and _interpreting():
+        possible, reason = False, 'TRITON_INTERPRET=1 runs kernels on the CPU'
+    if possible:
+        from . import self_check
+
+        possible, reason = self_check.decide(operator, dtype, index)
+    _log_once(possible, reason)
+    return 'triton' if possible else 'torch'
 
 
 # What `torch.compiler.assume_constant_result` does; calling that here would
@@ -251,13 +261,25 @@ def triton_version() -> Optional[tuple[int, ...]]:
     return tuple(map(int, match.group().split('.'))) if match else None
 
 
+def tf32_allowed() -> bool:
+    """Return whether PyTorch may multiply float32 matrices in TF32."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        return matmul.allow_tf32
+    except RuntimeError:  # it was set by its newer name
+        return matmul.fp32_precision == 'tf32'
+
+
 def _interpreting() -> bool:
     return os.environ.get('TRITON_INTERPRET', '') == '1'
 
 
 @functools.cache
-def _log_once(reason: str) -> None:
-    logger.warning('The PyTorch operators run, not Triton: %s', reason)
+def _log_once(possible: bool, reason: str) -> None:
+    if possible:
+        logger.info('Triton kernels run: %s', reason)
+    else:
+        logger.warning('The PyTorch operators run, not Triton: %s', reason)
 
 
 def _dotted(version: tuple[int, ...]) -> str:

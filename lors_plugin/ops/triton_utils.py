@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backend import tf32_allowed
+
 _DOTS = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -43,15 +45,7 @@ def dot_type(dtype: torch.dtype, cap: int) -> tl.dtype:
 
 def precision(cap: int) -> str:
     """Return the precision of float32 products: TF32 where PyTorch may."""
-    return 'tf32' if cap >= 80 and _tf32_allowed() else 'ieee'
-
-
-def _tf32_allowed() -> bool:
-    matmul = torch.backends.cuda.matmul
-    try:
-        return matmul.allow_tf32
-    except RuntimeError:  # it was set by its newer name
-        return matmul.fp32_precision == 'tf32'
+    return 'tf32' if cap >= 80 and tf32_allowed() else 'ieee'
 
 
 def on(device: torch.device):

@@ -1,12 +1,15 @@
 import importlib
+import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from lors_plugin.doctor import __main__ as doctor
+from lors_plugin.doctor import gpus
 from lors_plugin.doctor.checks import (
     Gpu,
     arch_supported,
@@ -231,8 +234,8 @@ YES, NO = (True, ''), (False, 'no such type')
 @pytest.mark.parametrize(
     ('verdicts', 'variable', 'status', 'text'),
     [
-        (dict(a=YES, b=YES), '', 'ok', 'on X: triton for a, b'),
-        (dict(a=YES, b=NO), '', 'ok', 'triton for a; torch for b (no such'),
+        (dict(a=YES, b=YES), '', 'ok', 'on X: triton where checked for a, b'),
+        (dict(a=YES, b=NO), '', 'ok', 'for a; torch for b (no such'),
         (dict(a=NO, b=NO), 'auto', 'ok', 'torch for a, b (no such type)'),
         (dict(a=(False, 'x'), b=NO), '', 'ok', '(a: x; b: no such type)'),
         (dict(a=YES), 'reference', 'note', 'on X: reference, as LORS'),
@@ -248,20 +251,93 @@ def test_operators(verdicts, variable, status, text):
     assert bool(check.remedy) == (status == 'trap')
 
 
-def test_operators_of_a_v100(monkeypatch):
+def test_operators_of_a_v100(monkeypatch, pretend_gpu):
     """The verdict that the operators themselves act on."""
+    pretend_gpu((7, 0), 'V100', triton=(3, 6), count=2)
+    monkeypatch.setattr(doctor, 'find_gpus', lambda: [V100, V100, A100])
+    old, new, checked = doctor.look_at_operators()
+    assert 'torch for bfloat16 (compute capability 7.0' in old.what
+    assert new.what.endswith('where checked for float32, float16, bfloat16')
+    assert checked.status == 'note'
+    assert 'have not been checked on this V100' in checked.what
+    assert checked.remedy == 'python -m lors_plugin.doctor --gpu'
+
+
+@pytest.mark.parametrize(
+    ('status', 'text'),
+    [
+        ('faster', 'Triton runs for mixing float16, PyTorch for the rest'),
+        ('crashed', 'the PyTorch operators run'),
+    ],
+)
+def test_verdict_of_the_self_check(pretend_gpu, monkeypatch, status, text):
+    from lors_plugin.ops import self_check
+
+    card = pretend_gpu()
+    groups = {'mixing float16': self_check.Group(status, 'so it is')}
+    self_check.cache.write(self_check.new_verdict(card, 1.0, groups))
+    (check,) = gpus.look_at_verdicts()
+    assert (check.status, check.what.endswith(text)) == ('ok', True)
+    monkeypatch.setenv('LORS_PLUGIN_SELF_CHECK', 'off')
+    (check,) = gpus.look_at_verdicts()
+    assert check.what.endswith('LORS_PLUGIN_SELF_CHECK=off')
+    monkeypatch.delenv('LORS_PLUGIN_SELF_CHECK')
+    self_check.cache.directory().chmod(0o777)
+    self_check.forget()
+    (check,) = gpus.look_at_verdicts()
+    assert check.status == 'trap' and 'chmod go-w' in check.what
+
+
+PROBE = Path(__file__).parents[1] / 'test_ops' / 'fake_probe.py'
+
+
+def check_gpus(what):
+    text = []
+    code = gpus.check_gpus(text.append, (sys.executable, str(PROBE), what))
+    return code, ''.join(text)
+
+
+def test_gpu_check(pretend_gpu):
+    """The table, the reasons, and what it means; each kind of card once."""
+    pretend_gpu(count=2)
+    code, text = check_gpus('wrong')
+    assert code == 0
+    assert text.count('NVIDIA A100 (compute capability 8.0), driver') == 1
+    lines = [re.split('  +', line) for line in text.splitlines()]
+    rows = {name: cells for name, *cells in lines if len(cells) == 9}
+    assert rows.pop('kernels')[0] == 'verdict' and len(rows) == 9
+    ms = ['0.500', '1.000', '1.000', '2.000', '800', '1500']
+    assert rows['mixing bfloat16'] == ['faster', '1.0e-07', '1.0e-05', *ms]
+    assert rows['mixing float16'] == ['wrong', '5.0e-01', '1.0e-03', *ms]
+    assert 'mixing float16: wrong, gradient of x at size odd has' in text
+    assert "backend='triton'" in text and 'open an issue' in text
+    # Asked for again, it is done again.
+    assert 'mixing float16: right, but full' in check_gpus('slow')[1]
+    (check,) = gpus.look_at_verdicts()
+    assert 'mixing bfloat16' in check.what
+
+
+def test_gpu_check_that_cannot_run_or_be_kept(pretend_gpu, monkeypatch):
+    pretend_gpu()
+    code, text = check_gpus('no start')
+    assert code == 1
+    assert 'error: the kernels cannot be checked: RuntimeError' in text
+    monkeypatch.setenv('XDG_CACHE_HOME', str(PROBE))
+    code, text = check_gpus('good')
+    assert code == 1 and 'mixing float16: right' in text
+    assert "'auto' will not know of this: verdicts of the self" in text
+    monkeypatch.undo()
+    pretend_gpu(triton=(3, 2, 0))
+    code, text = check_gpus('good')
+    assert code == 0 and 'Triton 3.2.0 is older than 3.6' in text
+
+
+def test_gpu_check_without_a_gpu(monkeypatch, capsys):
     import torch
 
-    from lors_plugin.ops import backend
-
-    monkeypatch.delenv(backend.ENV_NAME, raising=False)
-    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
-    monkeypatch.setattr(doctor, 'find_gpus', lambda: [V100, V100, A100])
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(backend, 'triton_version', lambda: (3, 6))
-    old, new = doctor.look_at_operators()
-    assert 'torch for bfloat16 (compute capability 7.0' in old.what
-    assert new.what.endswith('triton for float32, float16, bfloat16')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert doctor.main(['--gpu']) == 1
+    assert 'PyTorch sees no GPU' in capsys.readouterr().out
 
 
 def test_operators_of_this_machine(monkeypatch):
@@ -327,7 +403,7 @@ def test_a_section_that_fails_does_not_end_the_report(monkeypatch, capsys):
         raise RuntimeError('boom')
 
     monkeypatch.setattr(doctor, 'SECTIONS', {'A': fails, 'B': fails})
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     out = capsys.readouterr().out
     assert out.count('boom') == 2
 
@@ -345,7 +421,7 @@ def test_a_missing_need_gives_exit_code_1(monkeypatch, capsys, name):
     monkeypatch.setattr(
         doctor, 'SECTIONS', {'Packages': doctor.look_at_packages}
     )
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     assert f'missing  {name}' in capsys.readouterr().out
 
 

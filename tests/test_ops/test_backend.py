@@ -14,7 +14,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from lors_plugin import ops
-from lors_plugin.ops import backend, cpu_library
+from lors_plugin.ops import backend, cpu_library, self_check
 from lors_plugin.ops.adaptive_mixing import LowRank, _too_large
 from lors_plugin.ops.backend import ENV_NAME, select_backend, triton_verdict
 
@@ -40,15 +40,16 @@ def clean(monkeypatch):
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(pretend_gpu):
     """Pretend that there is a GPU; choose as for a tensor on it."""
 
-    def make(capability, version=(3, 8, 0)):
-        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-        monkeypatch.setattr(
-            torch.cuda, 'get_device_capability', lambda index: capability
-        )
-        monkeypatch.setattr(backend, 'triton_version', lambda: version)
+    def make(capability, version=(3, 8, 0), status='faster'):
+        card = pretend_gpu(capability, triton=version)
+        groups = {
+            name: self_check.Group(status, 'as a test says')
+            for name in self_check.groups_of(card)
+        }
+        self_check.cache.write(self_check.new_verdict(card, 1.0, groups))
         gpu = torch.device('cuda', 0)
         return lambda requested, dtype=FLOAT, refusal='': select_backend(
             requested, SimpleNamespace(device=gpu, dtype=dtype), refusal
@@ -133,6 +134,17 @@ def test_auto_takes_triton_on_a_gpu(machine, caplog, dtype):
     assert choose('auto', dtype) == 'triton'
     assert choose('torch', dtype) == 'torch'
     assert not caplog.records
+
+
+@pytest.mark.parametrize('status', ['slower', 'wrong', 'crashed', 'untried'])
+def test_auto_obeys_the_self_check_and_an_order_does_not(
+    machine, caplog, status
+):
+    choose = machine((8, 0), status=status)
+    assert choose('auto', HALF) == choose('auto', HALF) == 'torch'
+    (record,) = caplog.records
+    assert 'mixing float16 on NVIDIA A100: as a test says' in record.message
+    assert choose('triton', HALF) == 'triton'
 
 
 def test_auto_falls_back_and_says_why_once(machine, caplog):

@@ -13,6 +13,7 @@ from .class_names_hook import ClassNamesHook
 from .epoch_seed_hook import EpochSeedHook
 from .finite_predictions_hook import FinitePredictionsHook
 from .freeze_hook import FreezeHook
+from .kernel_check_hook import KernelCheckHook
 
 __all__ = [
     'CheckpointHook',
@@ -21,6 +22,7 @@ __all__ = [
     'ExpertUsageHook',
     'FinitePredictionsHook',
     'FreezeHook',
+    'KernelCheckHook',
     'LORSHook',
     'RepAdapterHook',
 ]

@@ -60,8 +60,8 @@ def adaptive_mixing(
         eps (float): Added to the variances. Defaults to 1e-5.
         backend (str): 'auto', 'torch', 'cpu', 'triton' or 'reference', see
             :func:`lors_plugin.ops.backend.select_backend`. 'auto' takes
-            Triton on NVIDIA GPUs, C++ for float32 on CPUs and PyTorch
-            otherwise.
+            Triton on NVIDIA GPUs where it was checked, C++ for float32 on
+            CPUs and PyTorch otherwise.
 
     Returns:
         Tensor: Mixed features, shape (B, N, G, Q, C).
@@ -83,6 +83,9 @@ def adaptive_mixing(
         x,
         _too_large(x, weights, channel_low_rank, spatial_low_rank),
         cpu_impl.refusal(x, weights),
+        'low_rank_mixing'
+        if channel_low_rank or spatial_low_rank
+        else 'mixing',
     )
     if chosen == 'reference':
         return adaptive_mixing_reference(

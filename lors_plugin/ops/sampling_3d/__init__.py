@@ -63,7 +63,7 @@ def sampling_3d(
     dtype = _compute_dtype(points, *tensors)
     points = points.to(dtype)
     refusal = _refusal(channels // points.shape[2])
-    backend = select_backend(backend, points, refusal)
+    backend = select_backend(backend, points, refusal, operator='sampling')
     if backend == 'reference':
         if isinstance(feats, SharedLevels):
             feats = feats.maps()
@@ -101,7 +101,8 @@ def share_levels(
     _check_levels(feats)
     dtype = _compute_dtype(*feats)
     probe = feats[0].new_empty(0, dtype=dtype)
-    if select_backend(backend, probe) == 'reference':
+    chosen = select_backend(backend, probe, operator='sampling')
+    if chosen == 'reference':
         return feats
     return make_table(feats, dtype)
 
