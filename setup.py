@@ -197,6 +197,7 @@ setup(
     extras_require={
         'onedl': read_requirements('mminstall'),
         'optional': read_requirements('optional'),
+        'deploy': read_requirements('deploy'),
         'tests': read_requirements('tests'),
         'docs': read_requirements('docs'),
         'lint': read_requirements('lint'),

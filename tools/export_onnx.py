@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from mmengine.config import DictAction
 
-import lors_plugin  # first: it makes mmcv.ops importable
+import lors_plugin  # noqa: F401 - first: it makes mmcv.ops importable
 from lors_plugin.adamixer import AdaMixer
 from lors_plugin.build import (
     build_model,
@@ -52,6 +52,7 @@ from lors_plugin.export.cases import (
     random_images,
 )
 from lors_plugin.export.grid_sample import SAMPLING
+from lors_plugin.export.metadata import describe
 from lors_plugin.export.models import INPUTS
 from lors_plugin.utils import type_name
 
@@ -269,31 +270,6 @@ def make_cases(make_case, cfg, model, shape, args):
     return cases
 
 
-def describe(cfg, module, meta, shape, args):
-    """Collect the meta data of the file."""
-    dataset_meta = meta.get('dataset_meta') or cfg.get('metainfo') or {}
-    normalize = module.normalize
-    flat = {
-        name: None if value is None else value.flatten().tolist()
-        for name, value in normalize.named_buffers()
-    }
-    preprocessor = module.model.data_preprocessor
-    raw = normalize.kind != 'normalized'
-    return dict(
-        producer=f'lors_plugin {lors_plugin.__version__}',
-        config=Path(args.config).name,
-        classes=list(dataset_meta.get('classes') or ()),
-        input=normalize.kind,
-        channel_order='RGB' if raw else normalize.order,
-        normalized_in_file='yes' if raw else 'no',
-        mean=flat.get('mean'),
-        std=flat.get('std'),
-        shape=list(shape),
-        size_divisor=getattr(preprocessor, 'pad_size_divisor', 1),
-        sampling=args.sampling if 'boxes' in module.outputs else '',
-    )
-
-
 def export(args):
     """Export as the arguments say; return a sentence about it."""
     cfg = load_config(args.config, args.cfg_options)
@@ -307,13 +283,22 @@ def export(args):
     number = 1 if args.static else 2
     channels = image_channels(model)
     inputs, _ = random_case(make_case, number, [shape], channels)
+    metadata = describe(
+        cfg,
+        module,
+        args.config,
+        None if args.checkpoint == RANDOM else args.checkpoint,
+        meta.get('dataset_meta'),
+        shape=list(shape),
+        sampling=args.sampling if 'boxes' in module.outputs else '',
+    )
     content = export_file(
         module.eval(),
         inputs,
         args.opset,
         not args.static,
         not args.fixed_size,
-        describe(cfg, module, meta, shape, args),
+        metadata,
         args.sampling,
     )
     text = 'not compared with PyTorch'
@@ -326,6 +311,11 @@ def export(args):
         text += (
             f', for images of {shape[0]} x {shape[1]} alone: the windows of '
             'Swin are exported for one size'
+        )
+    if isinstance(metadata['pipeline'], str):
+        text += (
+            '\nlors_plugin.deploy.runtime will refuse it: '
+            + (metadata['pipeline'])
         )
     return f'{args.out}: {len(content) / 1e6:.1f} MB, {text}'
 

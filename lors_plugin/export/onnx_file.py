@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lors_plugin.checkpoints.files import replace_file
+from lors_plugin.deploy.engines import CHECKSUM, NO_CHECKSUM, checksum
 from lors_plugin.reparam.compare import detections_difference, difference
 
 from .grid_sample import sampled_by
@@ -45,7 +46,7 @@ def export_file(
         dynamic_batch (bool): Whether the number of images stays open.
         dynamic_size (bool): Whether their height and width stay open.
         metadata (dict, optional): Written into the file; values that are no
-            strings as JSON.
+            strings as JSON. A checksum is added.
         sampling (str): How AdaMixer reads features: 'gather' or
             'grid_sample'. Defaults to 'gather'.
 
@@ -88,12 +89,27 @@ def export_file(
     for entry in content.graph.output:
         for index, size in sizes.get(entry.name, {}).items():
             entry.type.tensor_type.shape.dim[index].dim_value = size
-    for key, value in (metadata or {}).items():
-        entry = content.metadata_props.add()
+    onnx.checker.check_model(content)
+    return with_metadata(content, metadata or {})
+
+
+def with_metadata(model: Any, metadata: dict) -> bytes:
+    """Write metadata and the checksum into a model.
+
+    Args:
+        model (onnx.ModelProto): What it holds of these is replaced.
+        metadata (dict): Values that are no strings are written as JSON.
+
+    Returns:
+        bytes: The file.
+    """
+    del model.metadata_props[:]
+    for key, value in {**metadata, CHECKSUM: NO_CHECKSUM}.items():
+        entry = model.metadata_props.add()
         entry.key = key
         entry.value = value if isinstance(value, str) else json.dumps(value)
-    onnx.checker.check_model(content)
-    return content.SerializeToString()
+    entry.value = checksum(model.SerializeToString())
+    return model.SerializeToString()
 
 
 def write_file(content: bytes, path: Union[str, Path]) -> None:
