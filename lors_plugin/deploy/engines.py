@@ -1,5 +1,6 @@
 """ONNX Runtime and OpenVINO behind one interface, and what a file says."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,16 @@ import numpy as np
 ENGINES = ('onnxruntime', 'openvino')
 CHECKSUM = 'checksum'
 NO_CHECKSUM = '0' * 64
+JSON_KEYS = (
+    'classes',
+    'mean',
+    'pad_value',
+    'pipeline',
+    'shape',
+    'size_divisor',
+    'std',
+    'test_cfg',
+)
 # The place of the metadata in a file of OpenVINO.
 SECTION = 'lors_plugin'
 
@@ -21,22 +32,23 @@ class OnnxRuntimeEngine:
     """An ONNX file in ONNX Runtime, on the CPU.
 
     Args:
-        path (Path): The file.
+        path (str | Path | bytes): A file, or what is in it.
         threads (int, optional): By default one per core.
     """
 
-    def __init__(self, path: Path, threads: Optional[int] = None) -> None:
-        if path.suffix == '.xml':
-            raise ValueError(
-                f'{path} is a file of OpenVINO: engine="openvino" opens it'
-            )
+    name = 'ONNX Runtime'
+
+    def __init__(
+        self, path: Union[str, Path, bytes], threads: Optional[int] = None
+    ) -> None:
+        content = path if isinstance(path, bytes) else str(path)
         onnxruntime = _imported('onnxruntime')
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         try:
             self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=['CPUExecutionProvider']
+                content, options, providers=['CPUExecutionProvider']
             )
         except Exception as error:
             # Errors of ONNX Runtime have no common base below Exception.
@@ -67,6 +79,8 @@ class OpenVINOEngine:
         path (Path): The file, ``.onnx`` or ``.xml``.
         threads (int, optional): By default one per core.
     """
+
+    name = 'OpenVINO'
 
     def __init__(self, path: Path, threads: Optional[int] = None) -> None:
         openvino = _imported('openvino')
@@ -132,6 +146,14 @@ def open_engine(
         raise ValueError(f'engine={engine!r} must be one of {ENGINES}')
     if threads is not None and threads < 1:
         raise ValueError(f'threads={threads} must be at least 1')
+    if engine == 'onnxruntime' and path.suffix == '.xml':
+        raise ValueError(
+            f'{path} is a file of OpenVINO: engine="openvino" opens it'
+        )
+    if path.suffix == '.pt2':
+        raise ValueError(
+            f'{path} is a package of torch.export: torch.export.load opens it'
+        )
     kinds = dict(zip(ENGINES, (OnnxRuntimeEngine, OpenVINOEngine)))
     return kinds[engine](path, threads)
 
@@ -176,17 +198,16 @@ def verify(path: Union[str, os.PathLike], metadata: Mapping) -> None:
 
 
 def read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Read what :func:`lors_plugin.export.export_file` wrote.
+    """Read what :mod:`lors_plugin.export` wrote.
 
     Args:
-        metadata (Mapping): Texts; what is JSON becomes lists and numbers.
+        metadata (Mapping): Texts, some of them JSON.
     """
-    found = {}
-    for key, value in metadata.items():
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
+    found = dict(metadata)
+    for key in JSON_KEYS:
+        # A pipeline that is not known here is a sentence about it.
+        with contextlib.suppress(KeyError, ValueError):
+            found[key] = json.loads(metadata[key])
     return found
 
 
@@ -197,6 +218,7 @@ def _imported(name: str) -> Any:
         raise ImportError(f'{name} is missing: pip install {name}') from error
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
+def _unreadable(path: Any, error: Exception) -> ValueError:
     text = str(error).strip().split('\n')[0]
+    path = f'{len(path)} bytes' if isinstance(path, bytes) else path
     return ValueError(f'{path} cannot be opened: {text}')

@@ -7,7 +7,7 @@
     for box, label in zip(found['boxes'], found['labels']):
         print(detector.classes[label], box)
 
-A file of ``tools/export_onnx.py`` says how images are resized, normalised and
+A file of ``tools/export.py`` says how images are resized, normalised and
 padded, so that results are those of the host's inferencers.
 """
 
@@ -27,9 +27,10 @@ class _Model:
     """What detectors and classifiers share.
 
     Args:
-        path (str | Path): A file of ``tools/export_onnx.py``.
+        path (str | Path): A file of ``tools/export.py``.
         engine (str, optional): 'onnxruntime' or 'openvino'; by default what
-            the ending of the file says.
+            the ending of the file says. Or an object with the attributes of
+            :class:`~lors_plugin.deploy.engines.OnnxRuntimeEngine`.
         threads (int, optional): Of the engine; by default one per core.
         batch_size (int): Images that run at once. Defaults to 1.
         channel_order (str): Of arrays: 'BGR', as OpenCV and MMCV read
@@ -47,7 +48,7 @@ class _Model:
     def __init__(
         self,
         path: Union[str, os.PathLike],
-        engine: Optional[str] = None,
+        engine: Optional[Any] = None,
         threads: Optional[int] = None,
         batch_size: int = 1,
         channel_order: str = 'BGR',
@@ -74,7 +75,7 @@ class _Model:
             raise ValueError(
                 f'{self.path} does not say how images are resized: it was '
                 'written by another program, or by an earlier lors_plugin; '
-                'export it anew by tools/export_onnx.py'
+                'export it anew by tools/export.py'
             )
         if verified:
             verify(self.path, metadata)
@@ -87,10 +88,19 @@ class _Model:
             raise ValueError(f'{self.path}: {metadata["pipeline"]}')
         return metadata
 
-    def _batches(
+    def inputs(
         self, images: Iterable[Image]
-    ) -> Iterator[tuple[np.ndarray, list, list]]:
-        """Yield batches, their images' sizes (width, height) and scales."""
+    ) -> Iterator[tuple[dict[str, np.ndarray], list[tuple[float, float]]]]:
+        """Yield inputs of the engine, batch by batch.
+
+        Args:
+            images (Iterable): See :meth:`Detector.__call__`.
+
+        Yields:
+            tuple: ``images`` (B, C, H, W) and, for detectors, ``sizes``
+            (B, 2), by name; and per image by how much its width and its
+            height were scaled.
+        """
         if isinstance(images, (str, bytes, os.PathLike, np.ndarray)):
             raise TypeError('a list of images is expected, not one image')
         ready, scales = [], []
@@ -99,10 +109,10 @@ class _Model:
             ready.append(image)
             scales.append(scale)
             if len(ready) == self.batch_size:
-                yield self._stack(ready), _sizes(ready), scales
+                yield self._stack(ready), scales
                 ready, scales = [], []
         if ready:
-            yield self._stack(ready), _sizes(ready), scales
+            yield self._stack(ready), scales
 
     def _read(self, image: Image) -> np.ndarray:
         gray = self.channels == 1
@@ -112,7 +122,7 @@ class _Model:
             found = found[..., ::-1]
         return np.ascontiguousarray(found)
 
-    def _stack(self, images: list) -> np.ndarray:
+    def _stack(self, images: list) -> dict[str, np.ndarray]:
         """Normalise images, pad them to one size and stack them."""
         said = self.metadata
         divisor = said['size_divisor'] or 1
@@ -122,6 +132,7 @@ class _Model:
             for fixed, side in zip(self.fixed, largest)
         ]
         kind = np.uint8 if said['input'] == 'uint8' else np.float32
+        # The number of images of a file may be fixed.
         number = self.engine.shapes['images'][0] or len(images)
         batch = np.zeros((number, self.channels, *target), kind)
         for place, image in zip(batch, images):
@@ -136,18 +147,18 @@ class _Model:
                     image -= np.float32(said['mean'])
                     image /= np.float32(said['std'])
             place[...] = pad(image, target, value).transpose(2, 0, 1)
-        return batch
-
-
-def _sizes(images: list) -> list[tuple[int, int]]:
-    return [image.shape[1::-1] for image in images]
+        if 'sizes' not in self.engine.shapes:
+            return dict(images=batch)
+        sizes = [image.shape[1::-1] for image in images]
+        sizes += sizes[-1:] * (number - len(sizes))
+        return dict(images=batch, sizes=np.float32(sizes))
 
 
 class Detector(_Model):
     """Detect objects, as ``mmdet.apis.DetInferencer`` does.
 
     Args:
-        path (str | Path): A file of ``tools/export_onnx.py``.
+        path (str | Path): A file of ``tools/export.py``.
         score_threshold (float): Detections of a lower score are left out.
             Defaults to 0.
         **options: Of all models: ``engine`` ('onnxruntime' or 'openvino'),
@@ -184,12 +195,7 @@ class Detector(_Model):
 
     def stream(self, images: Iterable[Image]) -> Iterator[dict]:
         """Yield what ``__call__`` returns, batch by batch."""
-        for batch, sizes, scales in self._batches(images):
-            inputs = dict(images=batch)
-            if 'sizes' in self.engine.shapes:
-                # The number of images of a file may be fixed.
-                sizes += sizes[-1:] * (len(batch) - len(sizes))
-                inputs['sizes'] = np.float32(sizes)
+        for inputs, scales in self.inputs(images):
             outputs = self.engine.run(inputs)
             for index, scale in enumerate(scales):
                 found = {name: outputs[name][index] for name in self.outputs}
@@ -202,7 +208,7 @@ class Classifier(_Model):
     """Classify images, as ``mmpretrain.ImageClassificationInferencer`` does.
 
     Args:
-        path (str | Path): A file of ``tools/export_onnx.py``.
+        path (str | Path): A file of ``tools/export.py``.
         top (int, optional): How many classes to return; None for all.
             Defaults to 5.
         **options: See :class:`Detector`.
@@ -234,8 +240,8 @@ class Classifier(_Model):
 
     def stream(self, images: Iterable[Image]) -> Iterator[dict]:
         """Yield what ``__call__`` returns, batch by batch."""
-        for batch, _, scales in self._batches(images):
-            scores = self.engine.run(dict(images=batch))['scores']
+        for inputs, scales in self.inputs(images):
+            scores = self.engine.run(inputs)['scores']
             for values in scores[: len(scales)]:
                 labels = np.argsort(-values, kind='stable')[: self.top]
                 yield dict(labels=labels, scores=values[labels])
@@ -247,11 +253,11 @@ def load(
     """Open a file as what it is.
 
     Args:
-        path (str | Path): A file of ``tools/export_onnx.py``.
+        path (str | Path): A file of ``tools/export.py``.
         **options: See :class:`Detector`.
     """
-    engine = open_engine(
-        path, options.pop('engine', None), options.get('threads')
-    )
+    engine = options.pop('engine', None)
+    if engine is None or isinstance(engine, str):
+        engine = open_engine(path, engine, options.get('threads'))
     kind = Detector if 'boxes' in engine.outputs else Classifier
     return kind(path, engine=engine, **options)

@@ -11,12 +11,12 @@ from mmengine.config import Config
 
 @pytest.fixture(scope='session')
 def export(root):
-    """``tools/export_onnx.py``, imported as its directory sees it."""
+    """``tools/export.py``, imported as its directory sees it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(root / 'tools'))
-        import export_onnx
+        import export
 
-        yield export_onnx.main
+        yield export.main
 
 
 @pytest.fixture(scope='session')

@@ -1,4 +1,4 @@
-"""tools/export_onnx.py: files that say what they take, or no file."""
+"""tools/export.py: files that say what they take, or no file."""
 
 import json
 
@@ -14,9 +14,9 @@ pytest.importorskip('onnxruntime')
 def tool(root, monkeypatch):
     """The module, imported as its directory sees it."""
     monkeypatch.syspath_prepend(str(root / 'tools'))
-    import export_onnx
+    import export
 
-    return export_onnx
+    return export
 
 
 @pytest.fixture
