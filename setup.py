@@ -198,6 +198,7 @@ setup(
         'onedl': read_requirements('mminstall'),
         'optional': read_requirements('optional'),
         'deploy': read_requirements('deploy'),
+        'serve': read_requirements('serve'),
         'tests': read_requirements('tests'),
         'docs': read_requirements('docs'),
         'lint': read_requirements('lint'),

@@ -44,7 +44,7 @@ from lors_plugin.build import (
 from lors_plugin.checkpoints import load_checkpoint_file, weights_of
 from lors_plugin.compat import read_safely
 from lors_plugin.deploy.engines import open_engine
-from lors_plugin.deploy.runtime import load
+from lors_plugin.deploy.runtime import Classifier, load
 from lors_plugin.export import (
     ClassifierForExport,
     DetectorForExport,
@@ -133,7 +133,7 @@ def parse_args(argv=None):
         metavar='SHARE',
         help='with --half or --int8, refuse a file that loses more of the '
         'first metric, where --evaluate measures it (default: %(default)s, '
-        'one point of AP)',
+        'one point of AP or accuracy)',
     )
     add(
         '--shape',
@@ -492,7 +492,9 @@ def evaluate_versions(versions, cfg, args):
         found.append(value)
     if len(found) == 1:
         return f', {name} {found[0]:.4f}'
-    drop = found[0] - found[1]
+    # MMPretrain counts in percent.
+    whole = 100 if isinstance(model, Classifier) else 1
+    drop = (found[0] - found[1]) / whole
     if not drop <= args.max_drop:
         raise ExportError(
             f'{name} falls from {found[0]:.4f} to {found[1]:.4f}; '

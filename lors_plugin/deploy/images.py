@@ -7,6 +7,7 @@ bilinearly, which differs from OpenCV by one grey level at most.
 
 import io
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Optional, Union
@@ -66,6 +67,26 @@ def read_image(
     if decoded is None or not decoded.size:
         raise ImageError(f'{name}: not an image, or a damaged one')
     return decoded
+
+
+def image_size(content: bytes) -> tuple[int, int]:
+    """Read width and height of an image file without decoding it.
+
+    Args:
+        content (bytes): Of the file.
+
+    Raises:
+        ImageError: If it is no image.
+    """
+    try:
+        with warnings.catch_warnings():
+            # The caller has a limit of its own.
+            warnings.simplefilter('ignore')
+            return PIL.Image.open(io.BytesIO(content)).size
+    except PIL.UnidentifiedImageError:
+        raise ImageError(f'{len(content)} bytes: not an image') from None
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ImageError(f'{len(content)} bytes: {error}') from error
 
 
 def _check_array(image: np.ndarray, gray: bool) -> np.ndarray:

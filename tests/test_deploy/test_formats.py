@@ -59,8 +59,7 @@ def test_openvino(export, classifier, photos, tmp_path):
 
 def test_torch(export, classifier, photos, tmp_path):
     out = tmp_path / 'a.pt2'
-    # With maps of one cell, torch.export takes no larger ones.
-    assert export([*classifier[:2], str(out), '--shape', '64']) == 0
+    assert export([*classifier[:2], str(out), '--fixed-size']) == 0
     engine = TorchEngine(out.read_bytes())
     model = load(out, engine=engine, verify=False, batch_size=3)
     for found, wanted in zip(model(photos), load(classifier[2])(photos)):
