@@ -263,11 +263,18 @@ def wrap(model, kind):
     if isinstance(model, AdaMixer):
         module = DetectorForExport(for_export(model), kind)
         return module, lambda images: detector_case(model, images, kind)
-    if is_detector(model) or not hasattr(model, 'head'):
+    name = type(model).__name__
+    if is_detector(model):
         raise ValueError(
-            f'{type(model).__name__} is neither a classifier nor an AdaMixer; '
-            'other detectors of MMDetection are not exported by this tool'
+            f'{name} is a detector of MMDetection, and this tool exports '
+            'AdaMixer and LORS-AdaMixer alone. Merge its adapters by '
+            'tools/reparam.py; the plain checkpoint and config are for '
+            "MMDeploy's tools/deploy.py (docs/en/user_guides/deploy.md)"
         )
+    from mmpretrain.models.classifiers import BaseClassifier
+
+    if not isinstance(model, BaseClassifier):
+        raise ValueError(f'{name} is neither a classifier nor a detector')
     module = ClassifierForExport(for_export(model), kind)
     return module, lambda images: classifier_case(
         model, images, kind, module.several
