@@ -197,6 +197,8 @@ setup(
     extras_require={
         'onedl': read_requirements('mminstall'),
         'optional': read_requirements('optional'),
+        'deploy': read_requirements('deploy'),
+        'serve': read_requirements('serve'),
         'tests': read_requirements('tests'),
         'docs': read_requirements('docs'),
         'lint': read_requirements('lint'),

@@ -157,7 +157,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def tiny_config():
     """Config of a tiny detector: ``tiny_config('lors', decoder={...})``."""
 
@@ -168,7 +168,7 @@ def tiny_config():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def build():
     """Build a model config as MMDetection's tools do."""
     from mmengine.registry import DefaultScope
@@ -182,7 +182,7 @@ def build():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def tiny_detector(build, tiny_config):
     """A tiny detector with random weights everywhere, ready to train."""
     from lors_plugin.testing import randomize
@@ -409,7 +409,7 @@ def goldens():
     return Path(__file__).parent / 'data' / 'goldens'
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def root():
     """Root of the checkout."""
     return ROOT

@@ -3,6 +3,7 @@
 ``onnx`` and ``onnxruntime`` are optional and imported where they are used.
 """
 
+from .check import ExportError
 from .models import (
     ClassifierForExport,
     DetectorForExport,
@@ -10,7 +11,6 @@ from .models import (
     takes_one_size,
 )
 from .onnx_file import (
-    ExportError,
     check_file,
     export_file,
     new_session,

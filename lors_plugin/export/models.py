@@ -142,7 +142,9 @@ class ClassifierForExport(nn.Module):
 
         self.normalize = Normalize(model.data_preprocessor, kind)
         self.model = model
-        self.several = isinstance(model.head, MultiLabelClsHead)
+        # Wrappers of TIMM and Hugging Face models have no head.
+        head = getattr(model, 'head', None)
+        self.several = isinstance(head, MultiLabelClsHead)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Classify.

@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lors_plugin.checkpoints.files import replace_file
-from lors_plugin.reparam.compare import detections_difference, difference
+from lors_plugin.deploy.engines import (
+    CHECKSUM,
+    NO_CHECKSUM,
+    OnnxRuntimeEngine,
+    checksum,
+)
 
+from .check import ExportError, check
 from .grid_sample import sampled_by
 
 OLDEST_OPSET, OPSET = 16, 17
-
-
-class ExportError(RuntimeError):
-    """A model that cannot be exported, or not rightly."""
 
 
 def export_file(
@@ -45,7 +46,7 @@ def export_file(
         dynamic_batch (bool): Whether the number of images stays open.
         dynamic_size (bool): Whether their height and width stay open.
         metadata (dict, optional): Written into the file; values that are no
-            strings as JSON.
+            strings as JSON. A checksum is added.
         sampling (str): How AdaMixer reads features: 'gather' or
             'grid_sample'. Defaults to 'gather'.
 
@@ -88,12 +89,27 @@ def export_file(
     for entry in content.graph.output:
         for index, size in sizes.get(entry.name, {}).items():
             entry.type.tensor_type.shape.dim[index].dim_value = size
-    for key, value in (metadata or {}).items():
-        entry = content.metadata_props.add()
+    onnx.checker.check_model(content)
+    return with_metadata(content, metadata or {})
+
+
+def with_metadata(model: Any, metadata: dict) -> bytes:
+    """Write metadata and the checksum into a model.
+
+    Args:
+        model (onnx.ModelProto): What it holds of these is replaced.
+        metadata (dict): Values that are no strings are written as JSON.
+
+    Returns:
+        bytes: The file.
+    """
+    del model.metadata_props[:]
+    for key, value in {**metadata, CHECKSUM: NO_CHECKSUM}.items():
+        entry = model.metadata_props.add()
         entry.key = key
         entry.value = value if isinstance(value, str) else json.dumps(value)
-    onnx.checker.check_model(content)
-    return content.SerializeToString()
+    entry.value = checksum(model.SerializeToString())
+    return model.SerializeToString()
 
 
 def write_file(content: bytes, path: Union[str, Path]) -> None:
@@ -114,23 +130,8 @@ def new_session(
     Returns:
         onnxruntime.InferenceSession: The session.
     """
-    runtime = _imported('onnxruntime')
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
-    if not isinstance(content, bytes):
-        content = str(content)
-    return runtime.InferenceSession(
-        content, options, providers=['CPUExecutionProvider']
-    )
-
-
-def run(session: Any, inputs: Sequence[Tensor]) -> list[np.ndarray]:
-    """Run a session on tensors, in the order of its inputs."""
-    names = [entry.name for entry in session.get_inputs()]
-    values = [tensor.numpy() for tensor in inputs]
-    return session.run(None, dict(zip(names, values)))
+    _imported('onnxruntime')
+    return OnnxRuntimeEngine(content, threads).session
 
 
 def check_file(
@@ -154,42 +155,13 @@ def check_file(
     Raises:
         ExportError: If one is larger, or ONNX Runtime cannot run a case.
     """
-    session = new_session(content)
-    names = [entry.name for entry in session.get_outputs()]
-    worst = 0.0
-    for inputs, wanted in cases:
-        shape = ' x '.join(map(str, inputs[0].shape))
-        try:
-            found = run(session, inputs)
-        except Exception as error:
-            # Errors of ONNX Runtime have no common base below Exception.
-            text = str(error).strip().split('\n')[0]
-            raise ExportError(
-                f'ONNX Runtime cannot run images {shape}: {text}'
-            ) from error
-        found = [torch.from_numpy(array) for array in found]
-        error = _error(dict(zip(names, found)), dict(zip(names, wanted)))
-        if not error <= tolerance:
-            raise ExportError(
-                f'images {shape}: results differ from PyTorch by {error:.1e}, '
-                f'{tolerance:.1e} is allowed'
-            )
-        worst = max(worst, error)
-    return worst
+    _imported('onnxruntime')
+    return check(OnnxRuntimeEngine(content), cases, tolerance)
 
 
-def _error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Measure the largest error of any output."""
-    if 'boxes' in wanted:
-        pair = [
-            [dict(zip(side, image)) for image in zip(*side.values())]
-            for side in (wanted, found)
-        ]
-        return detections_difference(*pair).relative
-    return max(
-        difference(name, value, found.get(name)).relative
-        for name, value in wanted.items()
-    )
+def onnx_model(content: bytes) -> Any:
+    """Read an ONNX file as ``onnx.ModelProto``."""
+    return _imported('onnx').load_from_string(content)
 
 
 def _imported(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""tools/export_onnx.py: files that say what they take, or no file."""
+"""tools/export.py: files that say what they take, or no file."""
 
 import json
 
-import export_onnx as tool
+import export as tool
 import pytest
 import torch
 from mmengine.config import Config
@@ -127,7 +127,7 @@ def test_other_detectors_are_refused(trained, capsys):
     )
     config.dump(trained[0])
     assert tool.main([trained[0], 'none', trained[2]]) == 2
-    assert 'FCOS is neither' in capsys.readouterr().err
+    assert 'FCOS is a detector of MMDetection' in capsys.readouterr().err
 
 
 def test_a_classifier_of_gray_images(tmp_path, capsys):
@@ -222,6 +222,39 @@ def test_adapters_and_shared_layers_of_the_config_are_merged(tmp_path, capsys):
     command = [str(config), 'none', str(out), '--shape', '32', '--static']
     assert tool.main(command) == 0, capsys.readouterr().err
     assert out.is_file()
+
+
+def test_a_hugging_face_classifier_with_merged_adapters(tmp_path, capsys):
+    transformers = pytest.importorskip('transformers')
+    transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=32,
+        patch_size=8,
+        num_labels=3,
+    ).save_pretrained(tmp_path / 'vit')
+    hook = dict(
+        type='lors_plugin.RepAdapterHook',
+        module='model',
+        targets=[r'.*intermediate\.dense'],
+    )
+    config = tmp_path / 'vit.py'
+    Config(
+        dict(
+            default_scope='mmpretrain',
+            data_preprocessor=dict(mean=[9.0] * 3, std=[99.0] * 3),
+            custom_hooks=[hook],
+            model=dict(
+                type='HuggingFaceClassifier', model_name=str(tmp_path / 'vit')
+            ),
+        )
+    ).dump(config)
+    out = tmp_path / 'vit.onnx'
+    command = [str(config), 'none', str(out), '--shape', '32']
+    assert tool.main([*command, '--fixed-size']) == 0, capsys.readouterr().err
+    assert '2 comparisons' in capsys.readouterr().out
 
 
 def test_a_model_of_one_size(swin, capsys):
