@@ -197,7 +197,8 @@ setup(
     extras_require={
         'onedl': read_requirements('mminstall'),
         'optional': read_requirements('optional'),
-        'tests': read_requirements('tests'),
+        # The tests build the documentation.
+        'tests': read_requirements('tests') + read_requirements('docs'),
         'docs': read_requirements('docs'),
         'lint': read_requirements('lint'),
     },
