@@ -111,3 +111,77 @@ def test_links_of_the_web_need_no_registry():
         if re.match(r'\w+:', link) and not link.startswith(known)
     }
     assert strange == set()
+
+
+# The pages that exist in both languages.
+PAIRS = [
+    (ROOT / 'README.md', ROOT / 'README_zh-CN.md'),
+    *(
+        (
+            ROOT / 'docs' / 'en' / page.relative_to(ROOT / 'docs' / 'zh_cn'),
+            page,
+        )
+        for page in sorted((ROOT / 'docs' / 'zh_cn').rglob('*.md'))
+        if page.name != 'index.md'
+    ),
+]
+both_languages = pytest.mark.parametrize(
+    ('english', 'chinese'),
+    PAIRS,
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
+
+
+def commands(text):
+    """Return the code blocks without comments, which are translated."""
+    return [
+        (language, re.sub(r'(?m)(^|\s)#\s.*$', '', code).split())
+        for language, code in code_blocks(text)
+    ]
+
+
+def figures(row):
+    """Return the numbers and the code of a row, in any order."""
+    text = re.sub(r'\]\([^)]*\)', ']', ' '.join(row))
+    code = re.findall(r'`([^`]*)`', text)
+    return sorted(re.findall(r'\d+(?:[.,]\d+)*', text)), sorted(code)
+
+
+def test_figures_are_compared_without_their_order():
+    assert figures(['two 0.5 of 3,000', '`a.py`']) == figures(
+        ['3,000 的 0.5', '`a.py`']
+    )
+    assert figures(['0.5']) != figures(['0.6'])
+    assert figures(['`--a`']) != figures(['`--b`'])
+
+
+@both_languages
+def test_commands_are_the_same(english, chinese):
+    ours, theirs = (
+        commands(page.read_text('utf-8')) for page in (english, chinese)
+    )
+    assert theirs == ours
+
+
+@both_languages
+def test_tables_are_the_same(english, chinese):
+    ours, theirs = (
+        [[figures(row) for row in table] for table in tables(text)]
+        for text in (page.read_text('utf-8') for page in (english, chinese))
+    )
+    assert theirs == ours
+
+
+@both_languages
+def test_sections_are_the_same(english, chinese):
+    """As many headings of each level, in the same order."""
+    ours, theirs = (
+        re.findall(r'(?m)^#+(?= )', FENCE.sub('', page.read_text('utf-8')))
+        for page in (english, chinese)
+    )
+    assert theirs == ours
+
+
+def test_readmes_name_each_other():
+    assert 'README_zh-CN.md' in links((ROOT / 'README.md').read_text('utf-8'))
+    assert 'README.md' in links((ROOT / 'README_zh-CN.md').read_text('utf-8'))
