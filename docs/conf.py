@@ -64,6 +64,25 @@ if HERE == 'en':
     nitpick_ignore_regex = [(r'py:.*', r'(?!lors_plugin\.).*')]
 
 
+def read_own_modules_only():
+    """Keep AutoAPI from reading PyTorch and the hosts, where there are any.
+
+    It would follow every base class into them, which takes minutes, and the
+    pages would depend on what is installed.
+    """
+    from astroid.exceptions import AstroidImportError
+    from astroid.manager import AstroidManager
+
+    read = AstroidManager.ast_from_module_name
+
+    def read_own(self, modname, *args, **kwargs):
+        if modname and modname.split('.')[0] in ('lors_plugin', 'builtins'):
+            return read(self, modname, *args, **kwargs)
+        raise AstroidImportError(modname=modname)
+
+    AstroidManager.ast_from_module_name = read_own
+
+
 LINK = re.compile(r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)')
 CODE = re.compile(r'(?ms)^(?P<fence>`{3,}).*?^(?P=fence)[ ]*$|`[^`\n]+`')
 INCLUDE = re.compile(r'<!-- page: (\S+) -->')
@@ -194,6 +213,8 @@ def add_language_link(app, pagename, templatename, context, doctree):
 
 def setup(app):
     """Connect what is above to Sphinx."""
+    if HERE == 'en':
+        read_own_modules_only()
     app.connect('source-read', read_page)
     app.connect('doctree-resolved', resolve_site_links)
     app.connect('missing-reference', find_exported)
