@@ -85,6 +85,9 @@ def read_own_modules_only():
 
 LINK = re.compile(r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)')
 CODE = re.compile(r'(?ms)^(?P<fence>`{3,}).*?^(?P=fence)[ ]*$|`[^`\n]+`')
+# A line break in a Chinese paragraph, which HTML would show as a space.
+CHINESE = '\u3000-\u9fff\uff00-\uffef'
+BREAK = re.compile(rf'(?<=[{CHINESE}])\n {{0,2}}(?=[{CHINESE}\[\w]|`[^`])')
 INCLUDE = re.compile(r'<!-- page: (\S+) -->')
 
 
@@ -163,6 +166,8 @@ def read_page(app, docname, source):
     if '<!-- model zoo -->' in text:
         make = runpy.run_path(str(DOCS / 'model_zoo.py'))['model_zoo']
         text = text.replace('<!-- model zoo -->', make(page))
+    if HERE == 'zh_cn':
+        text = BREAK.sub('', text)
     # A link's text may hold code, so links with code come first.
     whole = LINK.sub(
         lambda m: rewrite_link(m, origin, page) if '`' in m.group(2) else m[0],
