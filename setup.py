@@ -199,7 +199,8 @@ setup(
         'optional': read_requirements('optional'),
         'deploy': read_requirements('deploy'),
         'serve': read_requirements('serve'),
-        'tests': read_requirements('tests'),
+        # The tests build the documentation.
+        'tests': read_requirements('tests') + read_requirements('docs'),
         'docs': read_requirements('docs'),
         'lint': read_requirements('lint'),
     },

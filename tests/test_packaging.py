@@ -56,12 +56,12 @@ def test_links_of_the_description(setup_script, monkeypatch):
     assert relative.search((ROOT / 'README.md').read_text(encoding='utf-8'))
     plain = read()
     assert not relative.search(plain) and '![' not in plain
-    assert 'with all published configs:' in plain
+    assert 'with their configs:' in plain
     assert '](https://arxiv.org/abs/2203.16507)' in plain
     monkeypatch.setenv('LORS_PLUGIN_HOME', 'https://example.org/x/main/')
     linked = read()
     assert not relative.search(linked)
-    assert '](https://example.org/x/main/model-index.yml)' in linked
+    assert '](https://example.org/x/main/docs/en/model_zoo.md)' in linked
     assert '](https://example.org/x/main/docs/images/' in linked
 
 

@@ -200,7 +200,7 @@ def test_no_comparison_is_ignored():
 
 def test_test_paths_follow_the_sources():
     """``lors_plugin/a/b.py`` is tested by ``tests/test_a/test_b.py``."""
-    outside = ('test_tools', 'test_configs', 'test_gpu', 'data')
+    outside = 'test_tools', 'test_configs', 'test_docs', 'test_gpu', 'data'
     packages = {p.name for p in PACKAGE.rglob('*') if p.is_dir()}
     strange = [
         str(folder.relative_to(ROOT))
@@ -213,12 +213,17 @@ def test_test_paths_follow_the_sources():
 
 
 def test_every_page_can_be_found():
-    """From the README or from the page to start with."""
-    docs = ROOT / 'docs' / 'en'
-    start = docs / 'get_started.md'
-    linked = set()
-    for page in (ROOT / 'README.md', start):
+    """By links, from the README on."""
+    docs = ROOT / 'docs'
+    found, waiting = set(), [ROOT / 'README.md']
+    while waiting:
+        page = waiting.pop()
+        if page in found:
+            continue
+        found.add(page)
         for link in re.findall(r'\]\(([^)#\s]+)', page.read_text('utf-8')):
-            linked.add((page.parent / link).resolve())
-    lost = sorted(set(docs.rglob('*.md')) - linked - {start})
+            target = (page.parent / link).resolve()
+            if target.suffix == '.md' and target.is_file():
+                waiting.append(target)
+    lost = sorted(set(docs.rglob('*.md')) - found)
     assert [str(page.relative_to(ROOT)) for page in lost] == []
