@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
+from lors_plugin.visualization.painter import HEADER, Painter
+
 FOLDER = Path(__file__).parents[2] / 'tools' / 'analysis_tools'
 
 
@@ -200,17 +203,17 @@ def test_pictures_from_a_pickle(draw, coco_set, tmp_path):
         (a, draw.GREEN, draw.MAGENTA),
         (b, draw.MAGENTA, draw.GREEN),
     ):
-        below = picture[draw.HEADER :]
+        below = picture[HEADER:]
         assert has_color(below[:, :middle], draw.YELLOW)
         assert has_color(below[:, middle:], hit)
         assert not has_color(below[:, middle:], miss)
         assert not has_color(below[:, :middle], hit)
         # The header counts right ones and wrong ones, in their colours.
-        assert has_color(picture[: draw.HEADER, middle:], draw.GREEN)
-        assert has_color(picture[: draw.HEADER, middle:], draw.MAGENTA)
+        assert has_color(picture[:HEADER, middle:], draw.GREEN)
+        assert has_color(picture[:HEADER, middle:], draw.MAGENTA)
     # The line of a missed box is interrupted.
     yellow = [
-        (np.abs(p[draw.HEADER :].astype(int) - draw.YELLOW).sum(-1) < 12).sum()
+        (np.abs(p[HEADER:].astype(int) - draw.YELLOW).sum(-1) < 12).sum()
         for p in (a, b)
     ]
     assert yellow[1] < 0.9 * yellow[0]
@@ -225,7 +228,7 @@ def test_pictures_by_threshold_and_number(draw, coco_set, tmp_path):
         'a.png',
         'contact_sheet.png',
     ]
-    assert not has_color(read(out / 'a.png')[draw.HEADER :], draw.GREEN)
+    assert not has_color(read(out / 'a.png')[HEADER:], draw.GREEN)
 
 
 def test_ground_truth_alone(draw, coco_set, tmp_path):
@@ -238,9 +241,9 @@ def test_ground_truth_alone(draw, coco_set, tmp_path):
     names = sorted(p.name for p in out.iterdir())
     assert names == ['a.png', 'b.png', 'contact_sheet.png']
     picture = read(out / 'a.png')
-    assert picture.shape == (720 + draw.HEADER, 540, 3)
-    below = picture[draw.HEADER :].astype(int)
-    (color,) = draw.Painter(['thing']).colors
+    assert picture.shape == (720 + HEADER, 540, 3)
+    below = picture[HEADER:].astype(int)
+    (color,) = Painter(['thing']).colors
     rows, columns = (np.abs(below - color).sum(-1) < 30).nonzero()
     found = [columns.min(), rows.min(), columns.max(), rows.max()]
     expected = np.array([10, 20, 30, 40]) * 720 / 64
@@ -248,7 +251,7 @@ def test_ground_truth_alone(draw, coco_set, tmp_path):
 
 
 def test_classes_differ_in_colour(draw):
-    colors = np.array(draw.Painter([str(i) for i in range(10)]).colors)
+    colors = np.array(Painter([str(i) for i in range(10)]).colors)
     distances = np.abs(colors[:, None] - colors[None]).sum(-1)
     assert distances[~np.eye(10, dtype=bool)].min() > 30
 

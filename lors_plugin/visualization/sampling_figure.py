@@ -1,4 +1,4 @@
-"""The picture of ``visualize_sampling.py``."""
+"""Boxes and sampling points of the stages of an AdaMixer as a picture."""
 
 import math
 from collections.abc import Sequence
