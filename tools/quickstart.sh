@@ -258,6 +258,9 @@ cat <<TEXT
   log         $work_dir/quickstart_train.log
 
 What to do next
+  try it on a page in the browser (pip install "gradio>=6" "huggingface_hub<1")
+      python tools/demo.py $config \\
+          $checkpoint
   predict on your photos and videos
       python tools/infer.py $config \\
           $checkpoint PHOTOS --tile 256 --out-dir DIR

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Optional
 
-import matplotlib
 import numpy as np
 from matplotlib.colors import hsv_to_rgb
+from matplotlib.font_manager import get_font_names
 from mmdet.visualization import DetLocalVisualizer
 
 from lors_plugin.inference.prediction import Prediction, name_of
@@ -16,8 +16,14 @@ HEADER = 34  # height in pixels
 # Pixels of the longer side of an image for which boxes are two pixels wide.
 USUAL_SIDE = 1000
 # Fonts of other scripts; those that are not installed are left out.
-FONTS = ('Noto Sans CJK SC', 'Source Han Sans SC', 'Microsoft YaHei',
-         'PingFang SC', 'WenQuanYi Micro Hei')  # fmt: skip
+FONTS = (
+    'Noto Sans CJK SC',
+    'Noto Sans CJK JP',
+    'Source Han Sans SC',
+    'Microsoft YaHei',
+    'PingFang SC',
+    'WenQuanYi Micro Hei',
+)
 
 
 class Painter:
@@ -29,7 +35,6 @@ class Painter:
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = classes
-        _use_fonts()
         self.visualizer = DetLocalVisualizer()
         # Bright, and neighbours differ most.
         hues = (30 + 111 * np.arange(max(len(classes), 1))) % 180 / 180
@@ -84,6 +89,7 @@ class Painter:
                 8 * scale,
                 'k',
                 horizontal_alignments='left' if left else 'right',
+                font_families=_families('sans-serif'),
                 bboxes=ground,
             )
         return self.visualizer.get_image()
@@ -103,7 +109,7 @@ class Painter:
                 size,
                 color,
                 vertical_alignments='center',
-                font_families='monospace',
+                font_families=_families('monospace'),
             )
             x += (len(text) + 2) * advance
         return self.visualizer.get_image()
@@ -147,13 +153,7 @@ class Painter:
         return np.vstack([self.header(image.shape[1], parts), image])
 
 
-def _use_fonts() -> None:
-    """Let texts in other scripts fall back to fonts that have them."""
-    from matplotlib.font_manager import get_font_names
-
-    installed = [name for name in FONTS if name in get_font_names()]
-    for family in ('font.sans-serif', 'font.monospace'):
-        fonts = matplotlib.rcParams[family]
-        new = [name for name in installed if name not in fonts]
-        # The generic name at the end would be taken before what follows it.
-        matplotlib.rcParams[family] = [*fonts[:1], *new, *fonts[1:]]
+def _families(generic: str) -> list[list[str]]:
+    """Name a font and fallbacks for other scripts, for one text."""
+    installed = get_font_names()
+    return [[generic, *(name for name in FONTS if name in installed)]]
