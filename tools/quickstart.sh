@@ -67,10 +67,11 @@ cd "$LORS_ROOT"
 config=configs/lors_adamixer
 config+=/lors-adamixer_mobilenetv2_quickstart_tree-crowns.py
 trunk=checkpoints/mobilenetv2_trunk.pth
+photo=data/tree_crowns/photos/2019_YELL_2_541000_4977000_image_crop.png
 wheels=data/downloads
 finished="$work_dir/quickstart_finished.txt"
 start=$SECONDS
-steps=6
+steps=7
 step=0
 
 elapsed() {
@@ -227,6 +228,19 @@ next_step 'pictures of the predictions'
 }
 tail -n 2 "$work_dir/quickstart_draw.log"
 
+next_step 'the whole photo, tile by tile'
+# The threshold of the pictures: that with the best F1.
+threshold="$(sed -n 's/.*with the best F1: //p' \
+    "$work_dir/quickstart_draw.log")"
+"$PYTHON" tools/infer.py "$config" "$checkpoint" "$photo" --tile 256 \
+    --batch-size 4 --score-thr "${threshold:-0.4}" --no-labels \
+    --format coco --out-dir "$work_dir/photo" \
+    >"$work_dir/quickstart_photo.log" 2>&1 || {
+    tail -n 15 "$work_dir/quickstart_photo.log" >&2
+    fail 'nothing could be predicted for the photo'
+}
+say "$(grep 'images in' "$work_dir/quickstart_photo.log")"
+
 next_step 'plot of the training'
 "$PYTHON" tools/analysis_tools/plot_training.py "$work_dir" \
     --title 'LORS-AdaMixer, quick start' ||
@@ -238,11 +252,18 @@ cat <<TEXT
 
   pictures    $work_dir/pictures
               (contact_sheet.png shows them all)
+  photo       $work_dir/photo/pictures/$(basename "$photo" .png).jpg
   plot        $work_dir/training.png
   checkpoint  $checkpoint
   log         $work_dir/quickstart_train.log
 
 What to do next
+  try it on a page in the browser (pip install "gradio>=6" "huggingface_hub<1")
+      python tools/demo.py $config \\
+          $checkpoint
+  predict on your photos and videos
+      python tools/infer.py $config \\
+          $checkpoint PHOTOS --tile 256 --out-dir DIR
   look at the data and the model    $config
   train on your own data            tools/dataset_converters/voc_to_coco.py
                                     makes COCO json files; then change

@@ -13,6 +13,9 @@ import plot_training as plot
 import pytest
 import torch
 
+import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
+from lors_plugin.visualization.painter import HEADER, Painter
+
 
 def write_run(root, name, steps, ap=None, seconds=6.0):
     """Write a log: a loss at each step and an evaluation after each."""
@@ -183,17 +186,17 @@ def test_pictures_from_a_pickle(coco_set, tmp_path):
         (a, draw.GREEN, draw.MAGENTA),
         (b, draw.MAGENTA, draw.GREEN),
     ):
-        below = picture[draw.HEADER :]
+        below = picture[HEADER:]
         assert has_color(below[:, :middle], draw.YELLOW)
         assert has_color(below[:, middle:], hit)
         assert not has_color(below[:, middle:], miss)
         assert not has_color(below[:, :middle], hit)
         # The header counts right ones and wrong ones, in their colours.
-        assert has_color(picture[: draw.HEADER, middle:], draw.GREEN)
-        assert has_color(picture[: draw.HEADER, middle:], draw.MAGENTA)
+        assert has_color(picture[:HEADER, middle:], draw.GREEN)
+        assert has_color(picture[:HEADER, middle:], draw.MAGENTA)
     # The line of a missed box is interrupted.
     yellow = [
-        (np.abs(p[draw.HEADER :].astype(int) - draw.YELLOW).sum(-1) < 12).sum()
+        (np.abs(p[HEADER:].astype(int) - draw.YELLOW).sum(-1) < 12).sum()
         for p in (a, b)
     ]
     assert yellow[1] < 0.9 * yellow[0]
@@ -208,7 +211,7 @@ def test_pictures_by_threshold_and_number(coco_set, tmp_path):
         'a.png',
         'contact_sheet.png',
     ]
-    assert not has_color(read(out / 'a.png')[draw.HEADER :], draw.GREEN)
+    assert not has_color(read(out / 'a.png')[HEADER:], draw.GREEN)
 
 
 def test_ground_truth_alone(coco_set, tmp_path):
@@ -221,9 +224,9 @@ def test_ground_truth_alone(coco_set, tmp_path):
     names = sorted(p.name for p in out.iterdir())
     assert names == ['a.png', 'b.png', 'contact_sheet.png']
     picture = read(out / 'a.png')
-    assert picture.shape == (720 + draw.HEADER, 540, 3)
-    below = picture[draw.HEADER :].astype(int)
-    (color,) = draw.Painter(['thing']).colors
+    assert picture.shape == (720 + HEADER, 540, 3)
+    below = picture[HEADER:].astype(int)
+    (color,) = Painter(['thing']).colors
     rows, columns = (np.abs(below - color).sum(-1) < 30).nonzero()
     found = [columns.min(), rows.min(), columns.max(), rows.max()]
     expected = np.array([10, 20, 30, 40]) * 720 / 64
@@ -231,7 +234,7 @@ def test_ground_truth_alone(coco_set, tmp_path):
 
 
 def test_classes_differ_in_colour():
-    colors = np.array(draw.Painter([str(i) for i in range(10)]).colors)
+    colors = np.array(Painter([str(i) for i in range(10)]).colors)
     distances = np.abs(colors[:, None] - colors[None]).sum(-1)
     assert distances[~np.eye(10, dtype=bool)].min() > 30
 

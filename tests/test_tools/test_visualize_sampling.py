@@ -1,6 +1,7 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -11,6 +12,8 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
+from lors_plugin.visualization import sampling_figure
+from lors_plugin.visualization.sampling_figure import StageView
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / 'tools' / 'analysis_tools'
@@ -45,10 +48,12 @@ def files(tmp_path_factory):
 
 def test_points_are_in_pixels_of_the_original_image(files):
     """The first boxes of this model are a grid over the whole image."""
-    model = sampling.load_model(*files[:2], device='cpu')
-    records, factors = sampling.record(model, files[2])
-    assert factors.tolist() == [2, 2]
-    (view,) = sampling.stage_views(records, factors, [0], range(64), ['tree'])
+    predictor = sampling.load_model(*files[:2], device='cpu')
+    found = sampling.record_sampling(predictor, predictor.read(files[2]))
+    assert found.factors.tolist() == [2, 2]
+    (view,) = sampling.stage_views(
+        found.records, found.factors, [0], range(64), ['tree']
+    )
     assert view.points.shape == (64, 2, 16, 2)
     assert view.weights.shape == (64, 2, 16, 3)
     corners = view.boxes_in[:, :2].min(0), view.boxes_in[:, 2:].max(0)
@@ -99,7 +104,7 @@ def test_predictions_that_are_no_numbers(files, tmp_path, caplog):
     torch.save(content, tmp_path / 'large.pth')
     argv = [config, str(tmp_path / 'large.pth'), image]
     assert sampling.main([*argv, '--out', str(tmp_path / 'out')]) == 1
-    assert f'{image}: pred_instances.bboxes of its' in caplog.text
+    assert f'{image}: pred_instances.bboxes of the' in caplog.text
     assert not list(tmp_path.glob('out/*'))
 
 
@@ -180,10 +185,10 @@ def test_foreign_files_are_refused(files, tmp_path, monkeypatch, caplog, case):
 def test_other_forms_of_the_same_weights(files, tmp_path, monkeypatch, case):
     """Class names come from the config where the file has none."""
     monkeypatch.chdir(tmp_path)
-    model = sampling.load_model(files[0], change(files[1], case), 'cpu')
-    assert model.dataset_meta['classes'] == ('tree',)
+    predictor = sampling.load_model(files[0], change(files[1], case), 'cpu')
+    assert predictor.classes == ('tree',)
     wanted = torch.load(files[1], weights_only=True)['state_dict']
-    have = model.state_dict()
+    have = predictor.model.state_dict()
     assert all(have[key].equal(value) for key, value in wanted.items())
 
 
@@ -199,8 +204,9 @@ def test_best_queries_one_an_object():
 
 
 def test_other_models_are_refused():
+    predictor = SimpleNamespace(model=torch.nn.Linear(1, 1))
     with pytest.raises(sampling.DrawError, match='for AdaMixer'):
-        sampling.record(torch.nn.Linear(1, 1), 'a.png')
+        sampling.record_sampling(predictor, None)
 
 
 def make_view(points, box=(40, 10, 60, 30)):
@@ -208,12 +214,10 @@ def make_view(points, box=(40, 10, 60, 30)):
     weights = np.full((*points.shape[:3], 6), 0.1)
     weights[..., 2] = 0.5
     boxes = np.array([box], float)
-    return sampling.StageView(0, boxes, boxes, ['#0'], points, weights)
+    return StageView(0, boxes, boxes, ['#0'], points, weights)
 
 
 def test_limits_show_points_outside_up_to_a_margin():
-    import sampling_figure
-
     limits = sampling_figure.view_limits
     size = (100, 50)
     inside = make_view([[50, 20]])
@@ -224,8 +228,6 @@ def test_limits_show_points_outside_up_to_a_margin():
 
 
 def test_figure_counts_hidden_points_and_colours_levels():
-    import sampling_figure
-
     view = make_view([[-5, 20], [50, 999]])
     image = np.zeros((50, 100, 3), np.uint8)
     strides = (4, 8, 16, 32, 64, 128)

@@ -21,30 +21,23 @@ from pathlib import Path
 import mmcv
 import numpy as np
 import torch
-from matplotlib.colors import hsv_to_rgb
-from trained_detector import (
-    DATASETS,
-    Config,
-    DrawError,
-    load_config,
-    load_detector,
-    logger,
-    predict,
-    run_tool,
-)
+from drawing_tool import DrawError, logger, read_config, run_tool
 
-# isort: split
-from mmdet.structures.bbox import bbox_overlaps
-from mmdet.visualization import DetLocalVisualizer
-
+# First: it makes mmcv.ops importable.
 from lors_plugin.checkpoints import load_pickle_file
 from lors_plugin.engine.data_check import check_data
+from lors_plugin.inference import TorchPredictor
 from lors_plugin.visualization import picture_names
+from lors_plugin.visualization.painter import WHITE, Painter
+
+# isort: split
+from mmdet.registry import DATASETS
+from mmdet.structures.bbox import bbox_overlaps
+from mmengine.config import Config
 
 # RGB
 YELLOW, GREEN, MAGENTA = (255, 230, 0), (60, 220, 70), (255, 60, 220)
-WHITE, DARK = (255, 255, 255), (40, 40, 40)
-HEADER, GAP = 34, 6  # pixels
+GAP = 6  # pixels
 IOU = 0.5
 SHEET = 'contact_sheet'
 
@@ -135,11 +128,15 @@ def infer(
     cfg: Config, infos: Sequence[Mapping], args: argparse.Namespace
 ) -> dict[object, Mapping]:
     """Run the detector of a config, as :func:`read_pickle`."""
-    model = load_detector(cfg, args.checkpoint, args.device, args.trust)
-    return {
-        info['img_id']: predict(model, info['img_path']).pred_instances
-        for info in infos
-    }
+    predictor = TorchPredictor(cfg, args.checkpoint, args.device, args.trust)
+    if not predictor.detects:
+        raise DrawError(f'{args.config} is a classifier and has no boxes')
+    found = {}
+    for info in infos:
+        path = info['img_path']
+        (sample,) = predictor.run([predictor.read(path)])
+        found[info['img_id']] = sample.pred_instances
+    return found
 
 
 def make_sample(info: Mapping, prediction: Mapping | None) -> Sample:
@@ -161,7 +158,7 @@ def make_sample(info: Mapping, prediction: Mapping | None) -> Sample:
 
 def collect_samples(args: argparse.Namespace) -> tuple[list[Sample], tuple]:
     """Get images with ground truth and predictions, and class names."""
-    cfg = load_config(args.config, args.trust)
+    cfg = read_config(args.config, args.trust)
     loader = cfg.get(f'{args.split}_dataloader')
     if loader is None:
         raise DrawError(f'{args.config} has no {args.split}_dataloader')
@@ -206,8 +203,8 @@ def spread(items: Sequence, number: int) -> list:
 # Drawing
 
 
-class Painter:
-    """Draw samples by MMDetection's visualizer; pictures are RGB.
+class TruthPainter(Painter):
+    """Draw samples; pictures are RGB.
 
     Args:
         classes (Sequence[str]): Class names.
@@ -215,14 +212,8 @@ class Painter:
     """
 
     def __init__(self, classes: Sequence[str], score_thr: float = 0) -> None:
-        self.classes, self.score_thr = classes, score_thr
-        self.visualizer = DetLocalVisualizer()
-        # Bright, and neighbours differ most.
-        hues = (30 + 111 * np.arange(len(classes))) % 180 / 180
-        colors = [hsv_to_rgb((hue, 2 / 3, 1)) for hue in hues]
-        self.colors = [
-            tuple(map(int, color)) for color in np.multiply(colors, 255)
-        ]
+        super().__init__(classes)
+        self.score_thr = score_thr
 
     def load(self, path: str, side: int) -> tuple[np.ndarray, float]:
         """Load an image with a longer side of that length, and its scale."""
@@ -236,55 +227,6 @@ class Painter:
         size = [max(round(n * scale), 1) for n in image.shape[1::-1]]
         way = 'bicubic' if scale > 1 else 'area'
         return mmcv.imresize(image, size, interpolation=way), scale
-
-    def boxes(
-        self,
-        image: np.ndarray,
-        boxes: np.ndarray,
-        colors: Sequence[tuple],
-        texts: Sequence[str] = (),
-        dashed: Sequence[bool] = (),
-    ) -> np.ndarray:
-        """Draw boxes, in pixels of the image, the last ones on top."""
-        if not len(boxes):
-            return image
-        height, width = image.shape[:2]
-        boxes = np.clip(boxes, 0, [width - 1, height - 1] * 2)
-        styles = ['--' if d else '-' for d in dashed] or '-'
-        self.visualizer.set_image(image)
-        self.visualizer.draw_bboxes(boxes, colors, styles, 2, alpha=1)
-        for (x, y, _, _), color, text in zip(boxes, colors, texts):
-            ground = dict(facecolor=np.divide(color, 255), pad=1, linewidth=0)
-            left = x < 0.85 * width  # to the right, a text would be cut off
-            self.visualizer.draw_texts(
-                text,
-                np.array([x if left else width - 1, y]),
-                8,
-                'k',
-                horizontal_alignments='left' if left else 'right',
-                bboxes=ground,
-            )
-        return self.visualizer.get_image()
-
-    def header(self, width: int, parts: Sequence[tuple]) -> np.ndarray:
-        """Write texts in their colours on a bar above a picture."""
-        total = sum(len(text) + 2 for text, _ in parts)
-        advance = min(8.4, (width - 16) / total)  # pixels of a character
-        size = advance / 0.602 * 72 / self.visualizer.dpi
-        bar = np.full((HEADER, width, 3), DARK, np.uint8)
-        self.visualizer.set_image(bar)
-        x = 8.0
-        for text, color in parts:
-            self.visualizer.draw_texts(
-                text,
-                np.array([x, HEADER / 2]),
-                size,
-                color,
-                vertical_alignments='center',
-                font_families='monospace',
-            )
-            x += (len(text) + 2) * advance
-        return self.visualizer.get_image()
 
     def truth(
         self, sample: Sample, side: int = 720, texts: bool = True
@@ -386,7 +328,7 @@ def draw(args: argparse.Namespace) -> None:
         score_thr = best_threshold(samples)
         logger.info('score threshold with the best F1: %.2f', score_thr)
     samples = spread(samples, args.num)
-    painter = Painter(classes, score_thr)
+    painter = TruthPainter(classes, score_thr)
     names = picture_names([s.path for s in samples], [SHEET])
     one = painter.truth if args.truth else painter.pair
     pictures = {name: one(sample) for name, sample in zip(names, samples)}

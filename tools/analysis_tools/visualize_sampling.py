@@ -17,127 +17,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import mmcv
-import numpy as np
-import torch
-from sampling_figure import StageView, sampling_figure
-from torch import nn
-from trained_detector import (
-    DrawError,
-    load_config,
-    load_detector,
-    logger,
-    predict,
-    run_tool,
+from drawing_tool import DrawError, logger, read_config, run_tool
+
+from lors_plugin.inference import TorchPredictor
+from lors_plugin.inference.writers import as_rgb
+from lors_plugin.visualization import picture_names
+from lors_plugin.visualization.sampling_figure import sampling_figure
+from lors_plugin.visualization.sampling_views import (
+    choose_queries,
+    record_sampling,
+    stage_views,
 )
-
-# isort: split
-from mmdet.structures.bbox import bbox_overlaps
-
-from lors_plugin.visualization import SamplingRecorder, picture_names
-
-# Queries that found the same object would hide each other.
-SAME_OBJECT_IOU = 0.5
 
 
 def load_model(
     config: str, checkpoint: str, device: str, trust: bool = False
-) -> nn.Module:
+) -> TorchPredictor:
     """Build the detector of a config and load its weights."""
     for path in (config, checkpoint):
         if not Path(path).is_file():
             raise DrawError(f'{path} does not exist')
-    return load_detector(load_config(config, trust), checkpoint, device, trust)
-
-
-def record(model: nn.Module, path: str) -> tuple[list, np.ndarray]:
-    """Run the detector on an image and record its stages.
-
-    Returns:
-        tuple: One :class:`StageRecord` per stage, and the factors of width
-        and height from the image to the network's input, shape (2, ).
-    """
-    try:
-        recorder = SamplingRecorder(model)
-    except TypeError as error:
-        raise DrawError(str(error)) from error
-    with recorder:
-        sample = predict(model, path)
-    if sample.get('flip'):
-        raise DrawError('the test pipeline mirrors images; take that out')
-    return recorder.records, np.array(sample.get('scale_factor', (1.0, 1.0)))
-
-
-def choose_queries(
-    boxes: np.ndarray, scores: np.ndarray, top_k: int, score_thr: float
-) -> list[int]:
-    """Choose the queries with the best scores, one per object.
-
-    Args:
-        boxes (np.ndarray): Corners after the last stage, shape (N, 4).
-        scores (np.ndarray): The best of each query, shape (N, ).
-        top_k (int): How many to choose.
-        score_thr (float): Smallest score.
-
-    Returns:
-        list[int]: Indices of queries, best first.
-    """
-    boxes = torch.as_tensor(boxes)
-    ious = bbox_overlaps(boxes, boxes).numpy()
-    chosen: list[int] = []
-    for query in np.argsort(-scores, kind='stable').tolist():
-        if len(chosen) == top_k or scores[query] < score_thr:
-            break
-        if not (ious[query, chosen] > SAME_OBJECT_IOU).any():
-            chosen.append(query)
-    if not chosen:
-        raise DrawError(
-            f'no query has a score of {score_thr}, the best has '
-            f'{scores.max():.3f}; choose a smaller --score-thr'
-        )
-    return chosen
-
-
-def stage_views(
-    records: Sequence,
-    factors: np.ndarray,
-    stages: Sequence[int],
-    queries: Sequence[int],
-    classes: Sequence[str],
-) -> list[StageView]:
-    """Bring the records of some stages into pixels of the original image.
-
-    Args:
-        records (Sequence[StageRecord]): All stages.
-        factors (np.ndarray): See :func:`record`.
-        stages (Sequence[int]): Indices of the stages to show.
-        queries (Sequence[int]): Indices of the queries to show.
-        classes (Sequence[str]): Class names.
-
-    Returns:
-        list[StageView]: The stages.
-    """
-    queries = list(queries)
-    labels = records[-1].scores[0, queries].argmax(-1).tolist()
-    views = []
-    for stage in stages:
-        found = records[stage]
-        scores = found.scores[0, queries, labels].tolist()
-        corners = np.tile(factors, 2)
-        views.append(
-            StageView(
-                stage=stage,
-                boxes_in=found.boxes_in[0, queries].numpy() / corners,
-                boxes_out=found.boxes_out[0, queries].numpy() / corners,
-                texts=[
-                    f'#{query} {classes[label]} {score:.2f}'
-                    for query, label, score in zip(queries, labels, scores)
-                ],
-                points=found.points[0, queries].numpy() / factors,
-                weights=found.weights[0, queries].numpy(),
-            )
-        )
-    return views
+    cfg = read_config(config, trust)
+    return TorchPredictor(cfg, checkpoint, device, trust)
 
 
 def check_indices(what: str, indices: Sequence[int], count: int) -> None:
@@ -152,10 +53,17 @@ def check_indices(what: str, indices: Sequence[int], count: int) -> None:
 
 def draw(args: argparse.Namespace) -> None:
     """Draw all pictures, as the command line says."""
-    model = load_model(args.config, args.checkpoint, args.device, args.trust)
-    classes = model.dataset_meta['classes']
+    predictor = load_model(
+        args.config, args.checkpoint, args.device, args.trust
+    )
+    classes = predictor.classes
     for path, name in zip(args.images, picture_names(args.images)):
-        records, factors = record(model, path)
+        image = predictor.read(path)
+        try:
+            found = record_sampling(predictor, image)
+        except DrawError as error:
+            raise DrawError(f'{path}: {error}') from error
+        records, factors = found.records, found.factors
         last = records[-1]
         count = last.scores.shape[1]
         if len(classes) < last.scores.shape[-1]:
@@ -175,7 +83,7 @@ def draw(args: argparse.Namespace) -> None:
             )
         check_indices('queries', queries, count)
         figure = sampling_figure(
-            mmcv.imread(path, channel_order='rgb'),
+            as_rgb(image),
             stage_views(records, factors, stages, queries, classes),
             last.strides,
             f'{Path(path).name}: sampling points of {len(queries)} of '

@@ -1,8 +1,9 @@
-"""The picture of ``visualize_sampling.py``."""
+"""Boxes and sampling points of the stages of an AdaMixer as a picture."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Optional
 
 import matplotlib
 
@@ -43,6 +44,28 @@ class StageView:
     points: np.ndarray
     weights: np.ndarray
 
+    def only(
+        self, group: Optional[int] = None, level: Optional[int] = None
+    ) -> 'StageView':
+        """Keep some of the points.
+
+        Args:
+            group (int, optional): Keep this group of channels.
+            level (int, optional): Keep points in which this level counts
+                most; the others become NaN, which is not drawn.
+
+        Returns:
+            StageView: A new one.
+        """
+        points, weights = self.points, self.weights
+        if group is not None:
+            points = points[:, group : group + 1]
+            weights = weights[:, group : group + 1]
+        if level is not None:
+            kept = weights.argmax(-1) == level
+            points = np.where(kept[..., None], points, np.nan)
+        return replace(self, points=points, weights=weights)
+
 
 def level_colors(number: int) -> np.ndarray:
     """Return a colour for each level, shape (number, 3)."""
@@ -72,6 +95,7 @@ def view_limits(
     places = [v.points.reshape(-1, 2) for v in views]
     places += [v.boxes_out.reshape(-1, 2) for v in views]
     places = np.concatenate(places)
+    places = places[np.isfinite(places).all(1)]
     low = np.clip(places.min(0), -margin, 0)
     high = np.clip(places.max(0), size, np.add(size, margin))
     return (*low, *high)
@@ -126,7 +150,7 @@ def draw_points(ax: Axes, view: StageView, groups: bool) -> int:
         weights = view.weights[:, group].reshape(len(x), -1)
         level, share = weights.argmax(1), weights.max(1)
         inside = (left <= x) & (x <= right) & (top <= y) & (y <= bottom)
-        hidden += int((~inside).sum())
+        hidden += int((~inside & np.isfinite(x)).sum())
         # A share of 1 / L says that the level hardly counts more.
         clear = (share - 1 / len(colors)) / (1 - 1 / len(colors))
         shades = np.column_stack([colors[level], 0.75 + 0.25 * clear])

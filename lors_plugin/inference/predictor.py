@@ -1,0 +1,479 @@
+"""Trained models as functions from images to predictions.
+
+A checkpoint runs in PyTorch, a file of ``tools/export_onnx.py`` in ONNX
+Runtime. Both read and resize images by the test pipeline of the config, so
+that they see the same pixels as in ``tools/test.py``.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
+from torch import Tensor, nn
+
+from lors_plugin.adapters import adapters_of, is_adapter_checkpoint
+from lors_plugin.build import is_detector, test_pipeline
+from lors_plugin.checkpoints import load_checkpoint_file, weights_of
+from lors_plugin.engine.checkpoint_fit import check_weights
+from lors_plugin.engine.hooks.finite_predictions_hook import not_finite
+from lors_plugin.export.onnx_file import ExportError, new_session
+from lors_plugin.reparam.structure import adapt, build_base, has_adapters
+from lors_plugin.utils import type_name
+
+from .errors import InferenceError
+from .prediction import Prediction, name_of
+
+ONNX = '.onnx'
+
+
+def load_predictor(
+    cfg: Config,
+    checkpoint: Union[str, Path],
+    device: str = 'cpu',
+    trust: bool = False,
+    amp: bool = False,
+) -> 'Predictor':
+    """Load a trained detector or classifier.
+
+    Args:
+        cfg (Config): The config of the training, or of the merged model.
+        checkpoint (str | Path): Weights, all of them, or a file of
+            ``tools/export_onnx.py``, for which no model is built.
+        device (str): Where PyTorch runs. Defaults to 'cpu'.
+        trust (bool): Allow the file to run code of its own while it is
+            read. Defaults to False.
+        amp (bool): Whether PyTorch computes in mixed precision. Defaults to
+            False.
+
+    Returns:
+        Predictor: Call it with a list of images.
+
+    Raises:
+        ValueError: If the file cannot be read, or not without ``trust``, or
+            does not belong to the model.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InferenceError(
+            f'device {device!r} is none that PyTorch knows: cpu, cuda, cuda:1'
+        ) from None
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise InferenceError(f'device {device}: PyTorch finds no CUDA GPU')
+    if Path(checkpoint).suffix.lower() != ONNX:
+        return TorchPredictor(cfg, checkpoint, device, trust, amp)
+    if amp or kind != 'cpu':
+        raise InferenceError(
+            f'{checkpoint} runs in ONNX Runtime on the CPU: leave out '
+            'device and mixed precision'
+        )
+    return OnnxPredictor(cfg, checkpoint)
+
+
+class Predictor:
+    """Predict for images.
+
+    Args:
+        cfg (Config): With the test pipeline.
+
+    Attributes:
+        classes (tuple[str]): Class names; empty where none are known.
+        detects (bool): Whether predictions have boxes.
+    """
+
+    classes: tuple[str, ...] = ()
+    detects: bool
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        steps = [
+            step
+            for step in test_pipeline(cfg)
+            if 'Annotations' not in type_name(step['type'])
+        ]
+        if not steps or not type_name(steps[0]['type']).startswith('Load'):
+            raise InferenceError(
+                f'{cfg.filename} has no test pipeline (test_dataloader) that '
+                'begins with reading an image'
+            )
+        with self._scope():
+            self._load = TRANSFORMS.build(steps[0])
+            self._prepare = Compose(
+                [TRANSFORMS.build(step) for step in steps[1:]]
+            )
+
+    def _scope(self) -> contextlib.AbstractContextManager:
+        scope = self.cfg.get('default_scope') or 'mmdet'
+        return DefaultScope.overwrite_default_scope(scope)
+
+    def read(self, path: Union[str, Path]) -> np.ndarray:
+        """Read an image as the test pipeline does.
+
+        Returns:
+            np.ndarray: BGR (or gray) as the pipeline's first step makes it,
+            uint8, shape (H, W, 3).
+
+        Raises:
+            InferenceError: If there is no such image.
+        """
+        if not Path(path).is_file():
+            raise InferenceError(f'the image {path} does not exist')
+        try:
+            found = self._load(dict(img_path=str(path)))
+        except Exception as error:  # whatever decoders make of no image
+            raise InferenceError(
+                f'the image {path} cannot be read: it is damaged, or no '
+                'image of a known format'
+            ) from error
+        image = None if found is None else found.get('img')
+        if image is None or not image.size:
+            raise InferenceError(f'the image {path} cannot be read')
+        return image
+
+    def name(self, label: int) -> str:
+        """Return the name of a class, its number where there is none."""
+        return name_of(self.classes, label)
+
+    def labels_of(self, names: Sequence[str]) -> list[int]:
+        """Find classes by names or numbers.
+
+        Raises:
+            InferenceError: If there is no such class.
+        """
+        found = []
+        for name in names:
+            if name in self.classes:
+                found.append(self.classes.index(name))
+            elif name.isdigit() and (
+                not self.classes or int(name) < len(self.classes)
+            ):
+                found.append(int(name))
+            else:
+                raise InferenceError(
+                    f'there is no class {name!r}; the model knows '
+                    f'{", ".join(self.classes) or "no names"}'
+                )
+        return found
+
+    def prepare(self, image: np.ndarray) -> dict:
+        """Apply the test pipeline to an image that was read.
+
+        Returns:
+            dict: ``inputs``, a tensor of shape (C, H, W), and
+            ``data_samples``.
+        """
+        if image.ndim == 3 and image.shape[2] == 4:
+            image = image[..., :3]
+        shape = image.shape[:2]
+        data = dict(
+            img=np.ascontiguousarray(image),
+            img_id=0,
+            img_path='',
+            img_shape=shape,
+            ori_shape=shape,
+            height=shape[0],
+            width=shape[1],
+        )
+        try:
+            with self._scope():
+                packed = self._prepare(data)
+        except Exception as error:  # of OpenCV: too thin, for example
+            raise InferenceError(
+                f'the test pipeline cannot prepare an image of {shape[1]} x '
+                f'{shape[0]} pixels ({type(error).__name__}: {error})'
+            ) from error
+        if packed['data_samples'].get('flip'):
+            raise InferenceError(
+                'the test pipeline mirrors images; take that out'
+            )
+        return packed
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Prediction]:
+        """Predict for a batch.
+
+        Args:
+            images (Sequence[np.ndarray]): As :meth:`read` returns them.
+
+        Returns:
+            list[Prediction]: One per image, boxes clipped to it.
+
+        Raises:
+            InferenceError: If an image cannot be prepared, or a prediction
+                holds NaN or inf.
+        """
+        raise NotImplementedError
+
+
+class TorchPredictor(Predictor):
+    """Predict in PyTorch; see :func:`load_predictor`.
+
+    MMDetection's ``init_detector`` leaves what does not fit as it was
+    initialised, lets a file run code, and takes COCO's class names for a
+    file without any.
+
+    Attributes:
+        model (nn.Module): In evaluation mode.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        checkpoint: Union[str, Path],
+        device: str = 'cpu',
+        trust: bool = False,
+        amp: bool = False,
+    ) -> None:
+        content = load_checkpoint_file(checkpoint, trust)
+        super().__init__(cfg)
+        with self._scope():
+            self.model = load_model(cfg, content, checkpoint).to(device)
+            names = _classes_in(content.get('meta') or {}, checkpoint)
+            self.classes = names or config_classes(cfg)
+        self.detects = is_detector(self.model)
+        self.device, self.amp = torch.device(device), amp
+
+    def run(self, images: Sequence[np.ndarray]) -> list:
+        """Run the model on a batch.
+
+        Returns:
+            list: Data samples of the host, boxes in pixels of the images.
+        """
+        packed = [self.prepare(image) for image in images]
+        batch = {key: [item[key] for item in packed] for key in packed[0]}
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=self.amp),
+            self._scope(),
+        ):
+            samples = self.model.test_step(batch)
+        for sample in samples:
+            names = not_finite(sample)
+            if names:
+                raise InferenceError(
+                    f'{", ".join(names)} of the prediction hold NaN or inf; '
+                    'the weights are damaged, the training diverged, or '
+                    'values overflow in mixed precision'
+                )
+        return samples
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Prediction]:
+        """Predict for a batch, see :class:`Predictor`."""
+        return [self.prediction(sample) for sample in self.run(images)]
+
+    def prediction(self, sample: Any) -> Prediction:
+        """Take the prediction out of a data sample."""
+        if self.detects:
+            found = sample.pred_instances
+            parts = (found.labels, found.scores, found.bboxes)
+        else:
+            scores = sample.pred_score.flatten()
+            parts = (torch.arange(len(scores)), scores)
+        found = Prediction.sorted(*(part.float().cpu() for part in parts))
+        return found.inside(*sample.ori_shape[:2])
+
+
+def load_model(cfg: Config, content: dict, path: Any) -> nn.Module:
+    """Build a model with its adapters and load its weights, all of them.
+
+    Args:
+        cfg (Config): The config; hooks of this package that change a model
+            are followed.
+        content (dict): The checkpoint.
+        path (Any): Its file, for messages.
+
+    Returns:
+        nn.Module: In evaluation mode, on the CPU.
+    """
+    if cfg.get('model') is None:
+        raise InferenceError(f'{cfg.filename} has no model')
+    if is_adapter_checkpoint(content):
+        raise InferenceError(
+            f'{path} holds adapters without their base; merge them first '
+            '(tools/reparam.py)'
+        )
+    state = weights_of(content, path=path)
+    model = build_base(cfg)
+    if has_adapters(state):
+        adapt(model, cfg, state)
+    check_weights(model, state, str(path))
+    model.load_state_dict(state, strict=False)
+    return revert_sync_batchnorm(model).eval()
+
+
+def config_classes(cfg: Config) -> tuple[str, ...]:
+    """Return the class names of a config's test set; no file is read."""
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while inner := dataset.get('dataset') or dataset.get('datasets'):
+        dataset = inner[0] if isinstance(inner, (list, tuple)) else inner
+    if not dataset:
+        return ()
+    named = (dataset.get('metainfo') or {}).get('classes')
+    if not named or isinstance(named, str):
+        # The class of the data set has names, or a file of names is read.
+        built = DATASETS.build(dict(dataset, lazy_init=True))
+        named = built.metainfo.get('classes')
+    return tuple(named or ())
+
+
+def _classes_in(meta: dict, path: Any) -> tuple[str, ...]:
+    """Class names that a checkpoint holds, or none."""
+    dataset_meta = meta.get('dataset_meta')
+    names = meta.get('CLASSES')  # of MMDetection 2
+    if isinstance(dataset_meta, dict):
+        names = {k.lower(): v for k, v in dataset_meta.items()}.get('classes')
+    if names is None:
+        return ()
+    if isinstance(names, str):
+        names = (names,)
+    if not isinstance(names, (list, tuple)) or not all(
+        isinstance(name, str) for name in names
+    ):
+        raise InferenceError(f'{path}: its class names are {names!r:.80}')
+    return tuple(names)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[int]:
+    """Let the adapters of a model do nothing within a block.
+
+    An adapter adds ``scale`` times its output, so with a scale of 0 it is
+    the identity. What was trained beside adapters, such as the head, stays.
+
+    Args:
+        model (nn.Module): Any model.
+
+    Yields:
+        int: The number of adapters.
+    """
+    scales = [adapter.scale for adapter in adapters_of(model).values()]
+    before = [scale.clone() for scale in scales]
+    try:
+        for scale in scales:
+            scale.zero_()
+        yield len(scales)
+    finally:
+        for scale, value in zip(scales, before):
+            scale.copy_(value)
+
+
+class OnnxPredictor(Predictor):
+    """Predict in ONNX Runtime; see :func:`load_predictor`."""
+
+    def __init__(self, cfg: Config, path: Union[str, Path]) -> None:
+        super().__init__(cfg)
+        if not Path(path).is_file():
+            raise InferenceError(f'{path} does not exist')
+        try:
+            self.session = new_session(path)
+        except ExportError:
+            raise
+        except Exception as error:
+            # Errors of ONNX Runtime have no common base below Exception.
+            text = str(error).strip().split('\n')[0]
+            raise InferenceError(f'{path} cannot be read: {text}') from error
+        said = self.session.get_modelmeta().custom_metadata_map
+        if 'input' not in said or 'size_divisor' not in said:
+            raise InferenceError(
+                f'{path} was not written by tools/export_onnx.py: its '
+                'metadata do not say what images it takes'
+            )
+        self.kind = said['input']
+        self.order = said['channel_order']
+        self.mean, self.std = (json.loads(said[k]) for k in ('mean', 'std'))
+        self.divisor = int(said['size_divisor'])
+        classes = json.loads(said['classes'])
+        with self._scope():
+            self.classes = tuple(classes) or config_classes(cfg)
+        names = [entry.name for entry in self.session.get_outputs()]
+        self.detects = 'boxes' in names
+        shape = self.session.get_inputs()[0].shape
+        # Names stand for sizes that are open.
+        self.one_image = shape[0] == 1
+        sides = shape[2:]
+        fixed = all(isinstance(side, int) for side in sides)
+        self.fixed: Optional[tuple[int, int]] = tuple(sides) if fixed else None
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Prediction]:
+        """Predict for a batch, see :class:`Predictor`."""
+        if self.one_image and len(images) > 1:
+            return [self([image])[0] for image in images]
+        packed = [self.prepare(image) for image in images]
+        arrays = [self._array(item['inputs']) for item in packed]
+        shapes = [array.shape[1:] for array in arrays]
+        shape = self._shape(shapes)
+        batch = np.stack(
+            [
+                np.pad(
+                    array, [(0, 0), *((0, b - a) for a, b in zip(s, shape))]
+                )
+                for array, s in zip(arrays, shapes)
+            ]
+        )
+        inputs = dict(images=batch)
+        if self.detects:
+            inputs['sizes'] = np.array([s[::-1] for s in shapes], np.float32)
+        names = [entry.name for entry in self.session.get_outputs()]
+        try:
+            found = dict(zip(names, self.session.run(None, inputs)))
+        except Exception as error:
+            text = str(error).strip().split('\n')[0]
+            raise InferenceError(f'ONNX Runtime: {text}') from error
+        if not all(np.isfinite(value).all() for value in found.values()):
+            raise InferenceError('the prediction holds NaN or inf')
+        return [
+            self._prediction(
+                {name: value[index] for name, value in found.items()},
+                packed[index]['data_samples'].metainfo,
+            )
+            for index in range(len(images))
+        ]
+
+    def _array(self, image: Tensor) -> np.ndarray:
+        """Bring the channels into the order and type of the file."""
+        array = image.numpy()
+        if len(array) == 3 and self.order == 'RGB':
+            array = array[::-1]
+        if self.kind == 'uint8':
+            return np.ascontiguousarray(array, np.uint8)
+        array = array.astype(np.float32)
+        if self.kind == 'normalized' and self.mean is not None:
+            mean, std = (
+                np.array(value, np.float32)[:, None, None]
+                for value in (self.mean, self.std)
+            )
+            array = (array - mean) / std
+        return array
+
+    def _shape(self, shapes: Sequence[tuple]) -> tuple[int, int]:
+        """Choose the common height and width of a batch."""
+        sides = np.max(shapes, 0)
+        if self.fixed is None:
+            shape = -(-sides // self.divisor) * self.divisor
+            return tuple(shape.tolist())
+        if (sides > self.fixed).any() or (
+            not self.detects and tuple(sides) != self.fixed
+        ):
+            raise InferenceError(
+                f'the file takes images of {self.fixed[1]} x {self.fixed[0]} '
+                f'alone, and the test pipeline makes {sides[1]} x {sides[0]}; '
+                'export it without --fixed-size and --static, or with --shape '
+                'of that size'
+            )
+        return self.fixed
+
+    def _prediction(self, found: Mapping, meta: Mapping) -> Prediction:
+        scores = found['scores']
+        if not self.detects:
+            return Prediction.sorted(np.arange(len(scores)), scores)
+        factors = np.tile(meta.get('scale_factor', (1.0, 1.0)), 2)
+        boxes = found['boxes'] / factors
+        found = Prediction.sorted(found['labels'], scores, boxes)
+        return found.inside(*meta['ori_shape'])
