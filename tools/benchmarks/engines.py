@@ -15,7 +15,7 @@ scales. Detectors of MMDetection run in PyTorch only: they are not exported.
 """
 
 import argparse
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -292,14 +292,38 @@ def make_run(model, engine, number):
     return in_engine(model, engine, number)
 
 
-def peak_memory(name, engine, args):
-    """Megabytes of a process that runs one image through one engine."""
-    command = [
-        *(sys.executable, __file__, '--task', args.task, '--models', name),
-        *('--shape', *map(str, args.shape), '--peak-of', engine),
-        *('--threads', str(args.threads)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+ALONE = """
+import re, sys
+from pathlib import Path
+from lors_plugin.deploy.runtime import load
+
+path, engine, threads, photo = sys.argv[1:]
+load(path, engine=engine, threads=int(threads))([photo])
+status = Path('/proc/self/status').read_text()
+print(int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) / 1024)
+"""
+
+
+def peak_memory(model, engine, args):
+    """Megabytes of a process that runs one image through one engine.
+
+    PyTorch is part of it only where it runs the model.
+    """
+    if 'eager' in engine or engine == 'compiled':
+        command = [
+            *(__file__, '--task', args.task, '--models', model.name),
+            *('--shape', *map(str, args.shape), '--peak-of', engine),
+            *('--threads', str(args.threads)),
+        ]
+    else:
+        kind, _, int8 = engine.partition('-')
+        path = str(model.onnx(bool(int8)))
+        command = [
+            *('-c', ALONE, path, kind, str(args.threads), model.photos[0])
+        ]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=True
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -314,8 +338,9 @@ def main(argv=None):
         if args.peak_of:
             model = Model(args.models[0], args, Path(folder))
             make_run(model, args.peak_of, 1).calls['network']()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            print(peak / 1024)
+            # Of `getrusage`, a child inherits its parent's.
+            status = Path('/proc/self/status').read_text()
+            print(int(re.search(r'VmHWM:\s+(\d+)', status)[1]) / 1024)
             return 0
         return measure(args, Path(folder))
 
@@ -364,7 +389,9 @@ def measure(args, folder):
         ]  # fmt: skip
         if args.memory and number == 1:
             for run in runs:
-                peak = peak_memory(*run.label.rsplit(' ', 1), args)
+                name, engine = run.label.rsplit(' ', 1)
+                model = models[name, engine == 'compiled']
+                peak = peak_memory(model, engine, args)
                 rows.append(
                     (run.label, 'float32', '', 'memory', 'MB', [peak], None)
                 )
