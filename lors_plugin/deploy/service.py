@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Union
 
 import numpy as np
+import PIL.Image  # noqa: F401 - images are measured by it
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import (

@@ -106,11 +106,11 @@ def classifier(export, tmp_path_factory):
             ),
             model=dict(
                 type='ImageClassifier',
-                backbone=dict(type='MobileNetV2', widen_factor=0.1),
-                neck=dict(type='GlobalAveragePooling'),
-                head=dict(
-                    type='LinearClsHead', num_classes=7, in_channels=1280
+                backbone=dict(
+                    type='ResNet', depth=18, stem_channels=8, base_channels=8
                 ),
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(type='LinearClsHead', num_classes=7, in_channels=64),
             ),
             test_dataloader=dict(
                 dataset=dict(

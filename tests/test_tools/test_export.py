@@ -251,8 +251,14 @@ def test_a_hugging_face_classifier_with_merged_adapters(tmp_path, capsys):
             ),
         )
     ).dump(config)
+    from lors_plugin.build import build_model
+    from lors_plugin.testing import randomize
+
+    model = randomize(build_model(Config.fromfile(config)))
+    checkpoint = str(tmp_path / 'vit.pth')
+    torch.save(dict(state_dict=model.state_dict()), checkpoint)
     out = tmp_path / 'vit.onnx'
-    command = [str(config), 'none', str(out), '--shape', '32']
+    command = [str(config), checkpoint, str(out), '--shape', '32']
     assert tool.main([*command, '--fixed-size']) == 0, capsys.readouterr().err
     assert '2 comparisons' in capsys.readouterr().out
 
