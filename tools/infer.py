@@ -265,8 +265,9 @@ def infer(args):
     images, boxes, errors = counts
     seconds = time.perf_counter() - start
     what = 'boxes' if predictor.detects else 'classes'
+    plural = 's' * (images != 1)
     print(
-        f'{images} images in {seconds:.1f} s '
+        f'{images} image{plural} in {seconds:.1f} s '
         f'({images / seconds:.1f} images/s), {boxes} {what} with a score of '
         f'at least {args.score_thr:g}'
     )
