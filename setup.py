@@ -192,6 +192,7 @@ setup(
     ],
     packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
     include_package_data=False,
+    entry_points={'console_scripts': ['lors_plugin=lors_plugin.run:main']},
     python_requires='>=3.10',
     install_requires=read_requirements('runtime'),
     extras_require={

@@ -1,8 +1,10 @@
-"""Run a tool of a host, or a script of your own, with this package around.
+"""Run a tool of this package or a host, or a script of your own.
 
-    python -m lors_plugin.run [--trust] TOOL [ARGUMENT ...]
+    lors_plugin [--trust] TOOL [ARGUMENT ...]
 
-TOOL is a file, a module, or a tool that a package brings along:
+``python -m lors_plugin.run`` is the same. TOOL is train, test, infer, demo,
+merge, export or doctor (``lors_plugin train --help`` tells more), a file, a
+module, or a tool that a package brings along:
 ``mmdet::analysis_tools/browse_dataset.py``. Before it starts,
 
 - MMCV becomes importable without compiled operators,
@@ -22,13 +24,24 @@ from pathlib import Path
 from typing import Optional
 
 USAGE = __doc__.strip().split('\n\n')[1].strip()
+# Commands that need no checkout. A file of that name is not meant.
+COMMANDS = dict(
+    train='lors_plugin::train.py',
+    test='lors_plugin::test.py',
+    infer='lors_plugin::infer.py',
+    demo='lors_plugin::demo.py',
+    merge='lors_plugin::reparam.py',
+    export='lors_plugin::export_onnx.py',
+    doctor='lors_plugin.doctor',
+)
 
 
 def find_tool(name: str) -> tuple[str, bool]:
     """Find what to run.
 
     Args:
-        name (str): A file, a module or ``PACKAGE::TOOL``.
+        name (str): A key of :data:`COMMANDS`, a file, a module or
+            ``PACKAGE::TOOL``.
 
     Returns:
         tuple[str, bool]: A path or the name of a module, and whether it is
@@ -37,12 +50,16 @@ def find_tool(name: str) -> tuple[str, bool]:
     Raises:
         FileNotFoundError: If there is no such tool.
     """
+    name = COMMANDS.get(name, name)
     if '::' in name:
         package, _, tool = name.partition('::')
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.origin:
             raise FileNotFoundError(f'{name}: {package} is not installed')
-        folder = Path(spec.origin).parent / '.mim' / 'tools'
+        root = Path(spec.origin).parent
+        folder = root / '.mim' / 'tools'
+        if package == __package__ and not folder.is_dir():
+            folder = root.parent / 'tools'  # a checkout on the path
         if not (folder / tool).is_file():
             raise FileNotFoundError(f'{name}: there is no {folder / tool}')
         return str(folder / tool), True
@@ -54,8 +71,8 @@ def find_tool(name: str) -> tuple[str, bool]:
         known = False
     if not known:
         raise FileNotFoundError(
-            f'{name} is neither a file (current directory: {os.getcwd()}) '
-            'nor a module'
+            f'{name} is neither a command ({", ".join(COMMANDS)}), nor a '
+            f'file (current directory: {os.getcwd()}), nor a module'
         )
     return name, False
 

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 
 from lors_plugin.compat import register_configs
-from lors_plugin.run import find_tool, main
+from lors_plugin.run import COMMANDS, find_tool, main
 
 SCRIPT = """
 import sys
@@ -64,11 +64,22 @@ def test_tools_are_found(tmp_path, monkeypatch):
     assert find_tool('json.tool') == ('json.tool', False)
 
 
+@pytest.mark.parametrize('name', COMMANDS)
+def test_commands_are_tools_of_this_package(name, tmp_path, monkeypatch):
+    """Whatever lies in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text('')
+    path, is_file = find_tool(name)
+    assert is_file == (name != 'doctor')
+    if is_file:
+        assert Path(path).is_absolute() and Path(path).is_file()
+
+
 @pytest.mark.parametrize(
     ('name', 'word'),
     [
-        ('none.py', 'neither a file'),
-        ('no.such.module', 'neither a file'),
+        ('none.py', 'nor a file'),
+        ('no.such.module', 'nor a module'),
         ('nowhere::train.py', 'nowhere is not installed'),
         ('mmdet::none.py', 'none.py'),
     ],
@@ -77,7 +88,7 @@ def test_tools_that_are_none(capsys, name, word):
     assert main([name]) == 2
     error = capsys.readouterr().err
     assert name in error and word in error
-    assert 'python -m lors_plugin.run [--trust] TOOL' in error
+    assert 'lors_plugin [--trust] TOOL' in error
 
 
 def test_help(capsys):

@@ -191,14 +191,16 @@ def predict(predictor, frames):
             results = predictor([frame.image for frame in good])
             found = dict(zip(map(id, good), results))
     except Exception as error:
-        # Of the model, for images that it cannot take.
+        # Whatever a model raises for an image that it cannot take.
         if len(good) > 1:
             for frame in frames:
                 yield from predict(predictor, [frame])
             return
-        if not isinstance(error, (InferenceError, RuntimeError)):
-            raise
-        good[0].error = f'{good[0].source.path}: {error}'
+        text = str(error)
+        if not isinstance(error, InferenceError):
+            first = text.strip().split('\n')[0]
+            text = f'{type(error).__name__}: {first}'
+        good[0].error = f'{good[0].source.path}: {text}'
     for frame in frames:
         yield frame, found.get(id(frame))
 
@@ -265,8 +267,9 @@ def infer(args):
     images, boxes, errors = counts
     seconds = time.perf_counter() - start
     what = 'boxes' if predictor.detects else 'classes'
+    plural = 's' * (images != 1)
     print(
-        f'{images} images in {seconds:.1f} s '
+        f'{images} image{plural} in {seconds:.1f} s '
         f'({images / seconds:.1f} images/s), {boxes} {what} with a score of '
         f'at least {args.score_thr:g}'
     )

@@ -239,7 +239,7 @@ threshold="$(sed -n 's/.*with the best F1: //p' \
     tail -n 15 "$work_dir/quickstart_photo.log" >&2
     fail 'nothing could be predicted for the photo'
 }
-say "$(grep 'images in' "$work_dir/quickstart_photo.log")"
+say "$(grep 'images/s)' "$work_dir/quickstart_photo.log")"
 
 next_step 'plot of the training'
 "$PYTHON" tools/analysis_tools/plot_training.py "$work_dir" \
