@@ -32,7 +32,9 @@ MIM_ITEMS = ('configs', 'tools', 'model-index.yml')
 RELATIVE = r'(!?)\[([^\]]*)\]\((?!\w+:|#)([^)]*)\)'
 IMAGE = r'!\[[^\]]*\]\((?!\w+:)[^)]*\)'
 # Of ``tools``, what is for a checkout: it measures or checks this project.
-CHECKOUT_ONLY = ('benchmarks', 'studies', 'lint', 'run_tests.sh')
+CHECKOUT_ONLY = (
+    'benchmarks', 'gpu_check.sh', 'lint', 'run_tests.sh', 'studies'
+)  # fmt: skip
 
 
 def read_version():

@@ -324,6 +324,28 @@ def test_what_is_not_finite_stops_with_its_name(data, train, tmp_path):
         train(config, '--work-dir', tmp_path, '--cfg-options', *options)
 
 
+@pytest.mark.slow
+def test_accumulated_steps_and_averaged_weights(data, train, tmp_path):
+    """Four iterations make two steps; the file holds both weights."""
+    config = write_config(tmp_path / 'averaged.py', data)
+    text = config.read_text().replace(
+        'custom_hooks = [', "custom_hooks = [dict(type='EMAHook'),"
+    )
+    config.write_text(text)
+    options = ['--cfg-options', 'optim_wrapper.accumulative_counts=2']
+    train(config, '--work-dir', tmp_path, *options)
+    assert len(logged(tmp_path)) == 4
+    content = torch.load(tmp_path / 'epoch_2.pth', weights_only=False)
+    steps = {int(s['step']) for s in content['optimizer']['state'].values()}
+    assert steps == {2}
+    averaged, plain = content['state_dict'], content['ema_state_dict']
+    trained = [name for name in averaged if name.startswith('decoder.')]
+    assert trained and all(
+        not torch.equal(averaged[name], plain[f'module.{name}'])
+        for name in trained
+    )
+
+
 CLASSIFIER = dict(
     type='ImageClassifier',
     backbone=dict(

@@ -187,7 +187,7 @@ def test_on_another_stream(device, operator, size):
         # Work before it, so that the default stream would be too early.
         large = torch.randn(4096, 4096, device=device)
         for _ in range(20):
-            large = large @ large / 64
+            large = (large @ large / 64).clamp(-1, 1)
         inputs = {n: t + 0 * large[0, 0] for n, t in case[1].items()}
         found = probe.results(case[0], 'triton', inputs, case[2])
     torch.cuda.current_stream().wait_stream(stream)
@@ -232,7 +232,7 @@ def need_memory(gigabytes):
 
 @ON_GPU
 @pytest.mark.parametrize(
-    ('dtype', 'gigabytes'), [(torch.float16, 16), (torch.float32, 32)]
+    ('dtype', 'gigabytes'), [(torch.float16, 24), (torch.float32, 44)]
 )
 def test_mixing_beyond_32_bits(device, dtype, gigabytes):
     """The last queries of 2^31 elements, forward and backward of ``x``."""
@@ -264,12 +264,10 @@ def test_mixing_beyond_32_bits(device, dtype, gigabytes):
 @ON_GPU
 def test_sampling_beyond_32_bits(device):
     """The last image of a table with more than 2^31 elements."""
-    need_memory(12)
+    need_memory(30)
     side, channels = 512, 256
     batch = 2**31 // (side * side * channels) + 1
     level = torch.zeros(batch, channels, side, side, device=device)
-    # Channels last, as the table is: no second copy.
-    level = level.to(memory_format=torch.channels_last)
     assert level.numel() > 2**31
     torch.manual_seed(0)
     level[-1].normal_()

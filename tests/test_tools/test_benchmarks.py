@@ -26,6 +26,9 @@ def load(name):
 
 
 harness, report = load('harness'), load('report')
+with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(sys.modules, 'report', report)
+    gpu_check = load('gpu_check')
 
 
 def read(folder):
@@ -54,6 +57,7 @@ def quick(several):
         ('decoder', {'original', 'torch', 'with_cp'}),
         ('detector', {'original', 'torch'}),
         ('parameternet', {'original', 'torch', 'converted'}),
+        ('vit_adapters', {'plain', 'adapted', 'merged'}),
         ('coco_evaluation', {'pycocotools', 'faster-coco-eval'}),
         ('onnx_latency', {'MobileNetV2'}),
     ],
@@ -74,9 +78,12 @@ def test_every_case_at_a_tiny_size(quick, case, names):
         assert row['device'] == 'cpu' and row['device_name']
     training = {row['implementation'] for row in select(times, mode='full')}
     is_model = case not in ('coco_evaluation', 'onnx_latency')
-    assert training == (names - {'converted'} if is_model else set())
+    untrained = {'converted', 'merged'}
+    assert training == (names - untrained if is_model else set())
     for row in select(times, implementation='original'):
         assert float(row['ratio']) == 1
+    for row in select(times, implementation='merged'):
+        assert 0 < float(row['error']) < 1e-3
     for row in select(times, implementation='torch'):
         assert 0 < float(row['error']) < 1e-2
 
@@ -137,14 +144,16 @@ WRONG = dict(
 )  # what is spoiled, and what the error says
 ALL = [
     *QUICK,
-    *('--models', 'lors', '600m', 'coco-val', 'imagenet'),
+    *('--models', 'lors', '600m', 'vit-b', 'coco-val', 'imagenet'),
     *('--implementations', 'original', 'torch', 'recompute', 'products'),
+    *('plain', 'adapted', 'merged'),
     *('converted', 'with_cp', 'faster-coco-eval', 'pycocotools'),
     *('MobileNetV2', '--output', 'quick'),
 ]
 REFUSED = {
     'no case': (['mixin'], "no case 'mixin'"),
     'triton': (['sampling', '--implementations', 'triton'], 'triton'),
+    'compiled': (['mixing', '--implementations', 'compiled'], 'runs here'),
     'no model': (['sampling', '--models', '600m'], 'no case has such a model'),
     'no checkout': (['mixing', '--against', 'nowhere'], 'no checkout'),
     'no threads': (['mixing', '--threads', '0'], 'must be at least 1'),
@@ -163,6 +172,9 @@ def several(tmp_path_factory):
     )
     for kind in WRONG:
         commands[kind] = kind, [*SAMPLING, kind]
+    for name, options in gpu_check.BENCHMARKS.items():
+        plan = None, [*options, '--device', 'cpu', '--list']
+        commands[f'plan {name}'] = plan
     for name, (options, _) in REFUSED.items():
         commands[name] = None, ['--device', 'cpu', *options]
     # Scripts import neighbours by their names.
@@ -220,6 +232,13 @@ def test_list(several):
                  'coco_evaluation', 'onnx_latency'):  # fmt: skip
         assert f'{name}\n    ' in text
     assert 'implementations: reference, original, torch' in text
+
+
+@pytest.mark.parametrize('name', gpu_check.BENCHMARKS)
+def test_what_the_gpu_check_measures(several, name):
+    """Its command lines are understood."""
+    code, _, error = several[0][f'plan {name}']
+    assert code == 0, error
 
 
 @pytest.mark.parametrize('name', REFUSED)

@@ -8,6 +8,7 @@ modules only, so that they measure any commit of this package.
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from lors_plugin.adapters import inject_adapters
 from lors_plugin.models import ParameterNet
 from lors_plugin.ops import adaptive_mixing, sampling_3d, share_levels
 from lors_plugin.registry import MODELS
@@ -36,7 +38,7 @@ BACKENDS = dict(
     reference='reference', torch='torch', cpu='auto', triton='triton'
 )
 FLOAT32_ONLY = ('cpu', 'products')
-NEVER_FLOAT64 = (*FLOAT32_ONLY, 'triton')
+NEVER_FLOAT64 = (*FLOAT32_ONLY, 'triton', 'compiled')
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 DETECTORS = dict(
     adamixer='adamixer/adamixer_r50_8xb2-1x_coco.py',
@@ -123,6 +125,8 @@ class Case:
 
 def refusal(name: str, device: str, dtype: str) -> str:
     """Say why an implementation cannot run, '' if it can."""
+    if name == 'compiled' and not device.startswith('cuda'):
+        return 'compiled is measured on GPUs'
     if name in FLOAT32_ONLY and dtype != 'float32':
         return f'{name} computes in float32 only'
     if name not in BACKENDS:
@@ -142,6 +146,24 @@ def by_backend(run: Callable, leaves: dict, **options) -> dict:
         name: Implementation(name, run, leaves, backend=backend, **options)
         for name, backend in BACKENDS.items()
     }
+
+
+def compiled(run: Callable, leaves: dict, **options) -> dict:
+    """What PyTorch's compiler makes of the reference, with its defaults."""
+
+    @functools.cache
+    def program():  # importing the compiler takes seconds
+        return torch.compile(run, dynamic=False)
+
+    return dict(
+        compiled=Implementation(
+            'compiled',
+            lambda: program()(),
+            leaves,
+            backend='reference',
+            **options,
+        )
+    )
 
 
 def implementations(leaves: dict, /, **functions: Callable) -> dict:
@@ -263,7 +285,8 @@ def mixing(size: Size, names: Sequence[str]) -> dict:
         with switched_on(modules, 'recompute'):
             return run()
 
-    found = by_backend(run, leaves) | implementations(
+    found = by_backend(run, leaves) | compiled(run, leaves)
+    found |= implementations(
         leaves,
         original=lambda: stages(partial(original.mixing, module)),
         recompute=recompute,
@@ -334,7 +357,8 @@ def sampling(size: Size, names: Sequence[str]) -> dict:
     def theirs():
         return [original.sampling(feats, each, strides) for each in points]
 
-    return by_backend(run, leaves) | implementations(leaves, original=theirs)
+    found = by_backend(run, leaves) | compiled(run, leaves)
+    return found | implementations(leaves, original=theirs)
 
 
 def decoder(size: Size, names: Sequence[str]) -> dict:
@@ -364,9 +388,8 @@ def decoder(size: Size, names: Sequence[str]) -> dict:
         with switched_on([module], 'with_cp'):
             return run()
 
-    return by_backend(run, leaves) | implementations(
-        leaves, original=theirs, with_cp=with_cp
-    )
+    found = by_backend(run, leaves) | compiled(run, leaves)
+    return found | implementations(leaves, original=theirs, with_cp=with_cp)
 
 
 def detector(size: Size, names: Sequence[str]) -> dict:
@@ -394,7 +417,7 @@ def detector(size: Size, names: Sequence[str]) -> dict:
 
     leaves, options = trained(module)
     return dict(
-        by_backend(run, leaves, **options),
+        by_backend(run, leaves, **options) | compiled(run, leaves, **options),
         original=Implementation('original', theirs, leaves, **options),
     )
 
@@ -517,6 +540,57 @@ def parameternet(size: Size, names: Sequence[str]) -> dict:
             'ghost', partial(run, plain), leaves, exact=False, **options
         )
     return found
+
+
+# --- adapters
+
+
+def vit_adapters(size: Size, names: Sequence[str]) -> dict:
+    """ViT-B/16 with RepAdapter: inference, and training with AdamW.
+
+    224x224. 'adapted' trains the adapters alone, 'merged' is the same model
+    after ``reparameterize``, 'plain' the model without adapters, all of whose
+    weights train.
+    """
+    config = dict(type='VisionTransformer', arch='b', img_size=224)
+    if size.quick:
+        arch = dict(
+            embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64
+        )
+        config.update(arch=arch, img_size=32)
+    torch.manual_seed(0)
+    plain = build_model(config, size, 'mmpretrain')
+    plain.eval()  # returns nothing; without dropout, which would differ
+    adapted = copy.deepcopy(plain)
+    inject_adapters(adapted, module='')
+    adapted = randomize(adapted).to(size.device)
+    adapted.eval()
+    plain.load_state_dict(
+        {n: adapted.state_dict()[n] for n in plain.state_dict()}
+    )
+    merged = copy.deepcopy(adapted)
+    reparameterize(merged)
+    side = config['img_size']
+    images = size.to(torch.randn(size.batch, 3, side, side))[0].detach()
+
+    def make(name, model, exact=True):
+        leaves, options = dict(model.named_parameters()), {}
+        if name != 'merged':
+            leaves, options = trained(model)
+        return Implementation(
+            name,
+            lambda: [model(images)[-1]],
+            leaves,
+            exact=exact,
+            trains=name != 'merged',
+            **options,
+        )
+
+    return dict(
+        adapted=make('adapted', adapted),
+        merged=make('merged', merged),
+        plain=make('plain', plain, exact=False),
+    )
 
 
 # --- evaluation and ONNX Runtime
@@ -696,7 +770,7 @@ def exported(name: str, size: Size) -> Implementation:
     )
 
 
-OURS = ('reference', 'original', 'torch', 'cpu', 'triton')
+OURS = ('reference', 'original', 'torch', 'cpu', 'triton', 'compiled')
 CASES = dict(
     # ReLUs after norms have kinks: in float32 two right formulations differ.
     mixing=Case(mixing, (*OURS, 'recompute', 'products'), in_float64=True),
@@ -715,6 +789,15 @@ CASES = dict(
         batch_sizes=(1, 32),
         queries=(None,),
         in_float64=True,
+        rate=True,
+    ),
+    vit_adapters=Case(
+        vit_adapters,
+        ('adapted', 'merged', 'plain'),
+        models=('vit-b',),
+        batch_sizes=(1, 32),
+        queries=(None,),
+        baseline='plain',
         rate=True,
     ),
     coco_evaluation=Case(

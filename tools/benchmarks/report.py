@@ -91,8 +91,8 @@ class Report:
         self.rows += rows
         print(f'\n{case}: {size}\n{table(rows)}', flush=True)
 
-    def write(self, folder: Path) -> None:
-        """Write ``benchmarks.csv`` and a plot per case."""
+    def write_rows(self, folder: Path) -> Path:
+        """Write ``benchmarks.csv`` and return its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / 'benchmarks.csv'
         with path.open('w', newline='', encoding='utf-8') as file:
@@ -104,12 +104,35 @@ class Report:
                     for key, value in row.items()
                 }
                 writer.writerow(values)
-        print(f'\nwrote {path}')
-        for case in dict.fromkeys(row['case'] for row in self.rows):
-            rows = [r for r in self.rows if r['case'] == case and r['ratio']]
-            if rows:
-                plot(rows, folder / f'{case}.png')
-                print(f'wrote {folder / f"{case}.png"}')
+        return path
+
+    def write(self, folder: Path) -> None:
+        """Write ``benchmarks.csv`` and a plot per case."""
+        print(f'\nwrote {self.write_rows(folder)}')
+        for path in write_plots(self.rows, folder):
+            print(f'wrote {path}')
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Read what :meth:`Report.write_rows` wrote."""
+    numbers = 'median', 'p20', 'p80', 'fastest', 'ratio'
+    with path.open(newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row['repeats'] = int(row['repeats'])
+        row.update({n: float(row[n]) for n in numbers if row[n]})
+    return rows
+
+
+def write_plots(rows: list[dict], folder: Path) -> list[Path]:
+    """Write a plot per case that has ratios; return their paths."""
+    paths = []
+    for case in dict.fromkeys(row['case'] for row in rows):
+        found = [r for r in rows if r['case'] == case and r['ratio']]
+        if found:
+            paths.append(folder / f'{case}.png')
+            plot(found, paths[-1])
+    return paths
 
 
 def table(rows: list[dict]) -> str:

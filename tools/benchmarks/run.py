@@ -372,6 +372,8 @@ def main(argv=None) -> int:
         for size in here:
             try:
                 measure(name, size, args, report, other)
+                if report.rows:  # whatever ends this process later
+                    report.write_rows(args.output)
             except (GateError, torch.OutOfMemoryError) as error:
                 failed = True
                 sys.stderr.write(f'error: {name}, {size.label}: {error}\n')
