@@ -21,6 +21,7 @@ from .methods import (
     adapter_of,
     check_options,
     is_adapter_key,
+    options_per_layer,
 )
 from .presets import Target, as_patterns, match, targets_of
 from .sites import ProjectionsSite, SiteError, check_called, site_of
@@ -111,7 +112,9 @@ def inject_adapters(
             'norm' its normalisations, 'linear_probe' nothing of it.
         **options: Of the method: ``hidden_dims``, ``groups``, ``scale``,
             ``dropout`` of :class:`RepAdapter`; ``rank``, ``alpha``,
-            ``dropout``, ``bias`` of :class:`LoRA`.
+            ``dropout``, ``bias`` of :class:`LoRA`, and as in PEFT
+            ``rank_pattern`` and ``alpha_pattern``: values for some layers,
+            by patterns of the ends of their names.
 
     Returns:
         AdapterReport: Layers and counts.
@@ -146,12 +149,18 @@ def inject_adapters(
         )
         wanted = _each_placed(host, found, method)
         names = _without(host, wanted, as_patterns('exclude', exclude))
+        chosen = options_per_layer(method, names, options)
         for name in names:
             adapters[name] = _adapter_at(
-                host, module, name, method, {**options, **wanted[name][1]}
+                host, module, name, method, {**chosen[name], **wanted[name][1]}
             )
 
     trained = {p for p in host.parameters() if p.requires_grad}
+    if not adapters and host is model and not kept:
+        raise ValueError(
+            f'method={method!r} leaves nothing of the model to be trained; '
+            'give the module that is frozen, or trainable'
+        )
     for key, param in host.named_parameters():
         param.requires_grad_(key in kept and param.requires_grad)
     attach(host, adapters)

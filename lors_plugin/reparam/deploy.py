@@ -68,7 +68,10 @@ class Deployed:
 
 @torch.no_grad()
 def deploy(
-    model: nn.Module, cfg: Config, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    cfg: Config,
+    dtype: torch.dtype = torch.float32,
+    allow_plain: bool = False,
 ) -> Deployed:
     """Merge a copy of a model and load it into the plain host.
 
@@ -78,6 +81,8 @@ def deploy(
         model (nn.Module): As trained, in evaluation mode; not changed.
         cfg (Config): The config of its training.
         dtype (torch.dtype): Of the weights. Defaults to torch.float32.
+        allow_plain (bool): Also take a model in which nothing merges, tuned
+            without adapters. Defaults to False.
 
     Returns:
         Deployed: The merged model in float32 with weights of ``dtype``.
@@ -87,7 +92,7 @@ def deploy(
     """
     copy = deepcopy(model).double()
     merged = reparameterize(copy)
-    if not merged:
+    if not merged and not allow_plain:
         raise MergeError(
             'nothing in this model merges: it has no adapters, no '
             'convolutions with branches, no shared linear layers and no '
