@@ -381,8 +381,9 @@ def report_costs(before, after, shape, batches, repeats):
 
 
 def merge(
-    job, model, meta, cfg, images, dtype, tolerance, batches=(1,), repeats=0
-):
+    job, model, meta, cfg, images, dtype, tolerance, batches=(1,), repeats=0,
+    allow_plain=False,
+):  # fmt: skip
     """Merge a model, compare it and write it.
 
     Args:
@@ -395,11 +396,12 @@ def merge(
         tolerance (float): Largest difference that is allowed.
         batches (list[int]): Batch sizes to time.
         repeats (int): Passes to time; 0 for no costs.
+        allow_plain (bool): Also take a model in which nothing merges.
 
     Returns:
         bool: False if outputs differ; nothing is written then.
     """
-    result = deploy(model, cfg, dtype)
+    result = deploy(model, cfg, dtype, allow_plain)
     print(f'{job.source}: {result.merged} modules merged')
     text = differences(model, result.model, images, tolerance)
     if text:
@@ -454,7 +456,7 @@ def main(argv=None):
             same.append(
                 merge(
                     job, model, meta, cfg, images, dtype, args.tolerance,
-                    args.batches, args.repeats,
+                    args.batches, args.repeats, bool(args.adapter),
                 )
             )  # fmt: skip
     return 0 if all(same) else EXIT_DIFFERENT

@@ -1,6 +1,6 @@
-"""RepAdapter: adapters that merge into the layers behind them."""
+"""Adapters that merge into the layers that they adapt."""
 
-from .adapter import RepAdapter
+from .adapter import Adapter, RepAdapter
 from .checkpoint import (
     AdapterFileError,
     adapter_checkpoint,
@@ -15,11 +15,14 @@ from .inject import (
     build_adapted_model,
     inject_adapters,
 )
+from .lora import LoRA
 from .sites import SiteError
 
 __all__ = [
+    'Adapter',
     'AdapterFileError',
     'AdapterReport',
+    'LoRA',
     'RepAdapter',
     'SiteError',
     'adapter_checkpoint',

@@ -2,9 +2,9 @@
 
 Every entry of a state dict is either trained or belongs to the base. A file
 holds the trained entries, and of the base name, dtype, shape and a hash of the
-values of every entry, so that adapters never meet another base. Format
-(version 1): ``state_dict`` and ``meta['lors_plugin_adapter']``, which
-:func:`adapter_meta` describes.
+values of every entry, so that adapters never meet another base. Format:
+``state_dict`` and ``meta['lors_plugin_adapter']``, which :func:`adapter_meta`
+describes. Files of version 1 and 2 differ in the adapters that they may have.
 """
 
 import hashlib
@@ -20,19 +20,14 @@ from torch import Tensor, nn
 from lors_plugin.checkpoints import load_checkpoint_file
 from lors_plugin.utils import few, unwrapped
 
-from .adapter import RepAdapter
-from .inject import (
-    CHILD,
-    AdapterReport,
-    adapters_of,
-    attach,
-    detach,
-    report_of,
-)
-from .sites import SiteError, site_at
+from .adapter import Adapter
+from .inject import AdapterReport, adapters_of, attach, detach, report_of
+from .methods import build_adapter
+from .sites import SiteError, check_called
 
 META = 'lors_plugin_adapter'
-VERSION = 1
+# 1 is RepAdapter before one layer; 2 is anything else.
+VERSIONS = (1, 2)
 _FIELDS = dict(adapters=dict, keys=list, fingerprint=str, base=dict)
 _REPLACED = '_lors_plugin_replaced'
 # An entry of the base: dtype, shape, start of a SHA-256.
@@ -49,7 +44,7 @@ class AdapterFile(NamedTuple):
     Attributes:
         meta (dict): See :func:`adapter_meta`.
         state (dict[str, Tensor]): The trained entries.
-        adapters (dict[str, RepAdapter]): New adapters that the entries fit,
+        adapters (dict[str, Adapter]): New adapters that the entries fit,
             by layer; on the meta device.
     """
 
@@ -78,7 +73,7 @@ def adapter_checkpoint(
         ``meta[META]``, see :func:`adapter_meta`.
 
     Raises:
-        ValueError: If the model has no adapters.
+        ValueError: If the model has no adapters and nothing is frozen.
     """
     model = unwrapped(model)
     state = model.state_dict()
@@ -108,15 +103,21 @@ def adapter_meta(
         ``keys`` (of the state dict in the file), ``fingerprint`` and
         ``base`` (:func:`base_entries`). Plain values only.
     """
-    adapters = adapters_of(model)
-    if not adapters:
-        raise ValueError('the model has no adapters; inject_adapters first')
+    adapters = {name: a.options() for name, a in adapters_of(model).items()}
+    if not adapters and all(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            'the model has no adapters and nothing is frozen; '
+            'inject_adapters first'
+        )
     trained = trained_keys(model)
     base = base_entries(state, trained)
+    first = adapters and not any(
+        options.keys() & {'type', 'inputs'} for options in adapters.values()
+    )
     return dict(
-        version=VERSION,
+        version=1 if first else 2,
         options=json.loads(json.dumps(options or {})),
-        adapters={name: a.options() for name, a in adapters.items()},
+        adapters=adapters,
         keys=sorted(trained),
         fingerprint=digest(base),
         base=base,
@@ -163,7 +164,7 @@ def load_adapter_checkpoint(
     remove_adapters(model, keep=keep)
     if not keep:
         options = file.meta['adapters']
-        attach(model, {k: RepAdapter(**v) for k, v in options.items()})
+        attach(model, {k: build_adapter(v) for k, v in options.items()})
     there = model.state_dict()
     trained = [key for key in state if key in base]
     replaced = {key: there[key].clone() for key in trained}
@@ -206,7 +207,7 @@ def remove_adapters(model: nn.Module, keep: bool = False) -> list[str]:
 def adapter_keys(model: nn.Module) -> set[str]:
     """Return the entries of the state dict that belong to adapters."""
     return {
-        f'{name}.{CHILD}.{key}'
+        f'{name}.{adapter.child}.{key}'
         for name, adapter in adapters_of(model).items()
         for key in adapter.state_dict()
     }
@@ -313,10 +314,10 @@ def read_adapter_file(checkpoint: Any) -> AdapterFile:
         )
     meta, state = checkpoint['meta'][META], checkpoint.get('state_dict')
     version = meta.get('version') if isinstance(meta, dict) else None
-    if version != VERSION:
+    if version not in VERSIONS:
         raise AdapterFileError(
             f'the adapter file has format version {version!r}, this '
-            f'lors_plugin reads version {VERSION}; update lors_plugin or '
+            f'lors_plugin reads versions {VERSIONS}; update lors_plugin or '
             'make the file anew'
         )
     for field, kind in _FIELDS.items():
@@ -349,7 +350,7 @@ def read_adapter_file(checkpoint: Any) -> AdapterFile:
             raise _damaged(f'it lacks {key}, or in another shape')
         if not state[key].is_floating_point():
             raise _damaged(f'{key} is {state[key].dtype}, not floating point')
-    if not adapters:
+    if not adapters and version == 1:
         raise _damaged('it has no adapters')
     return AdapterFile(meta, state, adapters)
 
@@ -365,7 +366,9 @@ def check_trained(base: dict[str, Tensor], file: AdapterFile) -> None:
     Raises:
         AdapterFileError: If not.
     """
-    layers = tuple(f'{name}.{CHILD}.' for name in file.adapters)
+    layers = tuple(
+        f'{name}.{adapter.child}.' for name, adapter in file.adapters.items()
+    )
     others = {k: v for k, v in file.state.items() if not k.startswith(layers)}
     unknown = sorted(others.keys() - base.keys())
     forms = [
@@ -436,7 +439,7 @@ def check_base(
     raise AdapterFileError('\n'.join(lines))
 
 
-def check_layers(model: nn.Module, adapters: dict[str, RepAdapter]) -> None:
+def check_layers(model: nn.Module, adapters: dict[str, Adapter]) -> None:
     """Check that a model has the layers that a file adapts.
 
     Raises:
@@ -444,24 +447,20 @@ def check_layers(model: nn.Module, adapters: dict[str, RepAdapter]) -> None:
     """
     for name, adapter in adapters.items():
         try:
-            site = site_at(model, name)
+            check_called(model, name)
+            adapter.check(model.get_submodule(name))
         except (AttributeError, SiteError) as error:
             raise AdapterFileError(
                 f'the file adapts {name}, which this model cannot: {error}'
             ) from None
-        if site != (adapter.embed_dims, adapter.channel_dim):
-            raise AdapterFileError(
-                f'{name} has {site.channels} channels, its adapter in the '
-                f'file {adapter.embed_dims}'
-            )
 
 
-def same_adapters(model: nn.Module, adapters: dict[str, RepAdapter]) -> bool:
+def same_adapters(model: nn.Module, adapters: dict[str, Adapter]) -> bool:
     """Tell whether a model has just such adapters."""
     return _signatures(adapters_of(model)) == _signatures(adapters)
 
 
-def check_adapters(model: nn.Module, adapters: dict[str, RepAdapter]) -> None:
+def check_adapters(model: nn.Module, adapters: dict[str, Adapter]) -> None:
     """Check that a model has just such adapters.
 
     Raises:
@@ -512,24 +511,21 @@ def _damaged(what: str) -> AdapterFileError:
     return AdapterFileError(f'the adapter file is damaged: {what}')
 
 
-def _build(name: str, options: Any) -> RepAdapter:
+def _build(name: str, options: Any) -> Adapter:
     try:
-        return RepAdapter(**options)
-    except (TypeError, ValueError, RuntimeError) as error:
+        return build_adapter(options)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise _damaged(f'adapter of {name}: {error}') from error
 
 
-def _states(adapters: dict[str, RepAdapter]) -> dict[str, Tensor]:
+def _states(adapters: dict[str, Adapter]) -> dict[str, Tensor]:
     return {
-        f'{name}.{CHILD}.{key}': value
+        f'{name}.{adapter.child}.{key}': value
         for name, adapter in adapters.items()
         for key, value in adapter.state_dict().items()
     }
 
 
-def _signatures(adapters: dict[str, RepAdapter]) -> dict[str, tuple]:
+def _signatures(adapters: dict[str, Adapter]) -> dict[str, tuple]:
     """Describe the shapes and layouts of adapters."""
-    return {
-        name: (a.embed_dims, len(a.down_weight), a.groups, a.channel_dim)
-        for name, a in adapters.items()
-    }
+    return {name: a.signature() for name, a in adapters.items()}

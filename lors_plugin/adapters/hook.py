@@ -1,5 +1,6 @@
 """Adapters by four lines of a config."""
 
+import re
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -27,7 +28,8 @@ from .checkpoint import (
     read_adapter_file,
     trained_keys,
 )
-from .inject import CHILD, adapters_of, inject_adapters
+from .inject import adapters_of, inject_adapters
+from .methods import CHILDREN, SELECTIONS, is_adapter_key
 
 EMA = 'module.'
 
@@ -36,11 +38,11 @@ EMA = 'module.'
 class RepAdapterHook(StructureHook):
     """Adapt a part of the model before it trains or is tested.
 
-    RepAdapter, section 3.3. The model gets its adapters before its weights
-    are initialised or loaded; keys of the base weights stay, so
-    ``load_from`` and ``init_cfg`` take any pretrained file, and files of an
-    adapted model are resumed and tested with the same config. A model that
-    ``lors_plugin.AdaptedModel`` built keeps the adapters that it has.
+    By RepAdapter (section 3.3) or another ``method``. The model gets its
+    adapters before its weights are initialised or loaded; keys of the base
+    weights stay, so ``load_from`` and ``init_cfg`` take any pretrained file,
+    and files of an adapted model are resumed and tested with the same config.
+    A model that ``lors_plugin.AdaptedModel`` built keeps its adapters.
 
     What is frozen stays as it was: parameters never get gradients, and
     normalisations with frozen parameters keep their running statistics, as
@@ -73,6 +75,8 @@ class RepAdapterHook(StructureHook):
         self.adapter_only = adapter_only
         self.options = options
         self._files = AdapterFiles(base, options)
+        self._method = options.get('method', 'rep_adapter')
+        self._tuned: Optional[nn.Module] = None
         self._training = False
         self._waiting: set = set()
         self._handles: list = []
@@ -81,9 +85,11 @@ class RepAdapterHook(StructureHook):
 
     def change(self, model: nn.Module) -> Optional[str]:
         """Inject adapters, unless the model has some already."""
-        if adapters_of(model):
+        if adapters_of(model) or self._tuned is model:
             return None
-        return inject_adapters(model, **self.options).table()
+        report = inject_adapters(model, **self.options)
+        self._tuned = model if self._method in SELECTIONS else None
+        return report.table()
 
     def before_run(self, runner: Runner) -> None:
         """Adapt the model and prepare what reads and writes its files."""
@@ -116,7 +122,8 @@ class RepAdapterHook(StructureHook):
         self._held = frozen_norms(model)
         self._waiting = set()
         for name, adapter in adapters_of(model).items():
-            if not adapter.up_bias.requires_grad:
+            watched = adapter.first_trained
+            if not watched.requires_grad:
                 raise RuntimeError(
                     f'the adapter of {name} is frozen, by a hook after '
                     'RepAdapterHook (FreezeHook?) or by the host; adapters '
@@ -124,7 +131,7 @@ class RepAdapterHook(StructureHook):
                 )
             self._waiting.add(name)
             self._handles.append(
-                adapter.up_bias.register_hook(
+                watched.register_hook(
                     lambda _, name=name: self._waiting.discard(name)
                 )
             )
@@ -329,17 +336,19 @@ def check_whole_file(model: nn.Module, checkpoint: dict) -> None:
         raise ValueError(
             f'{odd[0]!r} in the checkpoint is no name of a weight'
         )
-    inside = f'.{CHILD}.'
+    inside = re.compile(rf'\.(?:{"|".join(CHILDREN)})\.')
     layers = {
-        key.partition(inside)[0].removeprefix(EMA)
+        inside.split(key)[0].removeprefix(EMA)
         for key in state
-        if inside in key
+        if is_adapter_key(key)
     }
     adapters = adapters_of(model)
     shapes = [
         key
         for key, value in model.state_dict().items()
-        if inside in key and key in state and state[key].shape != value.shape
+        if is_adapter_key(key)
+        and key in state
+        and state[key].shape != value.shape
     ]
     odd = sorted(layers ^ adapters.keys()) if layers else []
     if odd or shapes:

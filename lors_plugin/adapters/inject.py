@@ -3,22 +3,28 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
-from torch import Tensor, nn
+from torch import nn
 
 from lors_plugin.registry import MODELS
 from lors_plugin.structure import build_module
 from lors_plugin.utils import few, part_of, text_table
 
-from .adapter import RepAdapter
+from .adapter import Adapter, AdapterHook
 from .dry_run import parameters_without_gradient
-from .presets import as_patterns, match, patterns_of
-from .sites import SiteError, site_at
-
-CHILD = 'rep_adapter'
+from .methods import (
+    ADAPTERS,
+    SELECTIONS,
+    adapter_of,
+    check_options,
+    is_adapter_key,
+    options_per_layer,
+)
+from .presets import Target, as_patterns, match, targets_of
+from .sites import ProjectionsSite, SiteError, check_called, site_of
 
 
 @dataclass
@@ -50,53 +56,65 @@ class AdapterReport:
         trained, frozen = sum(self.trained.values()), sum(self.frozen.values())
         rows.append(('all', f'{trained:,}', f'{frozen:,}'))
         share = 100 * trained / max(trained + frozen, 1)
+        where = 'no layer adapted'
+        if self.adapted:
+            where = (
+                f'{len(self.adapted)} layers adapted, {self.adapted[0]} to '
+                f'{self.adapted[-1]}'
+            )
         return (
-            f'{text_table(rows, "<>")}\n{len(self.adapted)} layers adapted, '
-            f'{self.adapted[0]} to {self.adapted[-1]}; {share:.2f} % of the '
-            'weights are trained'
+            f'{text_table(rows, "<>")}\n{where}; {share:.2f} % of the weights '
+            'are trained'
         )
 
 
-def adapters_of(model: nn.Module) -> dict[str, RepAdapter]:
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapters of a model by the names of their layers."""
     return {
-        name.removesuffix(f'.{CHILD}'): module
+        name.rpartition('.')[0]: module
         for name, module in model.named_modules()
-        if isinstance(module, RepAdapter)
+        if isinstance(module, Adapter)
     }
 
 
 def inject_adapters(
     model: nn.Module,
     module: str = 'backbone',
-    targets: Optional[Sequence[str]] = None,
+    targets: Union[None, Target, Sequence[Target]] = None,
     placement: str = 'block',
     exclude: Sequence[str] = (),
     trainable: Sequence[str] = (),
-    hidden_dims: int = 8,
-    groups: int = 2,
-    scale: float = 1.0,
-    dropout: float = 0.1,
+    method: str = 'rep_adapter',
+    **options: Any,
 ) -> AdapterReport:
     """Adapt the layers of a backbone and freeze its other weights.
 
-    RepAdapter, section 3.3. Keys of the weights that were there do not
-    change, so pretrained checkpoints load as before. A model is either
-    changed or, after an error, as it was.
+    Keys of the weights that were there do not change, so pretrained
+    checkpoints load as before. A model is either changed or, after an error,
+    as it was.
 
     Args:
         model (nn.Module): A detector, a classifier, or a backbone.
         module (str): Name of the part to adapt and freeze; '' for the whole
             model. Defaults to 'backbone'.
-        targets (Sequence[str], optional): Patterns (full match) of the layers
+        targets (Sequence, optional): Patterns (full match) of the layers
             to adapt, inside ``module``. By default the preset of its class.
+            Of an attention a pair adapts some inputs only:
+            ``(pattern, 'q')`` the query, ``(pattern, 'kv')`` key and value.
         placement (str): Of the preset: 'block' (attention and FFN), 'attn'
             or 'ffn'. Defaults to 'block'.
         exclude (Sequence[str]): Patterns of layers to leave out, or of
             modules around them.
         trainable (Sequence[str]): Patterns of the modules and parameters
             inside ``module`` that are trained with the adapters.
-        hidden_dims, groups, scale, dropout: See :class:`RepAdapter`.
+        method (str): 'rep_adapter' (RepAdapter, section 3.3) or 'lora'; or
+            without adapters: 'bitfit' trains the biases inside ``module``,
+            'norm' its normalisations, 'linear_probe' nothing of it.
+        **options: Of the method: ``hidden_dims``, ``groups``, ``scale``,
+            ``dropout`` of :class:`RepAdapter`; ``rank``, ``alpha``,
+            ``dropout``, ``bias`` of :class:`LoRA`, and as in PEFT
+            ``rank_pattern`` and ``alpha_pattern``: values for some layers,
+            by patterns of the ends of their names.
 
     Returns:
         AdapterReport: Layers and counts.
@@ -107,31 +125,42 @@ def inject_adapters(
         ValueError: If nothing fits or the model has adapters already.
     """
     host = part_of(model, module)
+    check_options(method, options)
     if adapters_of(host):
         raise ValueError(
             f'{module or "the model"} has adapters already; merge them '
             '(lors_plugin.reparam.reparameterize) before adding others'
         )
-    patterns = as_patterns('targets', targets or ())
-    names = match(host, patterns or patterns_of(host, placement))
-    names = _without(host, names, as_patterns('exclude', exclude))
     kept = _parameters(host, as_patterns('trainable', trainable))
     adapters = {}
-    for name in names:
-        try:
-            site = site_at(host, name)
-        except SiteError as error:
-            raise SiteError(f'{_join(module, name)}: {error}') from None
-        adapters[name] = RepAdapter(
-            site.channels,
-            hidden_dims,
-            groups,
-            scale,
-            dropout,
-            site.channel_dim,
+    if method in SELECTIONS:
+        given = dict(targets=targets, exclude=exclude)
+        odd = [name for name, value in given.items() if value]
+        if odd or placement != 'block':
+            raise ValueError(
+                f'method={method!r} adapts no layers; leave out '
+                f'{odd[0] if odd else "placement"}, or name more parameters '
+                'in trainable'
+            )
+        kept |= SELECTIONS[method](host)
+    else:
+        found = (
+            match(host, targets) if targets else targets_of(host, placement)
         )
+        wanted = _each_placed(host, found, method)
+        names = _without(host, wanted, as_patterns('exclude', exclude))
+        chosen = options_per_layer(method, names, options)
+        for name in names:
+            adapters[name] = _adapter_at(
+                host, module, name, method, {**chosen[name], **wanted[name][1]}
+            )
 
     trained = {p for p in host.parameters() if p.requires_grad}
+    if not adapters and host is model and not kept:
+        raise ValueError(
+            f'method={method!r} leaves nothing of the model to be trained; '
+            'give the module that is frozen, or trainable'
+        )
     for key, param in host.named_parameters():
         param.requires_grad_(key in kept and param.requires_grad)
     attach(host, adapters)
@@ -148,6 +177,17 @@ def inject_adapters(
             'other targets'
         )
     return report_of(model)
+
+
+def _adapter_at(
+    host: nn.Module, module: str, name: str, method: str, options: dict
+) -> Adapter:
+    """Make the adapter of a layer; errors name the layer."""
+    try:
+        check_called(host, name)
+        return ADAPTERS[method].for_layer(host.get_submodule(name), **options)
+    except SiteError as error:
+        raise SiteError(f'{_join(module, name)}: {error}') from None
 
 
 @MODELS.register_module(name='AdaptedModel')
@@ -205,28 +245,34 @@ def idle_adapters(host: nn.Module) -> list[str]:
         part = 'backbone'
         if not isinstance(getattr(host, part, None), nn.Module):
             return []
-    biases = {
-        f'{name}.{CHILD}.up_bias': _join(part, name)
-        for name, adapter in adapters_of(part_of(host, part)).items()
-        if adapter.up_bias.requires_grad
+    params = dict(part_of(host, part).named_parameters())
+    names = {id(param): name for name, param in params.items()}
+    watched = {
+        names[id(adapter.first_trained)]: _join(part, layer)
+        for layer, adapter in adapters_of(part_of(host, part)).items()
+        if adapter.first_trained.requires_grad
     }
-    idle = parameters_without_gradient(part_of(host, part), list(biases))
-    return [biases[name] for name in idle or ()]
+    idle = parameters_without_gradient(part_of(host, part), list(watched))
+    return [watched[name] for name in idle or ()]
 
 
-def attach(model: nn.Module, adapters: dict[str, RepAdapter]) -> None:
+def attach(model: nn.Module, adapters: dict[str, Adapter]) -> None:
     """Give layers their adapters.
 
     Args:
         model (nn.Module): Any part of a model.
-        adapters (dict[str, RepAdapter]): By the name of the layer.
+        adapters (dict[str, Adapter]): By the name of the layer.
     """
     for name, adapter in adapters.items():
-        layer = model.get_submodule(name)
-        weight = next(layer.parameters())
-        adapter.to(weight.device, weight.dtype).train(layer.training)
-        layer.add_module(CHILD, adapter)
-        layer.register_forward_pre_hook(adapt_input, with_kwargs=True)
+        attach_to(model.get_submodule(name), adapter)
+
+
+def attach_to(layer: nn.Module, adapter: Adapter) -> None:
+    """Give a layer its adapter, on its device and in its dtype."""
+    weight = next(layer.parameters())
+    adapter.to(weight.device, weight.dtype).train(layer.training)
+    layer.add_module(adapter.child, adapter)
+    adapter.register(layer)
 
 
 def detach(model: nn.Module, names: Sequence[str]) -> None:
@@ -237,30 +283,30 @@ def detach(model: nn.Module, names: Sequence[str]) -> None:
         names (Sequence[str]): Names of adapted layers in it.
     """
     for name in names:
-        layer = model.get_submodule(name)
-        remove_hook(layer)
-        delattr(layer, CHILD)
+        detach_from(model.get_submodule(name))
 
 
-def adapt_input(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
-    """Adapt the first input of a layer (a forward pre-hook).
+def detach_from(layer: nn.Module) -> Adapter:
+    """Take the adapter off a layer, with its hooks on modules inside.
 
-    A function of the module, with no state of its own, so that copies of a
-    model (EMA) use their own adapters.
+    Returns:
+        Adapter: The adapter, with its weights.
     """
-    adapter = getattr(layer, CHILD)
-    if args:
-        return (adapter(args[0]), *args[1:]), kwargs
-    name = next(key for key in kwargs if isinstance(kwargs[key], Tensor))
-    return args, {**kwargs, name: adapter(kwargs[name])}
-
-
-def remove_hook(layer: nn.Module) -> None:
-    """Take :func:`adapt_input` off a layer."""
-    for key, hook in list(layer._forward_pre_hooks.items()):
-        if hook is adapt_input:
-            del layer._forward_pre_hooks[key]
-            layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    adapter = adapter_of(layer)
+    for module in layer.modules():
+        for hooks, flags in (
+            (
+                module._forward_pre_hooks,
+                module._forward_pre_hooks_with_kwargs,
+            ),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, AdapterHook) and hook.adapter is adapter:
+                    del hooks[key]
+                    flags.pop(key, None)
+    delattr(layer, adapter.child)
+    return adapter
 
 
 def _placed(host: nn.Module, name: str) -> str:
@@ -268,33 +314,64 @@ def _placed(host: nn.Module, name: str) -> str:
 
     BEiT's attention with ``q_bias`` and ``v_bias`` uses the weights of its
     ``qkv`` without calling it; without them it calls it. That of Swin V2
-    (``logit_scale``) never does.
+    (``logit_scale``) never does. MMCV's attention has that of PyTorch inside.
     """
     layer = host.get_submodule(name)
     has_qkv = isinstance(getattr(layer, 'qkv', None), nn.Linear)
     if has_qkv and not _reads_weights(layer):
         return f'{name}.qkv'
+    if isinstance(layer._modules.get('attn'), nn.MultiheadAttention):
+        return f'{name}.attn'
     parent_name, _, own = name.rpartition('.')
     if own == 'qkv' and _reads_weights(host.get_submodule(parent_name)):
         return parent_name
     return name
 
 
+def _each_placed(
+    host: nn.Module, wanted: dict[str, str], method: str
+) -> dict[str, tuple[set, dict]]:
+    """Find the layer of each target.
+
+    Args:
+        host (nn.Module): What is adapted.
+        wanted (dict[str, str]): Names of modules, and inputs of each.
+        method (str): A LoRA adapts each projection of an attention by itself.
+
+    Returns:
+        dict[str, tuple]: By the name of the layer: the names by which it was
+        meant, and options of its adapter.
+    """
+    placed: dict[str, tuple[set, dict]] = {}
+    for name, inputs in wanted.items():
+        layers = [_placed(host, name)]
+        options = dict(inputs=inputs) if inputs else {}
+        layer = host.get_submodule(layers[0])
+        if method == 'lora' and ProjectionsSite.fits(layer):
+            site, options = site_of(layer, inputs), {}
+            layers = [
+                f'{layers[0]}.{site.names[x]}'.removeprefix('.')
+                for x in site.inputs
+            ]
+        for layer in layers:
+            placed.setdefault(layer, (set(), options))[0].add(name)
+    return placed
+
+
 def _without(
-    host: nn.Module, names: Sequence[str], exclude: Sequence[str]
+    host: nn.Module,
+    wanted: dict[str, tuple[set, dict]],
+    exclude: Sequence[str],
 ) -> list:
     """Return the layers to adapt without those excluded by any name."""
     known = {}  # all names by which a layer can be meant
-    for name in names:
-        layer = _placed(host, name)
-        if layer not in known:
-            parts = layer.split('.')
-            known[layer] = {
-                '.'.join(parts[: i + 1]) for i in range(len(parts))
-            }
-            if hasattr(host.get_submodule(layer), 'qkv'):
-                known[layer].add(f'{layer}.qkv')
-        known[layer].add(name)
+    for layer, (names, _) in wanted.items():
+        parts = layer.split('.')
+        known[layer] = names | {
+            '.'.join(parts[: i + 1]) for i in range(len(parts))
+        }
+        if hasattr(host.get_submodule(layer), 'qkv'):
+            known[layer].add(f'{layer}.qkv')
     left = dict(known)
     for pattern in exclude:
         hits = [k for k, v in known.items() if _full_matches(pattern, v)]
@@ -346,8 +423,7 @@ def report_of(model: nn.Module) -> AdapterReport:
     """Report the adapted layers of a model, and what of it is trained."""
     trained, frozen = {}, {}
     for name, param in model.named_parameters():
-        parts = name.split('.')
-        part = 'adapters' if CHILD in parts else parts[0]
+        part = 'adapters' if is_adapter_key(name) else name.split('.')[0]
         side = trained if param.requires_grad else frozen
         side[part] = side.get(part, 0) + param.numel()
     return AdapterReport(list(adapters_of(model)), trained, frozen)

@@ -11,7 +11,11 @@ from typing import NamedTuple, Optional, Union
 
 from torch import nn
 
+from lors_plugin.utils import check_choice
+
 PLACEMENTS = ('block', 'attn', 'ffn')
+# A pattern, or a pair: a pattern, and which inputs of an attention.
+Target = Union[str, tuple[str, str]]
 
 
 class Preset(NamedTuple):
@@ -78,20 +82,20 @@ def find_preset(module: nn.Module) -> Preset:
     )
 
 
-def patterns_of(module: nn.Module, placement: str) -> list[str]:
-    """Patterns of the layers to adapt.
+def targets_of(module: nn.Module, placement: str) -> dict[str, str]:
+    """Find the layers that the preset of a backbone adapts.
 
     Args:
         module (nn.Module): The backbone.
         placement (str): 'block' (attention and FFN), 'attn' or 'ffn'.
 
+    Returns:
+        dict[str, str]: See :func:`match`.
+
     Raises:
-        ValueError: If the backbone is unknown or has no such place.
+        ValueError: If the backbone is unknown or has no such layer.
     """
-    if placement not in PLACEMENTS:
-        raise ValueError(
-            f'placement={placement!r} must be one of {PLACEMENTS}'
-        )
+    check_choice('placement', placement, PLACEMENTS)
     preset = find_preset(module)
     chosen = [
         pattern
@@ -103,7 +107,7 @@ def patterns_of(module: nn.Module, placement: str) -> list[str]:
             f'{type(module).__name__} has no place for '
             f'placement={placement!r}; use placement="block"'
         )
-    return chosen
+    return match(module, chosen)
 
 
 def as_patterns(option: str, value: Union[str, Sequence[str]]) -> list[str]:
@@ -123,16 +127,31 @@ def as_patterns(option: str, value: Union[str, Sequence[str]]) -> list[str]:
     return patterns
 
 
-def match(module: nn.Module, patterns: list[str]) -> list[str]:
-    """Names of all submodules that a pattern matches in full.
+def match(
+    module: nn.Module, targets: Union[Target, Sequence[Target]]
+) -> dict[str, str]:
+    """Find all submodules that a target matches by its whole name.
+
+    Args:
+        module (nn.Module): What they are in.
+        targets (Sequence[Target]): Patterns, or pairs of a pattern and
+            letters of 'qkv'; one alone may be without brackets.
+
+    Returns:
+        dict[str, str]: Names in the order of the modules, and letters; ''
+        where a target has none.
 
     Raises:
         ValueError: If a pattern matches nothing; nearly right names are
             named.
     """
+    if isinstance(targets, str) or _is_pair(targets):
+        targets = [targets]
     names = [name for name, _ in module.named_modules() if name]
-    found = []
-    for pattern in patterns:
+    found = {}
+    for target in targets:
+        pattern, inputs = target if _is_pair(target) else (target, '')
+        as_patterns('targets', [pattern])
         hits = [name for name in names if re.fullmatch(pattern, name)]
         if not hits:
             near = [name for name in names if re.search(pattern, name)]
@@ -150,5 +169,20 @@ def match(module: nn.Module, patterns: list[str]) -> list[str]:
                 f'target {pattern!r} matches no module of '
                 f'{type(module).__name__}: {hint}'
             )
-        found += [name for name in hits if name not in found]
-    return sorted(found, key=names.index)
+        for name in hits:
+            if found.setdefault(name, inputs) != inputs:
+                raise ValueError(
+                    f'targets choose inputs {found[name]!r} and {inputs!r} '
+                    f'of {name}; a layer has one adapter'
+                )
+    return {name: found[name] for name in names if name in found}
+
+
+def _is_pair(target: object) -> bool:
+    """Return whether a target has inputs: those have three letters at most."""
+    return (
+        isinstance(target, (tuple, list))
+        and len(target) == 2
+        and all(isinstance(item, str) for item in target)
+        and bool(re.fullmatch('[qkv]{1,3}', target[1]))
+    )

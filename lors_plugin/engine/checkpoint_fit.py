@@ -21,7 +21,7 @@ from lors_plugin.adapters.checkpoint import (
     check_trained,
     read_adapter_file,
 )
-from lors_plugin.adapters.inject import CHILD
+from lors_plugin.adapters.methods import is_adapter_key
 from lors_plugin.checkpoints import (
     ConversionError,
     guess_source,
@@ -332,7 +332,7 @@ def _check_no_adapters_lost(
 ) -> None:
     """Refuse whole weights whose adapters would be left out."""
     names = [type(hook).__name__ for hook in hooks or ()]
-    lost = [k for k in file if f'.{CHILD}.' in k and k not in entries]
+    lost = [k for k in file if is_adapter_key(k) and k not in entries]
     if lost and hooks is not None and 'RepAdapterHook' not in names:
         raise ValueError(
             f'{path} has adapters ({lost[0]}), which would be left out: '

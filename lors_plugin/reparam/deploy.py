@@ -11,7 +11,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lors_plugin.adapters.inject import CHILD
+from lors_plugin.adapters.methods import CHILDREN
 from lors_plugin.build import (
     STRUCTURE_HOOKS,
     build_model,
@@ -68,7 +68,10 @@ class Deployed:
 
 @torch.no_grad()
 def deploy(
-    model: nn.Module, cfg: Config, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    cfg: Config,
+    dtype: torch.dtype = torch.float32,
+    allow_plain: bool = False,
 ) -> Deployed:
     """Merge a copy of a model and load it into the plain host.
 
@@ -78,6 +81,8 @@ def deploy(
         model (nn.Module): As trained, in evaluation mode; not changed.
         cfg (Config): The config of its training.
         dtype (torch.dtype): Of the weights. Defaults to torch.float32.
+        allow_plain (bool): Also take a model in which nothing merges, tuned
+            without adapters. Defaults to False.
 
     Returns:
         Deployed: The merged model in float32 with weights of ``dtype``.
@@ -87,7 +92,7 @@ def deploy(
     """
     copy = deepcopy(model).double()
     merged = reparameterize(copy)
-    if not merged:
+    if not merged and not allow_plain:
         raise MergeError(
             'nothing in this model merges: it has no adapters, no '
             'convolutions with branches, no shared linear layers and no '
@@ -146,7 +151,7 @@ def deployed_config(cfg: Config) -> tuple[Config, list[str]]:
     for field in ('load_from', 'resume', 'work_dir', 'launcher'):
         new.pop(field, None)
     keys = _custom_keys(new.get('optim_wrapper'))
-    for key in [key for key in keys if CHILD in key]:
+    for key in [k for k in keys if any(child in k for child in CHILDREN)]:
         del keys[key]
     notes = []
     if not _needs_plugin(new['model']):
@@ -260,13 +265,14 @@ def fit_biases(
 
 
 def _unplaced(state: dict[str, Tensor], host: nn.Module) -> list[str]:
-    """List biases of linear layers and convolutions that the host lacks."""
+    """List biases of layers and attentions that the host lacks."""
     modules = dict(host.named_modules())
     found = []
     for key in state.keys() - host.state_dict().keys():
         name, _, own = key.rpartition('.')
         plain = isinstance(modules.get(name), (nn.Linear, nn.Conv2d))
-        if own == 'bias' and plain:
+        joint = isinstance(modules.get(name), nn.MultiheadAttention)
+        if own == 'bias' and plain or own == 'in_proj_bias' and joint:
             found.append(key)
     return sorted(found)
 
@@ -279,7 +285,7 @@ def _bias_options(config: Any) -> list[tuple[dict, str]]:
         return []
     found = [
         (config, key)
-        for key in ('qkv_bias', 'bias')
+        for key in ('qkv_bias', 'query_bias', 'key_bias', 'value_bias', 'bias')
         if config.get(key) is False
     ]
     return found + [pair for v in config.values() for pair in _bias_options(v)]
@@ -295,7 +301,7 @@ def _add_zeros(
 
 
 def _into_norm(key: str, state: dict[str, Tensor], host: nn.Module) -> None:
-    name = key.removesuffix('.bias')
+    name = key.rpartition('.')[0]
     norm = _norm_behind(host, name)
     if norm is None:
         raise MergeError(

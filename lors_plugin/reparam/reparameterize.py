@@ -8,9 +8,10 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from lors_plugin.adapters import RepAdapter
-from lors_plugin.adapters.inject import CHILD, adapt_input, remove_hook
-from lors_plugin.adapters.sites import absorb
+from lors_plugin.adapters import SiteError
+from lors_plugin.adapters.adapter import Adapter, AdapterHook
+from lors_plugin.adapters.inject import attach_to, detach_from
+from lors_plugin.adapters.methods import adapter_of
 from lors_plugin.parameternet import cpu_inference
 
 _RECORD = '_lors_plugin_merged'
@@ -85,12 +86,12 @@ def unmerge(model: nn.Module) -> int:
 
 @dataclass
 class AdapterMerge:
-    """Merge a RepAdapter into the layer that it adapts.
+    """Merge an adapter into the layer that it adapts.
 
     Attributes:
         name (str): Of the layer, for messages.
         layer (nn.Module): The adapted layer.
-        adapter (RepAdapter): Removed by the merge.
+        adapter (Adapter): Removed by the merge.
         new (list[tuple]): Module, name and new parameter, once prepared.
         old (list[tuple]): The same with the former ones, once merged.
         size (int): Number of modules that vanish.
@@ -98,7 +99,7 @@ class AdapterMerge:
 
     name: str
     layer: nn.Module
-    adapter: RepAdapter
+    adapter: Adapter
     new: list = field(default_factory=list)
     old: list = field(default_factory=list)
     size: int = 1
@@ -106,7 +107,11 @@ class AdapterMerge:
     def prepare(self) -> None:
         """Compute and check the new weights; write nothing."""
         _check_evaluating(self.adapter, self.name)
-        values = absorb(self.layer, *self.adapter.affine())
+        try:
+            values = self.adapter.merged_weights(self.layer)
+        except SiteError as error:
+            # A parametrization, say, that came after the adapter.
+            raise MergeError(f'{self.name}: {error}') from error
         self.new = [
             (module, name, _new_parameter(module, name, value, self.name))
             for module, name, value in values
@@ -118,8 +123,7 @@ class AdapterMerge:
             self.old.append((module, name, module._parameters[name]))
             module._parameters[name] = param
         self.new = []
-        remove_hook(self.layer)
-        del self.layer._modules[CHILD]
+        detach_from(self.layer)
 
     def undo(self) -> None:
         """Restore weights and adapter on the model's present device."""
@@ -129,8 +133,7 @@ class AdapterMerge:
                 param = nn.Parameter(param.to(device), param.requires_grad)
             module._parameters[name] = param
         self.old = []
-        self.layer.add_module(CHILD, self.adapter.to(device))
-        self.layer.register_forward_pre_hook(adapt_input, with_kwargs=True)
+        attach_to(self.layer, self.adapter)
 
 
 @dataclass
@@ -180,7 +183,7 @@ class ReplaceMerge:
             hooks += part._forward_hooks.values()
             hooks += part._backward_hooks.values()
             hooks += part._forward_pre_hooks.values()
-        hooks = [hook for hook in hooks if hook is not adapt_input]
+        hooks = [h for h in hooks if not isinstance(h, AdapterHook)]
         if hooks:
             raise MergeError(
                 f'{self.name}: {type(old).__name__} is replaced by merging, '
@@ -201,8 +204,8 @@ def _plan(model: nn.Module, convert: bool = False) -> list:
                 replaced[id(child)] = ReplaceMerge(name, child)
                 merges.append(replaced[id(child)])
             replaced[id(child)].places.append((parent, child_name))
-        elif child_name == CHILD and isinstance(child, RepAdapter):
-            layer = name.removesuffix(CHILD).removesuffix('.')
+        elif isinstance(child, Adapter):
+            layer = name.rpartition('.')[0]
             merges.append(AdapterMerge(layer, parent, child))
     return merges
 
@@ -236,13 +239,12 @@ def _edges(model: nn.Module, convert: bool) -> Iterator[tuple]:
 
 def _simplified(module: nn.Module, where: str) -> tuple[nn.Module, int]:
     """Merge a replaceable module with its adapter; count what vanishes."""
-    adapter, size = module._modules.get(CHILD), 1
+    adapter, size = adapter_of(module), 1
     if _plan(module):
         # What is inside merges first, in a copy.
         module = deepcopy(module)
         if adapter is not None:
-            remove_hook(module)
-            del module._modules[CHILD]
+            detach_from(module)
         for merge in _plan(module):
             merge.prepare()
             merge.apply()
@@ -254,7 +256,7 @@ def _simplified(module: nn.Module, where: str) -> tuple[nn.Module, int]:
     new.eval()
     if adapter is not None:
         size += 1
-        for part, name, value in absorb(new, *adapter.affine()):
+        for part, name, value in adapter.merged_weights(new):
             part._parameters[name] = _new_parameter(part, name, value, where)
     return new, size
 

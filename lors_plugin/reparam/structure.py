@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from lors_plugin.adapters import (
     AdapterFileError,
-    RepAdapter,
     adapters_of,
     is_adapter_checkpoint,
     load_adapter_checkpoint,
 )
+from lors_plugin.adapters.adapter import Adapter
 from lors_plugin.adapters.hook import RepAdapterHook
-from lors_plugin.adapters.inject import CHILD, attach
-from lors_plugin.adapters.sites import site_of
+from lors_plugin.adapters.inject import attach
+from lors_plugin.adapters.methods import ADAPTERS, is_adapter_key
 from lors_plugin.build import build_model, structure_hooks, without_adapters
 from lors_plugin.utils import few
 
-# The weight of an adapter that is listed first, in either layout.
-_FIRST = re.compile(rf'(.+)\.{CHILD}\.(?:down_weight|conv_A\.weight)')
+# An entry of an adapter: its layer, the adapter's name there, and the rest.
+_ENTRY = re.compile(
+    rf'(.+)\.({"|".join(kind.child for kind in ADAPTERS.values())})\.(.+)'
+)
 
 
 class CheckpointError(ValueError):
@@ -118,7 +120,7 @@ def adapted_model(
     adapt(model, cfg, state, scale)
     own = model.state_dict()
     # The original layout splits differently; loading reads it.
-    lacking = {k: v for k, v in own.items() if CHILD not in k}
+    lacking = {k: v for k, v in own.items() if not is_adapter_key(k)}
     load_whole(model, {**lacking, **state}, path)
     return model, False
 
@@ -160,40 +162,39 @@ def asks_for_adapters(cfg: dict) -> bool:
 
 def _adapters_in(
     state: dict[str, Tensor], model: nn.Module, scale: Optional[float]
-) -> dict[str, RepAdapter]:
+) -> dict[str, Adapter]:
     """Build adapters from the shapes of their weights."""
+    states: dict[tuple, dict[str, Tensor]] = {}
+    for match in filter(None, map(_ENTRY.fullmatch, state)):
+        states.setdefault(match.group(1, 2), {})[match[3]] = state[match[0]]
+    kinds = {kind.child: kind for kind in ADAPTERS.values()}
     adapters = {}
-    for match in filter(None, map(_FIRST.fullmatch, state)):
-        name = match[1]
-        up = state.get(f'{name}.{CHILD}.up_weight')
-        if up is None:
-            up = state[f'{name}.{CHILD}.conv_B.weight']
-        own = state.get(f'{name}.{CHILD}.scale')
-        if own is None and scale is None:
-            raise CheckpointError(
-                f'the adapter of {name} comes without its scale; give '
-                '--scale, as it was trained'
-            )
+    for (name, child), own in states.items():
         try:
-            site = site_of(model.get_submodule(name))
+            layer = model.get_submodule(name)
         except AttributeError:
             raise CheckpointError(
                 f'the file adapts {name}, and the model has no such layer'
             ) from None
-        hidden = len(state[match[0]])
-        adapters[name] = RepAdapter(
-            len(up),
-            hidden,
-            groups=hidden // up.shape[1],
-            scale=float(own if own is not None else scale),
-            channel_dim=site.channel_dim,
-        )
+        try:
+            adapters[name] = kinds[child].from_state(layer, own, scale)
+        except KeyError as error:
+            raise CheckpointError(
+                f'the adapter of {name} lacks its {error}'
+            ) from None
+        except ValueError as error:
+            raise CheckpointError(
+                f'the adapter of {name} {error}; give --scale, as it was '
+                'trained'
+                if 'scale' in str(error)
+                else f'the adapter of {name}: {error}'
+            ) from None
     return adapters
 
 
 def check_scale(state: dict[str, Tensor], scale: Optional[float]) -> None:
     """Refuse a scale for adapters that have their own."""
-    own = [key for key in state if key.endswith(f'.{CHILD}.scale')]
+    own = [k for k in state if k.endswith('.scale') and is_adapter_key(k)]
     if own and scale is not None:
         raise CheckpointError(
             '--scale is for files of the original layout, and this one has '
@@ -203,7 +204,7 @@ def check_scale(state: dict[str, Tensor], scale: Optional[float]) -> None:
 
 def has_adapters(state: dict[str, Tensor]) -> bool:
     """Return whether a state dict has weights of adapters."""
-    return any(map(_FIRST.fullmatch, state))
+    return any(map(is_adapter_key, state))
 
 
 def rename(

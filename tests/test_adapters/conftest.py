@@ -98,7 +98,10 @@ def make(
         cfg (dict): More entries of the config.
     """
     torch.manual_seed(0)
-    adapt = {'targets': [r'\d\.used'], **(adapt or {})}
+    adapt = dict(adapt or {})
+    if 'method' not in adapt:
+        usual = dict(targets=[r'\d\.used'], hidden_dims=4, dropout=0.0)
+        adapt = {**usual, **adapt}
     if epochs == 0:
         kwargs.update(
             test_dataloader=dict(dataset=Numbers(), **LOADER),
@@ -116,12 +119,7 @@ def make(
         Model(**(model or {})),
         str(tmp_path / name),
         custom_hooks=[
-            dict(
-                type='lors_plugin.RepAdapterHook',
-                hidden_dims=4,
-                dropout=0.0,
-                **adapt,
-            ),
+            dict(type='lors_plugin.RepAdapterHook', **adapt),
             *hooks,
         ],
         cfg=dict(

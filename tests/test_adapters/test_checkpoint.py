@@ -233,7 +233,7 @@ def edited(file):
 
 
 def newer(file):
-    file['meta'][META]['version'] = 2
+    file['meta'][META]['version'] = 3
 
 
 def strange(file):
@@ -320,7 +320,7 @@ def whole(file):
         (unlisted, '1 of its weights .* not listed.*backbone.0.fc2.bias'),
         (lost_and_unlisted, 'lacks backbone.1.fc1.rep_adapter.scale'),
         (edited, 'fingerprint does not fit'),
-        (newer, 'format version 2, this lors_plugin reads version 1'),
+        (newer, 'format version 3, this lors_plugin reads versions .1, 2.'),
         (strange, 'adapter of backbone.0.fc1:.*alpha'),
         (empty, 'has no adapters'),
         (integers, r'1.fc1.rep_adapter.up_weight is torch.int64, not float'),
