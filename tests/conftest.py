@@ -81,6 +81,8 @@ def nothing_left_behind():
     # Data sets of MMEngine collect garbage, among a million objects.
     gc.collect()
     gc.freeze()
+    # A logger writes where standard error went when it was made.
+    MMLogger._instance_dict.clear()
     known = (DefaultScope, MMLogger, MessageHub)
     before = [dict(kind._instance_dict) for kind in known]
     environment = dict(os.environ)

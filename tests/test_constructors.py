@@ -280,6 +280,7 @@ CASES = dict(
         RepAdapter,
         dict(embed_dims=8),
         lambda module: module(torch.rand(2, 3, module.embed_dims)),
+        dict(inputs=(['', 'q', 'kv'], [])),
     ),
     lors_linear=(
         LowRankResidualLinear,

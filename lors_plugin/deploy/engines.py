@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -90,7 +91,14 @@ class OpenVINOEngine:
             config['INFERENCE_NUM_THREADS'] = threads
         try:
             model = core.read_model(str(path))
-            self.compiled = core.compile_model(model, 'CPU', config)
+            # OpenVINO gives the thread that compiles an alternate signal
+            # stack, which goes with the model wherever that is released: the
+            # next signal would end the process. So that thread ends here.
+            with ThreadPoolExecutor(1) as pool:
+                compile_model = pool.submit(
+                    core.compile_model, model, 'CPU', config
+                )
+            self.compiled = compile_model.result()
         except Exception as error:
             # RuntimeError, or what the frontend of the format raises.
             raise _unreadable(path, error) from error

@@ -243,3 +243,23 @@ def test_former_names_warn():
         assert lors_plugin.deploy.export_file is export_file
     with pytest.raises(AttributeError, match='nothing_like_it'):
         _ = lors_plugin.deploy.nothing_like_it
+
+
+SIGNALS = """
+import signal, subprocess, sys, threading
+from lors_plugin.deploy.runtime import load
+
+signal.signal(signal.SIGCHLD, lambda *_: None)
+model = [load(sys.argv[1], engine='openvino')]
+thread = threading.Thread(target=model.clear)
+thread.start()
+thread.join()
+subprocess.run([sys.executable, '-c', ''])
+"""
+
+
+def test_a_signal_after_a_model_of_openvino_is_gone(file_of):
+    """OpenVINO's signal stack went with it (a crash without a message)."""
+    pytest.importorskip('openvino')
+    command = [sys.executable, '-c', SIGNALS, str(file_of())]
+    assert subprocess.run(command, timeout=60).returncode == 0
