@@ -8,7 +8,7 @@ usage() {
 Usage: bash tools/quickstart.sh [options] [-- arguments of tools/train.py]
 
 Trains a small LORS-AdaMixer on aerial photos of trees and shows what it
-finds. Takes at most 15 minutes on two cores, installation included. A second
+finds. Takes 11 to 18 minutes on two cores, installation included. A second
 run reuses the environment, the data and a finished training; an interrupted
 training goes on where it stopped.
 
