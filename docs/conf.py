@@ -61,7 +61,11 @@ if HERE == 'en':
     autoapi_ignore = ['*/.mim/*', '*/testing/*', '*/triton/*', '*/deploy.py',
                       '*/models/layers*']  # fmt: skip
     # Types of other projects are not looked up: no network, no copies.
-    nitpick_ignore_regex = [(r'py:.*', r'(?!lors_plugin\.).*')]
+    nitpick_ignore_regex = [
+        (r'py:.*', r'(?!lors_plugin\.).*'),
+        # Types in signatures that no package exports.
+        (r'py:class', r'lors_plugin\.adapters\.(sites|presets)\..*'),
+    ]
 
 
 def read_own_modules_only():

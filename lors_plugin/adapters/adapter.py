@@ -210,7 +210,7 @@ class RepAdapter(Adapter):
         """Make an adapter of a layer's input.
 
         Args:
-            layer (nn.Module): See :func:`lors_plugin.adapters.sites.site_of`.
+            layer (nn.Module): One that ``sites.site_of`` knows.
             **options: Of the constructor besides what the layer says; and
                 ``inputs``.
         """
