@@ -72,7 +72,7 @@ class Look:
 
 
 class Demo:
-    """What the page does; errors are :class:`InferenceError`.
+    """Predict and draw for the page; errors are :class:`InferenceError`.
 
     Args:
         predictor (Predictor): The model, perhaps with tiles.

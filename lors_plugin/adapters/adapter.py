@@ -1,5 +1,6 @@
 """Adapters: what they share, and RepAdapter."""
 
+import abc
 from typing import Any, Optional
 
 import torch
@@ -12,7 +13,7 @@ from lors_plugin.utils import check_divisible, check_number
 from .sites import INPUTS, NewWeight, SiteError, site_of
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, abc.ABC):
     """Base of adapters: a small module that a layer gets as a child.
 
     An adapter knows how it changes the calls of its layer, and with which
@@ -29,6 +30,7 @@ class Adapter(nn.Module):
     child: str
 
     @classmethod
+    @abc.abstractmethod
     def for_layer(cls, layer: nn.Module, **options: Any) -> 'Adapter':
         """Make an adapter that fits a layer.
 
@@ -39,9 +41,9 @@ class Adapter(nn.Module):
         Raises:
             SiteError: If the layer cannot have one.
         """
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def from_state(
         cls,
         layer: nn.Module,
@@ -58,24 +60,24 @@ class Adapter(nn.Module):
         Raises:
             ValueError: If the scale is missing.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def options(self) -> dict[str, Any]:
         """Arguments of the constructor."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def check(self, layer: nn.Module) -> None:
         """Check that a layer can have this very adapter.
 
         Raises:
             SiteError: If not.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def register(self, layer: nn.Module) -> list[RemovableHandle]:
         """Register the hooks that change calls of a layer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def merged_weights(self, layer: nn.Module) -> list[NewWeight]:
         """Compute the weights with which a layer needs no adapter.
 
@@ -85,12 +87,11 @@ class Adapter(nn.Module):
         Returns:
             list[tuple]: Module, name of its parameter, value in float64.
         """
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def first_trained(self) -> nn.Parameter:
         """The parameter that has a gradient from the first step on."""
-        raise NotImplementedError
 
     def signature(self) -> tuple:
         """Describe shapes and layout."""

@@ -1,4 +1,4 @@
-"""Where adapters sit, and how the weights there absorb them.
+"""Sites of adapters, and weights that absorb them.
 
 A site is a module that gets an adapter as a child and whose inputs the
 adapter changes. It must be able to take ``x @ matrix + offset`` into its own
@@ -8,6 +8,7 @@ is touched. Each kind of site is a class: what fits it, which calls are
 adapted, and what the new weights are.
 """
 
+import abc
 import ast
 import functools
 import inspect
@@ -58,7 +59,7 @@ class Reader(NamedTuple):
     names: tuple
 
 
-class Site:
+class Site(abc.ABC):
     """A module that can absorb an adapter of its inputs.
 
     Args:
@@ -88,14 +89,15 @@ class Site:
         self.layer, self.inputs = layer, ''
 
     @classmethod
+    @abc.abstractmethod
     def fits(cls, layer: nn.Module) -> bool:
         """Return whether a module is of this kind."""
-        raise NotImplementedError
 
     def readers(self) -> list[Reader]:
         """List the modules whose calls get adapted inputs."""
         return [Reader(self.layer, ())]
 
+    @abc.abstractmethod
     def absorb(self, matrix: Tensor, offset: Tensor) -> list[NewWeight]:
         """Compute weights with which no adapter is needed.
 
@@ -108,7 +110,6 @@ class Site:
             float64, with which ``module(x)`` equals the former
             ``module(x @ matrix + offset)``. Nothing is written.
         """
-        raise NotImplementedError
 
 
 class LinearSite(Site):
@@ -230,9 +231,9 @@ class AttentionSite(Site):
             )
         self.channels = widths[inputs[0]]
 
+    @abc.abstractmethod
     def width(self, which: str) -> int:
         """Return the channels of an input, by its letter."""
-        raise NotImplementedError
 
 
 class MultiheadSite(AttentionSite):

@@ -4,8 +4,8 @@
 
     detector = Detector('detector.onnx', threads=2)
     (found,) = detector(['photo.jpg'])
-    for box, label in zip(found['boxes'], found['labels']):
-        print(detector.classes[label], box)
+    names = [detector.classes[label] for label in found['labels']]
+    boxes, scores = found['boxes'], found['scores']
 
 A file of ``tools/export.py`` says how images are resized, normalised and
 padded, so that results are those of the host's inferencers.
@@ -24,7 +24,7 @@ __all__ = ['Classifier', 'Detector', 'ImageError', 'load']
 
 
 class _Model:
-    """What detectors and classifiers share.
+    """Base of detectors and classifiers from files.
 
     Args:
         path (str | Path): A file of ``tools/export.py``.

@@ -35,7 +35,7 @@ BODY = {'requestBody': {'content': {'image/*': {}}, 'required': True}}
 
 @dataclass
 class Limits:
-    """What a service takes.
+    """Limits of a service: time, memory and size of requests.
 
     Attributes:
         max_wait (float): Seconds to wait for a fuller batch.
@@ -54,7 +54,7 @@ class Limits:
 
 
 class Metrics:
-    """What Prometheus reads."""
+    """Counters of a service in the format of Prometheus."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""What an exported file says about itself, for a runtime without a config."""
+"""Metadata of exported files, for a runtime without a config."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a detector or a classifier predicts for one image."""
+"""Predictions of detectors and classifiers for one image."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ Runtime. Both read and resize images by the test pipeline of the config, so
 that they see the same pixels as in ``tools/test.py``.
 """
 
+import abc
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,7 +79,7 @@ def load_predictor(
     return OnnxPredictor(cfg, checkpoint)
 
 
-class Predictor:
+class Predictor(abc.ABC):
     """Predict for images.
 
     Args:
@@ -196,6 +197,7 @@ class Predictor:
             )
         return packed
 
+    @abc.abstractmethod
     def __call__(self, images: Sequence[np.ndarray]) -> list[Prediction]:
         """Predict for a batch.
 
@@ -209,7 +211,6 @@ class Predictor:
             InferenceError: If an image cannot be prepared, or a prediction
                 holds NaN or inf.
         """
-        raise NotImplementedError
 
 
 class TorchPredictor(Predictor):

@@ -18,7 +18,7 @@ SAME_OBJECT_IOU = 0.5
 
 @dataclass
 class Sampling:
-    """What a detector predicted for an image, and where it sampled.
+    """Predictions of a detector for an image, with its sampling points.
 
     Attributes:
         prediction (Prediction): In pixels of the image.

@@ -57,7 +57,7 @@ def stage_inputs(detector, batches):
 
 
 def matrices(mixing, stage, query):
-    """What LORS generates, shape (queries, G, C C + Q P), by the paper."""
+    """Matrices of LORS by the paper, shape (queries, G, C C + Q P)."""
     cores = mixing.core_generators[stage](query)
     parts = []
     for part, core in zip(
@@ -176,7 +176,7 @@ def test_no_image(detectors):
 
 
 def test_random_weights_are_replaced(detectors):
-    """What the target had before does not matter."""
+    """The former weights of the target do not matter."""
     source, first = detectors()
     _, second = detectors()
     randomize(second, 7)

@@ -10,13 +10,10 @@ from mmengine.config import Config
 
 
 @pytest.fixture(scope='session')
-def export(root):
-    """``tools/export.py``, imported as its directory sees it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(root / 'tools'))
-        import export
+def export():
+    import export
 
-        yield export.main
+    return export.main
 
 
 @pytest.fixture(scope='session')

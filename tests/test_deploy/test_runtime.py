@@ -46,7 +46,7 @@ print(type(model).__name__, *model.classes)
 
 @pytest.fixture(scope='module')
 def infer(detector, photos):
-    """What MMDetection's inferencer finds in the photos, by batch size.
+    """Detections of MMDetection's inferencer in the photos, by batch size.
 
     Images of a batch are padded to one size, which changes what is found.
     """

@@ -229,8 +229,7 @@ def test_stopping_answers_what_was_taken(start, photos):
         ([__file__], 'cannot be opened'),
     ],
 )
-def test_mistakes(options, word, root, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(root / 'tools'))
+def test_mistakes(options, word, capsys):
     import serve
 
     try:

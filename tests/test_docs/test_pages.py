@@ -102,7 +102,7 @@ def test_links(page):
 
 
 def test_links_of_the_web_need_no_registry():
-    """What pages link to: papers, code and their issues."""
+    """Targets of links: papers, code and their issues."""
     known = ('https://github.com/', 'https://arxiv.org/')
     strange = {
         f'{page.relative_to(ROOT)}: {link}'

@@ -11,39 +11,6 @@ from lors_plugin.build import build_model
 from lors_plugin.inference import load_predictor
 from lors_plugin.testing import randomize
 
-MODEL = dict(
-    type='lors_plugin.AdaMixer',
-    data_preprocessor=dict(
-        type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_size_divisor=32,
-    ),
-    backbone=dict(type='ResNet', depth=18, base_channels=8),
-    neck=dict(
-        type='lors_plugin.SharedNormChannelMapping',
-        in_channels=[8, 16, 32, 64],
-        out_channels=32,
-        num_norm_groups=8,
-    ),
-    query_generator=dict(
-        type='lors_plugin.InitialQueryGenerator', num_queries=7, embed_dims=32
-    ),
-    decoder=dict(
-        type='lors_plugin.LORSAdaMixerDecoder',
-        num_classes=3,
-        num_stages=2,
-        embed_dims=32,
-        num_groups=2,
-        in_points=4,
-        out_points=6,
-        num_heads=4,
-        feedforward_channels=48,
-        adaptive_ranks=3,
-        static_ranks=2,
-    ),
-)
 CLASSIFIER = dict(
     type='ImageClassifier',
     backbone=dict(
@@ -66,12 +33,13 @@ CLASSES = ('cat', 'dog', '牛')
 
 
 @pytest.fixture(scope='session')
-def new_config():
+def new_config(tiny_config):
     """``new_config('detector')``, with further entries of a config."""
-    return make_config
+    models = dict(detector=tiny_config(), classifier=CLASSIFIER)
+    return lambda kind, **extra: make_config(models[kind], kind, **extra)
 
 
-def make_config(kind, **extra):
+def make_config(model, kind, **extra):
     """The config of a detector or classifier, as a file has it."""
     detector = kind == 'detector'
     last = 'PackDetInputs' if detector else 'PackInputs'
@@ -95,7 +63,7 @@ def make_config(kind, **extra):
     return Config(
         dict(
             default_scope='mmdet' if detector else 'mmpretrain',
-            model=MODEL if detector else CLASSIFIER,
+            model=model,
             test_dataloader=loader,
             **extra,
         )
@@ -103,12 +71,12 @@ def make_config(kind, **extra):
 
 
 @pytest.fixture(scope='session')
-def weights(tmp_path_factory):
+def weights(tmp_path_factory, new_config):
     """A checkpoint of each kind."""
     root = tmp_path_factory.mktemp('weights')
     paths = {}
     for kind in ('detector', 'classifier'):
-        model = randomize(build_model(make_config(kind)), 0)
+        model = randomize(build_model(new_config(kind)), 0)
         paths[kind] = root / f'{kind}.pth'
         meta = dict(dataset_meta=dict(classes=CLASSES))
         content = dict(state_dict=model.state_dict(), meta=meta)
@@ -117,11 +85,11 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture
-def predictor(weights):
+def predictor(weights, new_config):
     """``predictor('detector')`` or ``predictor('classifier')``."""
 
     def make(kind):
-        return load_predictor(make_config(kind), weights[kind])
+        return load_predictor(new_config(kind), weights[kind])
 
     return make
 

@@ -1,4 +1,4 @@
-"""What the inputs of a command line name, and how frames are read."""
+"""Inputs of a command line, and frames read from them."""
 
 import json
 from pathlib import Path

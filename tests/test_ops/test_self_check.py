@@ -42,7 +42,7 @@ def probe(what='good'):
 
 @pytest.fixture
 def starts(monkeypatch, tmp_path):
-    """How often the probe was started, and what for."""
+    """Count the starts of the probe, by their groups."""
     path = tmp_path / 'starts'
     monkeypatch.setenv('FAKE_PROBE_STARTS', str(path))
     return lambda: path.read_text().splitlines() if path.exists() else []

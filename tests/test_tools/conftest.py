@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
@@ -34,6 +35,42 @@ def write_config(name, **content):
     path = Path(f'{name}.py')
     path.write_text(Config(content).pretty_text)
     return str(path)
+
+
+@pytest.fixture
+def write_detector(tiny_config):
+    """Write a config and weights (``w.pth``) of a tiny detector.
+
+    ``write_detector('a.py')``, with entries of its data set.
+    """
+    from lors_plugin.build import build_model
+    from lors_plugin.testing import randomize
+
+    def make(name, **dataset):
+        pipeline = [
+            dict(type='LoadImageFromFile'),
+            dict(type='Resize', scale=(96, 64), keep_ratio=True),
+            dict(type='PackDetInputs'),
+        ]
+        dataset = dict(
+            type='CocoDataset',
+            metainfo=dict(classes=('cat', 'dog', '牛')),
+            pipeline=pipeline,
+            **dataset,
+        )
+        config = Config(
+            dict(
+                default_scope='mmdet',
+                model=tiny_config(),
+                test_dataloader=dict(dataset=dataset),
+            )
+        )
+        Path(name).write_text(config.pretty_text, encoding='utf-8')
+        weights = randomize(build_model(config), 0).state_dict()
+        torch.save(dict(state_dict=weights), 'w.pth')
+        return config
+
+    return make
 
 
 @pytest.fixture

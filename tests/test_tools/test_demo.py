@@ -21,44 +21,17 @@ CLASSES = ('cat', 'dog', '牛')
 
 @pytest.fixture(scope='module')
 def tool():
-    """Import the tool as a script sees it."""
-    root = Path(__file__).parents[2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(root / 'tools'))
-        import demo
+    import demo
 
-        yield demo
-        for name in ('demo', 'infer', 'tool_utils'):
-            sys.modules.pop(name, None)
+    return demo
 
 
 @pytest.fixture
-def detector(tiny_config, tmp_path, monkeypatch):
+def detector(write_detector, tmp_path, monkeypatch):
     """A config and weights of a tiny detector, and a photo."""
     monkeypatch.chdir(tmp_path)
-    pipeline = [
-        dict(type='LoadImageFromFile'),
-        dict(type='Resize', scale=(96, 64), keep_ratio=True),
-        dict(type='PackDetInputs'),
-    ]
-    config = Config(
-        dict(
-            default_scope='mmdet',
-            model=tiny_config(),
-            test_dataloader=dict(
-                dataset=dict(
-                    type='CocoDataset',
-                    data_root='.',
-                    data_prefix=dict(img='photos/'),
-                    metainfo=dict(classes=CLASSES),
-                    pipeline=pipeline,
-                )
-            ),
-        )
-    )
-    Path('tiny model.py').write_text(config.pretty_text, encoding='utf-8')
-    weights = randomize(build_model(config), 0).state_dict()
-    torch.save(dict(state_dict=weights), 'w.pth')
+    photos = dict(data_root='.', data_prefix=dict(img='photos/'))
+    config = write_detector('tiny model.py', **photos)
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 255, (6, 9, 3), dtype=np.uint8)
     write_png('photos/树 a.png', cv2.resize(coarse, (192, 128)))

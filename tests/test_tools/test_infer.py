@@ -3,58 +3,29 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 
 import lors_plugin  # noqa: F401, first: it makes mmcv.ops importable
-from lors_plugin.build import build_model
 from lors_plugin.inference import Frame, Source
-from lors_plugin.testing import randomize
 
 
 @pytest.fixture(scope='module')
 def infer():
-    """Import the tool as a script sees it."""
-    root = Path(__file__).parents[2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(root / 'tools'))
-        import infer
+    import infer
 
-        yield infer
-        for name in ('infer', 'tool_utils'):
-            sys.modules.pop(name, None)
+    return infer
 
 
 @pytest.fixture
-def model(tiny_config, tmp_path, monkeypatch):
+def model(write_detector, tmp_path, monkeypatch):
     """A config and weights of a tiny detector, in a folder of photos."""
     monkeypatch.chdir(tmp_path)
-    pipeline = [
-        dict(type='LoadImageFromFile'),
-        dict(type='Resize', scale=(96, 64), keep_ratio=True),
-        dict(type='PackDetInputs'),
-    ]
-    dataset = dict(
-        type='CocoDataset',
-        metainfo=dict(classes=('cat', 'dog', '牛')),
-        pipeline=pipeline,
-    )
-    config = Config(
-        dict(
-            default_scope='mmdet',
-            model=tiny_config(),
-            test_dataloader=dict(dataset=dataset),
-        )
-    )
-    Path('配置 c.py').write_text(config.pretty_text, encoding='utf-8')
-    weights = randomize(build_model(config), 0).state_dict()
-    torch.save(dict(state_dict=weights), 'w.pth')
+    write_detector('配置 c.py')
     generator = np.random.default_rng(0)
     for name in ('a', 'b 树'):
         pixels = generator.integers(0, 255, (64, 96, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What the drawing tools share: errors, exit codes and configs."""
+"""Errors, exit codes and configs of the drawing tools."""
 
 import logging
 from collections.abc import Callable

@@ -149,7 +149,7 @@ def by_backend(run: Callable, leaves: dict, **options) -> dict:
 
 
 def compiled(run: Callable, leaves: dict, **options) -> dict:
-    """What PyTorch's compiler makes of the reference, with its defaults."""
+    """Compile the reference by PyTorch, with its defaults."""
 
     @functools.cache
     def program():  # importing the compiler takes seconds

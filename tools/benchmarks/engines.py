@@ -162,7 +162,7 @@ class Model:
 
     @property
     def exports(self):
-        """Whether ``tools/export.py`` takes it."""
+        """Return whether ``tools/export.py`` takes the model."""
         return not self.detects or hasattr(self.torch, 'query_generator')
 
     def case(self, number):

@@ -163,7 +163,7 @@ def make_parts(device: str, output: Path) -> list[Part]:
 
 
 class Stop:
-    """Whether the user or the system asked this command to stop.
+    """Notice of the user or the system that this command has to stop.
 
     Handlers only take a note: an exception could come between the start of a
     part and the moment when it is known.

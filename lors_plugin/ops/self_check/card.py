@@ -1,4 +1,4 @@
-"""What a verdict is for: the card and the software around it."""
+"""Describe a card and the software around it, for which a verdict holds."""
 
 import dataclasses
 import functools

@@ -193,7 +193,7 @@ def _run_child(
 
 
 class _Events:
-    """What the probe wrote so far, a line of JSON per event.
+    """Read the events of the probe so far, a line of JSON each.
 
     Args:
         path (Path): Its file.

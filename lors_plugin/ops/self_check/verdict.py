@@ -1,4 +1,4 @@
-"""What was found out about the kernels on a card."""
+"""Verdicts: errors and times of the kernels on a card."""
 
 import dataclasses
 import datetime

@@ -1,6 +1,7 @@
 """No kill, full disk, notice or crafted checkpoint loses a run or a file."""
 
 import itertools
+import os
 import re
 import resource
 import signal
@@ -261,7 +262,6 @@ def test_accumulated_gradients_are_used_first(tmp_path):
 PROGRAM = """
 import os, signal, subprocess, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
 from test_checkpoint_hook import At, last, make, train
 
 def die(*args, **kwargs):
@@ -304,8 +304,10 @@ assert last(folder / 'notice')['meta']['iter'] == 6
 def program(tmp_path_factory):
     """What a process of its own printed, and where its runs are."""
     folder = tmp_path_factory.mktemp('program')
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
     done = subprocess.run(
-        [sys.executable, '-c', PROGRAM, folder, Path(__file__).parent],
+        [sys.executable, '-c', PROGRAM, folder],
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(path)),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
