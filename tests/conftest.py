@@ -73,11 +73,31 @@ def quick_hosts():
         yield
 
 
+@pytest.fixture(autouse=True, scope='session')
+def restore_process(compiled_here):
+    """Undo what tools do to a process, which ends after one of them: the
+    readers that they set, environment variables such as the rank."""
+    environment = dict(os.environ)
+    reader = vars(CheckpointLoader)['load_checkpoint']
+    handlers = dict(file_handlers)
+
+    def restore():
+        CheckpointLoader.load_checkpoint = reader
+        file_handlers.update(handlers)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+
+    return restore
+
+
 @pytest.fixture(autouse=True, scope='module')
-def nothing_left_behind():
-    """Scopes and loggers of runners, the rank that tools put into the
-    environment, the readers that they set, the silence they ask for, and
-    workers of loaders, which take five seconds to end as garbage."""
+def nothing_left_behind(restore_process):
+    """Scopes and loggers of runners, what :func:`restore_process` names, the
+    silence that tools ask for, and workers of loaders, which take five
+    seconds to end as garbage."""
+    # A fixture of the session may have run a tool just before.
+    restore_process()
     # Data sets of MMEngine collect garbage, among a million objects.
     gc.collect()
     gc.freeze()
@@ -85,15 +105,8 @@ def nothing_left_behind():
     MMLogger._instance_dict.clear()
     known = (DefaultScope, MMLogger, MessageHub)
     before = [dict(kind._instance_dict) for kind in known]
-    environment = dict(os.environ)
-    reader = vars(CheckpointLoader)['load_checkpoint']
-    handlers = dict(file_handlers)
     yield
-    CheckpointLoader.load_checkpoint = reader
-    file_handlers.update(handlers)
-    for name in os.environ.keys() - environment.keys():
-        del os.environ[name]
-    os.environ.update(environment)
+    restore_process()
     for kind, former in zip(known, before):
         # Another dict by now, where a scope was overwritten.
         kind._instance_dict.clear()
