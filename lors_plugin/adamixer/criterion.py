@@ -1,5 +1,6 @@
 """One-to-one matching and losses for the predictions of all stages."""
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
@@ -47,6 +48,8 @@ class SetCriterion(nn.Module):
         loss_iou (dict, optional): Defaults to GIoU loss.
         assigner (dict, optional): Defaults to Hungarian matching with the
             costs and weights of the losses.
+        stage_weights (Sequence[float], optional): Factor of the losses of
+            each stage. Defaults to 1.
     """
 
     def __init__(
@@ -56,9 +59,11 @@ class SetCriterion(nn.Module):
         loss_bbox: Optional[dict] = None,
         loss_iou: Optional[dict] = None,
         assigner: Optional[dict] = None,
+        stage_weights: Optional[Sequence[float]] = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.stage_weights = stage_weights
 
         def build(name: str, cfg: Optional[dict], default: dict) -> nn.Module:
             cfg = default if cfg is None else cfg
@@ -111,6 +116,8 @@ class SetCriterion(nn.Module):
                     avg_factor,
                 )
                 for name, value in stage_losses.items():
+                    if self.stage_weights:
+                        value = value * self.stage_weights[stage]
                     losses[f'stage{stage}_{name}'] = value
         self._check_losses(losses, batch_data_samples)
         return losses

@@ -17,13 +17,14 @@ from lors_plugin.utils import (
     check_at_least,
     check_choice,
     check_divisible,
+    check_number,
     check_positive,
     per_layer,
 )
 
 from .box_geometry import decode_boxes
 from .criterion import SetCriterion
-from .mixing import AdaptiveMixing, PrivateMixing
+from .mixing import MIXING_STEPS, AdaptiveMixing, PrivateMixing, check_steps
 from .norm import refuse_half
 from .stage import AdaMixerStage
 
@@ -31,6 +32,7 @@ LORS_OPTIONS = (
     'adaptive_ranks',
     'adaptive_groups',
     'static_ranks',
+    'static_groups',
     'generator_init',
     'fan_in',
     'adaptive_weights',
@@ -74,6 +76,22 @@ class AdaMixerDecoder(BaseModule):
             less time than ``with_cp``, which covers it. Defaults to False.
         backend (str): 'auto', 'torch', 'triton' or 'reference', for the
             operators. Defaults to 'auto'.
+        mixing_steps (Sequence[str]): What is mixed, in this order: the
+            default ``('channel', 'spatial')``, the other order, or one of
+            them (an ablation of the paper).
+        fixed_mixing (Sequence[str]): Steps of mixing whose matrices are
+            learned and the same for all queries instead of generated.
+            Defaults to none.
+        scale_offsets (bool): Whether points choose their scale; if not,
+            sampling is 2D, at the scale of the box. Defaults to True.
+        position_encoding (str): What gets the code of the boxes in
+            self-attention: 'all' (queries, keys, values and the residual,
+            as in the original program), 'query_key' or 'none'. Defaults to
+            'all'.
+        overlap_bias (bool): Whether self-attention has the bias by the
+            overlap of boxes. Defaults to True.
+        stage_loss_weights (float | Sequence[float]): Factor of the losses,
+            one a stage. Defaults to 1.
         train_cfg (dict, optional): ``assigner``, matched in every stage.
         test_cfg (dict, optional): ``max_per_img``, the number of detections;
             as many as queries if not given.
@@ -101,6 +119,12 @@ class AdaMixerDecoder(BaseModule):
         with_cp: bool = False,
         recompute_mixing: bool = False,
         backend: str = 'auto',
+        mixing_steps: Sequence[str] = MIXING_STEPS,
+        fixed_mixing: Sequence[str] = (),
+        scale_offsets: bool = True,
+        position_encoding: str = 'all',
+        overlap_bias: bool = True,
+        stage_loss_weights: Union[float, Sequence[float]] = 1.0,
         train_cfg: Optional[dict] = None,
         test_cfg: Optional[dict] = None,
         init_cfg: Optional[dict] = None,
@@ -127,6 +151,9 @@ class AdaMixerDecoder(BaseModule):
         self.backend = backend
         self.with_cp = with_cp
         self.recompute_mixing = recompute_mixing
+        self.mixing_steps, self.fixed_mixing = check_steps(
+            mixing_steps, fixed_mixing
+        )
         self.max_per_img = ConfigDict(test_cfg or {}).get('max_per_img')
         if self.max_per_img is not None:
             check_at_least('test_cfg.max_per_img', self.max_per_img)
@@ -152,6 +179,9 @@ class AdaMixerDecoder(BaseModule):
                     num_reg_fcs,
                     dropout,
                     backend,
+                    position_encoding,
+                    overlap_bias,
+                    scale_offsets,
                 )
                 for i in range(num_stages)
             ]
@@ -163,6 +193,7 @@ class AdaMixerDecoder(BaseModule):
             loss_bbox,
             loss_iou,
             ConfigDict(train_cfg or {}).get('assigner'),
+            _check_loss_weights(stage_loss_weights, num_stages),
         )
 
     def _refuse(self, unknown: dict) -> None:
@@ -189,6 +220,8 @@ class AdaMixerDecoder(BaseModule):
                     *sizes,
                     backend=self.backend,
                     recompute=self.recompute_mixing,
+                    steps=self.mixing_steps,
+                    fixed=self.fixed_mixing,
                 )
                 for sizes in zip(
                     self.num_groups, self.in_points, self.out_points
@@ -219,7 +252,9 @@ class AdaMixerDecoder(BaseModule):
             def mix(x: Tensor, query: Tensor, stage: int = index) -> Tensor:
                 return self.mixing(x, query, stage)
 
-            inputs = levels, content, xyzr.detach(), self.strides, mix
+            if index:
+                xyzr = xyzr.detach()
+            inputs = levels, content, xyzr, self.strides, mix
             if self.with_cp and torch.is_grad_enabled():
                 outs = checkpoint(stage, *inputs, use_reentrant=False)
             else:
@@ -297,3 +332,17 @@ def _check_strides(strides: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(strides, Sequence) or not strides:
         raise ValueError(f'strides={strides!r} must be one per feature level')
     return tuple(check_positive('strides', stride) for stride in strides)
+
+
+def _check_loss_weights(
+    weights: Union[float, Sequence[float]], num_stages: int
+) -> list[float]:
+    name = 'stage_loss_weights'
+    if not isinstance(weights, Sequence) or isinstance(weights, str):
+        weights = [weights] * num_stages
+    if len(weights) != num_stages:
+        raise ValueError(
+            f'{name}={weights} has {len(weights)} values for {num_stages} '
+            'stages'
+        )
+    return [check_number(name, weight, 0) for weight in weights]

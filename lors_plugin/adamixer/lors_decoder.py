@@ -10,6 +10,7 @@ from lors_plugin.utils import check_at_least
 
 from .decoder import AdaMixerDecoder
 from .lors_mixing import LORSAdaptiveMixing
+from .mixing import MIXING_STEPS
 
 
 @MODELS.register_module()
@@ -29,8 +30,12 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
             ``K``, one value or one a stage. By default they grow from 1 to
             3 with depth: the paper's 1 1 2 2 3 3 for six stages, 1 1 2 3
             for four.
-        static_ranks (int | Sequence[int]): Rank of the private part of the
-            output projection, one value or one a stage; 0 for none.
+        static_ranks (int | Sequence[int]): Rank of a parameter group of the
+            output projection's private part, one value or one a stage; 0
+            for none.
+        static_groups (int | Sequence[int]): Parameter groups ``K`` of the
+            output projection, one value or one a stage: ``K`` products of
+            rank ``r`` are one of rank ``K r``. Defaults to 1.
         generator_init (str): 'zero', as the original program, or 'kaiming',
             as the paper, for the shared generator. Defaults to 'zero'.
         fan_in (str): 'stacked', as the original program, or 'matrix', for
@@ -52,6 +57,7 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
         adaptive_ranks: Union[int, Sequence[int]] = 16,
         adaptive_groups: Union[int, Sequence[int], None] = None,
         static_ranks: Union[int, Sequence[int]] = 8,
+        static_groups: Union[int, Sequence[int]] = 1,
         generator_init: str = 'zero',
         fan_in: str = 'stacked',
         adaptive_weights: str = 'lors',
@@ -69,6 +75,7 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
             adaptive_ranks=adaptive_ranks,
             adaptive_groups=adaptive_groups,
             static_ranks=static_ranks,
+            static_groups=static_groups,
             generator_init=generator_init,
             fan_in=fan_in,
             adaptive_weights=adaptive_weights,
@@ -83,6 +90,14 @@ class LORSAdaMixerDecoder(AdaMixerDecoder):
         )
 
     def _build_mixing(self) -> nn.Module:
+        for name, default in (
+            ('mixing_steps', MIXING_STEPS), ('fixed_mixing', ())
+        ):  # fmt: skip
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f'{name}={getattr(self, name)} is an ablation of '
+                    'AdaMixer: it needs type="lors_plugin.AdaMixerDecoder"'
+                )
         shared = {}
         for name in ('num_groups', 'in_points', 'out_points'):
             values = getattr(self, name)

@@ -41,8 +41,10 @@ class LORSAdaptiveMixing(BaseModule):
         adaptive_ranks (int | Sequence[int]): Rank of the generated
             matrices' private part, one value or one per stage; 0 for none.
         adaptive_groups (int | Sequence[int]): Parameter groups ``K``.
-        static_ranks (int | Sequence[int]): Rank of the output projection's
-            private part; 0 for none.
+        static_ranks (int | Sequence[int]): Rank of a parameter group of the
+            output projection's private part; 0 for none.
+        static_groups (int | Sequence[int]): Parameter groups ``K`` of the
+            output projection. Defaults to 1.
         generator_init (str): 'zero' (the original program) or 'kaiming'
             (the paper) for the shared generator. Defaults to 'zero'.
         fan_in (str): See :class:`AdaptiveLowRankStack`.
@@ -69,6 +71,7 @@ class LORSAdaptiveMixing(BaseModule):
         adaptive_ranks: Union[int, Sequence[int]] = 16,
         adaptive_groups: Union[int, Sequence[int]] = 1,
         static_ranks: Union[int, Sequence[int]] = 8,
+        static_groups: Union[int, Sequence[int]] = 1,
         generator_init: str = 'zero',
         fan_in: str = 'stacked',
         adaptive_weights: str = 'lors',
@@ -103,6 +106,7 @@ class LORSAdaptiveMixing(BaseModule):
             num_stages,
             minimum=int(static_weights == 'private'),
         )
+        static_groups = per_layer('static_groups', static_groups, num_stages)
         self.generator_init = generator_init
         self.backend = backend
         self.recompute = recompute
@@ -158,6 +162,7 @@ class LORSAdaptiveMixing(BaseModule):
                 embed_dims,
                 num_stages,
                 static_ranks,
+                static_groups,
                 with_shared=static_weights == 'lors',
             )
 

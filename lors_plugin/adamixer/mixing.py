@@ -1,13 +1,16 @@
 """Adaptive mixing of AdaMixer: generator, mixing, output projection."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Optional
 
+import torch
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lors_plugin.ops import adaptive_mixing
+from lors_plugin.ops.adaptive_mixing.reference import norm_relu
 from lors_plugin.ops.backend import BACKENDS
 from lors_plugin.registry import MODELS
 from lors_plugin.utils import (
@@ -18,6 +21,8 @@ from lors_plugin.utils import (
 
 # Only mixing is implemented in C++.
 MIXING_BACKENDS = (*BACKENDS, 'cpu')
+MIXING_STEPS = ('channel', 'spatial')
+NORM_EPS = 1e-5
 
 
 class MixingShape:
@@ -44,15 +49,45 @@ class MixingShape:
         self.in_points = check_at_least('in_points', in_points)
         self.out_points = check_at_least('out_points', out_points)
 
+    def matrix_size(self, step: str) -> int:
+        """Count the elements of a matrix: ``C C`` or ``Q P``."""
+        if step == 'channel':
+            return self.width**2
+        return self.out_points * self.in_points
+
     @property
     def num_generated(self) -> int:
         """int: Elements generated for one query, ``G (C C + Q P)``."""
-        return self.groups * (self.width**2 + self.out_points * self.in_points)
+        return self.groups * sum(map(self.matrix_size, MIXING_STEPS))
 
     @property
     def num_mixed(self) -> int:
         """int: Elements of one query after mixing, ``G Q C``."""
         return self.groups * self.out_points * self.width
+
+
+def check_steps(
+    steps: Sequence[str], fixed: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the steps of mixing, and which of them have fixed matrices.
+
+    Raises:
+        ValueError: If there are none, one twice, or others.
+    """
+    for name, value, choices in (
+        ('mixing_steps', steps, MIXING_STEPS),
+        ('fixed_mixing', fixed, steps),
+    ):
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        unique = listed and all(
+            x in choices and list(value).count(x) == 1 for x in value
+        )
+        if not unique or (name == 'mixing_steps' and not value):
+            raise ValueError(
+                f'{name}={value!r} must be a list of {list(choices)}, each '
+                'at most once'
+            )
+    return tuple(steps), tuple(fixed)
 
 
 def recomputed(function: Callable, *args) -> Tensor:
@@ -80,6 +115,11 @@ class AdaptiveMixing(BaseModule):
         recompute (bool): Generate and mix again in the backward pass instead
             of keeping the matrices, half of what training keeps. Defaults to
             False.
+        steps (Sequence[str]): What is mixed, in this order: 'channel' and
+            'spatial', or one of them. Other than the default, they are
+            PyTorch's operators whatever the ``backend``.
+        fixed (Sequence[str]): Steps whose matrices are learned and the same
+            for all queries, instead of generated. Defaults to none.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
@@ -92,6 +132,8 @@ class AdaptiveMixing(BaseModule):
         out_points: int = 128,
         backend: str = 'auto',
         recompute: bool = False,
+        steps: Sequence[str] = MIXING_STEPS,
+        fixed: Sequence[str] = (),
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -102,14 +144,35 @@ class AdaptiveMixing(BaseModule):
         )
         self.backend = backend
         self.recompute = recompute
-        self.generator = nn.Linear(embed_dims, self.shape.num_generated)
-        self.out_proj = nn.Linear(self.shape.num_mixed, embed_dims)
+        self.steps, self.fixed = check_steps(steps, fixed)
+        sizes = {step: self.shape.matrix_size(step) for step in self.steps}
+        generated = sum(sizes[step] for step in sizes if step not in fixed)
+        self.generator = None
+        if generated:
+            self.generator = nn.Linear(embed_dims, num_groups * generated)
+        # Drawn as the bias of the generator, which a generator starts as.
+        bound = 1 / math.sqrt(embed_dims)
+        self.fixed_matrices = nn.ParameterDict(
+            {
+                step: nn.Parameter(
+                    torch.empty(num_groups, sizes[step]).uniform_(
+                        -bound, bound
+                    )
+                )
+                for step in self.fixed
+            }
+        )
+        num_mixed = self.shape.num_mixed
+        if 'spatial' not in self.steps:
+            num_mixed = feat_channels * in_points
+        self.out_proj = nn.Linear(num_mixed, embed_dims)
 
     def init_weights(self) -> None:
         """Xavier for the projection; the generator starts as its bias."""
         super().init_weights()
         nn.init.xavier_uniform_(self.out_proj.weight)
-        nn.init.zeros_(self.generator.weight)
+        if self.generator is not None:
+            nn.init.zeros_(self.generator.weight)
 
     def forward(self, x: Tensor, query: Tensor) -> Tensor:
         """Mix and project, without the residual.
@@ -128,9 +191,40 @@ class AdaptiveMixing(BaseModule):
         return self.out_proj(mixed.flatten(2))
 
     def mix(self, x: Tensor, query: Tensor) -> Tensor:
-        """Generate the matrices and mix, shape (B, N, G, Q, C)."""
-        weights = self.generator(query).unflatten(-1, (self.shape.groups, -1))
-        return adaptive_mixing(x, weights, backend=self.backend)
+        """Generate the matrices and mix, shape (B, N, G, Q, C).
+
+        It is (B, N, G, P, C) where only channels are mixed.
+        """
+        if self.steps == MIXING_STEPS and not self.fixed:
+            weights = self.generator(query)
+            weights = weights.unflatten(-1, (self.shape.groups, -1))
+            return adaptive_mixing(x, weights, backend=self.backend)
+        matrices = self.matrices(query)
+        if self.steps == MIXING_STEPS:
+            weights = torch.cat([matrices[step] for step in self.steps], -1)
+            return adaptive_mixing(x, weights, backend=self.backend)
+        for step in self.steps:
+            if step == 'channel':
+                matrix = matrices[step].unflatten(-1, (self.shape.width, -1))
+                x = norm_relu(x @ matrix.to(x.dtype), NORM_EPS)
+            else:
+                size = self.shape.out_points, self.shape.in_points
+                matrix = matrices[step].unflatten(-1, size)
+                x = norm_relu(matrix.to(x.dtype) @ x, NORM_EPS)
+        return x
+
+    def matrices(self, query: Tensor) -> dict[str, Tensor]:
+        """Matrices of each step, shape (B, N, G, C C) or (B, N, G, Q P)."""
+        generated = [step for step in MIXING_STEPS if step in self.steps]
+        generated = [step for step in generated if step not in self.fixed]
+        shape = (*query.shape[:2], -1, -1)
+        matrices = {k: v.expand(shape) for k, v in self.fixed_matrices.items()}
+        if generated:
+            weights = self.generator(query)
+            weights = weights.unflatten(-1, (self.shape.groups, -1))
+            sizes = [self.shape.matrix_size(step) for step in generated]
+            matrices.update(zip(generated, weights.split(sizes, dim=-1)))
+        return matrices
 
 
 class PrivateMixing(ModuleList):

@@ -13,7 +13,9 @@ from lors_plugin.utils import check_at_least, check_choice
 
 from .box_geometry import boxes_from_sizes
 
-INITIAL_BOXES = ('image', 'grid')
+INITIAL_BOXES = ('image', 'grid', 'learned')
+# Of the image: a box that shrinks to nothing would never come back.
+MIN_SIZE = 1e-3
 
 
 @MODELS.register_module()
@@ -30,7 +32,9 @@ class InitialQueryGenerator(BaseModule):
         embed_dims (int): Query width ``D``. Defaults to 256.
         initial_boxes (str): 'image', as in the paper, or 'grid': the image
             is cut into as many columns as rows (or one more), and query
-            ``i`` starts as cell ``i``, row by row. Defaults to 'image'.
+            ``i`` starts as cell ``i``, row by row; or 'learned': centre and
+            size relative to the image, which start as the whole image and
+            are learned. Defaults to 'image'.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
@@ -49,11 +53,21 @@ class InitialQueryGenerator(BaseModule):
         self.embed_dims = embed_dims
         self.initial_boxes = initial_boxes
         self.content = nn.Embedding(num_queries, embed_dims)
+        self.boxes = None
+        if initial_boxes == 'learned':
+            self.boxes = nn.Embedding(num_queries, 4)
+            self._reset_boxes()
 
     def init_weights(self) -> None:
-        """Standard normal contents."""
+        """Standard normal contents; learned boxes start as the image."""
         nn.init.normal_(self.content.weight)
+        if self.boxes is not None:
+            self._reset_boxes()
         super().init_weights()
+
+    def _reset_boxes(self) -> None:
+        nn.init.constant_(self.boxes.weight[:, :2], 0.5)
+        nn.init.ones_(self.boxes.weight[:, 2:])
 
     def forward(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Make queries for a batch.
@@ -70,6 +84,11 @@ class InitialQueryGenerator(BaseModule):
         sizes = sizes.to(content)
         if self.initial_boxes == 'grid':
             xyzr = self._grid(sizes)
+        elif self.boxes is not None:
+            boxes = self.boxes.weight * sizes[:, None].repeat(1, 1, 2)
+            smallest = MIN_SIZE * sizes[:, None]
+            xyzr = boxes_from_sizes(boxes[..., 2:].clamp(min=smallest))
+            xyzr = torch.cat([boxes[..., :2], xyzr[..., 2:]], dim=-1)
         else:
             xyzr = boxes_from_sizes(sizes)[:, None]
         return (

@@ -27,6 +27,9 @@ class AdaptiveSampling3D(BaseModule):
         num_groups (int): Groups ``G``, each with points of its own.
         num_points (int): Points per group ``P``.
         backend (str): Of :func:`lors_plugin.ops.sampling_3d`.
+        scale_offsets (bool): Whether points choose their scale. If not, all
+            are sampled at the scale of the box: the paper's 2D sampling.
+            Defaults to True.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
@@ -36,6 +39,7 @@ class AdaptiveSampling3D(BaseModule):
         num_groups: int = 4,
         num_points: int = 32,
         backend: str = 'auto',
+        scale_offsets: bool = True,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -44,14 +48,19 @@ class AdaptiveSampling3D(BaseModule):
         self.num_groups = check_at_least('num_groups', num_groups)
         self.num_points = check_at_least('num_points', num_points)
         self.backend = backend
-        self.offsets = nn.Linear(embed_dims, num_groups * num_points * 3)
+        self.axes = 3 if scale_offsets else 2
+        self.offsets = nn.Linear(
+            embed_dims, num_groups * num_points * self.axes
+        )
 
     def init_weights(self) -> None:
         """Start from a grid of cell centres, or at random where P is not a
         square number, one level finer than the box."""
         super().init_weights()
         nn.init.zeros_(self.offsets.weight)
-        bias = self.offsets.bias.data.view(self.num_groups, self.num_points, 3)
+        bias = self.offsets.bias.data.view(
+            self.num_groups, self.num_points, self.axes
+        )
         side = math.isqrt(self.num_points)
         if side**2 == self.num_points:
             centres = (torch.arange(side) + 0.5) / side - 0.5
@@ -59,7 +68,7 @@ class AdaptiveSampling3D(BaseModule):
             bias[..., 0], bias[..., 1] = x.flatten(), y.flatten()
         else:
             nn.init.uniform_(bias[..., :2], -0.5, 0.5)
-        bias[..., 2] = -1.0
+        bias[..., 2:] = -1.0
 
     def points(self, content: Tensor, xyzr: Tensor) -> Tensor:
         """Sampling points.
@@ -73,10 +82,15 @@ class AdaptiveSampling3D(BaseModule):
             (B, N, G, P, 3), float32.
         """
         offsets = self.offsets(content).to(xyzr.dtype)
-        offsets = offsets.unflatten(-1, (self.num_groups, self.num_points, 3))
+        offsets = offsets.unflatten(
+            -1, (self.num_groups, self.num_points, self.axes)
+        )
         boxes = xyzr[:, :, None, None]
         xy = boxes[..., :2] + offsets[..., :2] * box_sizes(boxes)
-        z = boxes[..., 2:3] + offsets[..., 2:]
+        if self.axes == 3:
+            z = boxes[..., 2:3] + offsets[..., 2:]
+        else:
+            z = boxes[..., 2:3].expand_as(xy[..., :1])
         return torch.cat([xy, z], dim=-1)
 
     def forward(

@@ -22,6 +22,7 @@ class BoxSelfAttention(BaseModule):
         embed_dims (int): Query width ``D``.
         num_heads (int): Number of heads. Defaults to 8.
         dropout (float): On attention weights. Defaults to 0.
+        overlap_bias (bool): Whether there is the bias. Defaults to True.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
@@ -30,6 +31,7 @@ class BoxSelfAttention(BaseModule):
         embed_dims: int = 256,
         num_heads: int = 8,
         dropout: float = 0.0,
+        overlap_bias: bool = True,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -38,8 +40,10 @@ class BoxSelfAttention(BaseModule):
         self.dropout = check_number('dropout', dropout, 0, 1)
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
-        self.overlap_scale = nn.Parameter(torch.empty(num_heads))
-        nn.init.uniform_(self.overlap_scale, 0.0, 4.0)
+        self.overlap_scale = None
+        if overlap_bias:
+            self.overlap_scale = nn.Parameter(torch.empty(num_heads))
+            nn.init.uniform_(self.overlap_scale, 0.0, 4.0)
 
     def init_weights(self) -> None:
         """Xavier, biases zero as in ``nn.MultiheadAttention``."""
@@ -47,30 +51,39 @@ class BoxSelfAttention(BaseModule):
         for linear in (self.qkv, self.proj):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        nn.init.uniform_(self.overlap_scale, 0.0, 4.0)
+        if self.overlap_scale is not None:
+            nn.init.uniform_(self.overlap_scale, 0.0, 4.0)
 
-    def forward(self, query: Tensor, overlap: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, overlap: Tensor, value: Optional[Tensor] = None
+    ) -> Tensor:
         """Attend, without the residual.
 
         Args:
             query (Tensor): Shape (B, N, D).
             overlap (Tensor): Intersection over own area of all pairs of
                 boxes, shape (B, N, N).
+            value (Tensor, optional): What values are made from, shape
+                (B, N, D). Defaults to ``query``.
 
         Returns:
             Tensor: Shape (B, N, D).
         """
-        bias = (
-            self.overlap_scale[:, None, None]
-            * torch.log(overlap + 1e-7)[:, None]
-        )
+        bias = None
+        if self.overlap_scale is not None:
+            scale = self.overlap_scale[:, None, None]
+            bias = scale * torch.log(overlap + 1e-7)[:, None]
         qkv = self.qkv(query).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if value is not None:
+            weight, shift = (x.chunk(3)[2] for x in self.qkv.parameters())
+            v = F.linear(value, weight, shift)
+            v = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=bias.to(q.dtype),
+            attn_mask=bias if bias is None else bias.to(q.dtype),
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.proj(out.transpose(1, 2).flatten(2))

@@ -9,6 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
+from lors_plugin.utils import check_choice
 
 from .box_geometry import (
     box_position_encoding,
@@ -20,6 +21,7 @@ from .sampling import AdaptiveSampling3D
 from .self_attention import BoxSelfAttention
 
 CLS_PRIOR = 0.01
+POSITION_ENCODINGS = ('all', 'query_key', 'none')
 
 
 @MODELS.register_module()
@@ -40,6 +42,11 @@ class AdaMixerStage(BaseModule):
         num_reg_fcs (int): Linear layers of the box branch.
         dropout (float): Of attention and FFN.
         backend (str): Of :func:`lors_plugin.ops.sampling_3d`.
+        position_encoding (str): Where the attention gets it, see
+            :class:`AdaMixerDecoder`. Defaults to 'all'.
+        overlap_bias (bool): Of :class:`BoxSelfAttention`. Defaults to True.
+        scale_offsets (bool): Of :class:`AdaptiveSampling3D`. Defaults to
+            True.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
@@ -55,14 +62,23 @@ class AdaMixerStage(BaseModule):
         num_reg_fcs: int,
         dropout: float,
         backend: str = 'auto',
+        position_encoding: str = 'all',
+        overlap_bias: bool = True,
+        scale_offsets: bool = True,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
         self.embed_dims = embed_dims
-        self.attention = BoxSelfAttention(embed_dims, num_heads, dropout)
+        check_choice(
+            'position_encoding', position_encoding, POSITION_ENCODINGS
+        )
+        self.position_encoding = position_encoding
+        self.attention = BoxSelfAttention(
+            embed_dims, num_heads, dropout, overlap_bias
+        )
         self.attention_norm = LayerNorm(embed_dims)
         self.sampling = AdaptiveSampling3D(
-            embed_dims, num_groups, in_points, backend
+            embed_dims, num_groups, in_points, backend, scale_offsets
         )
         self.mixing_norm = LayerNorm(embed_dims)
         self.ffn = FFN(
@@ -118,7 +134,8 @@ class AdaMixerStage(BaseModule):
                 (B, G C, H_l, W_l), or what
                 :func:`lors_plugin.ops.share_levels` returns for them.
             content (Tensor): Content of the queries, shape (B, N, D).
-            xyzr (Tensor): Boxes of the queries, shape (B, N, 4), detached.
+            xyzr (Tensor): Boxes of the queries, shape (B, N, 4). They get a
+                gradient by the new boxes and by the points alone.
             strides (Sequence[int]): Pixels a cell of each level.
             mixing (Callable): Takes sampled features (B, N, G, P, C) and
                 contents (B, N, D), returns (B, N, D).
@@ -127,10 +144,18 @@ class AdaMixerStage(BaseModule):
             tuple[Tensor]: Class logits (B, N, classes) and boxes (B, N, 4)
             in float32 at least, and the new content (B, N, D).
         """
-        content = content + box_position_encoding(xyzr, self.embed_dims)
-        overlap = intersection_over_foreground(xyzr)
+        # Boxes have a gradient in the first stage, if they are learned.
+        fixed = xyzr.detach()
+        overlap = intersection_over_foreground(fixed)
+        query, value = content, None
+        if self.position_encoding != 'none':
+            query = content + box_position_encoding(fixed, self.embed_dims)
+        if self.position_encoding == 'query_key':
+            value = content
+        else:
+            content = query
         content = self.attention_norm(
-            content + self.attention(content, overlap)
+            content + self.attention(query, overlap, value)
         )
 
         sampled = self.sampling(feats, content, xyzr, strides)

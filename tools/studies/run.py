@@ -27,8 +27,14 @@ from training import EXIT_STOPPED, Job, StoppedError, run_jobs
 
 HERE = Path(__file__).resolve().parent
 STUDIES = (
-    'bccd', 'rep_adapter', 'rep_adapter_scale', 'parameternet', 'llama_moe'
-)  # fmt: skip
+    'bccd',
+    'adamixer_tables',
+    'lors_tables',
+    'rep_adapter',
+    'rep_adapter_scale',
+    'parameternet',
+    'llama_moe',
+)
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 
 

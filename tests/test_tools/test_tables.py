@@ -1,0 +1,63 @@
+"""Every row of the papers' tables is a model that can be trained."""
+
+import pytest
+import recipe
+import run as run_study
+from mmengine.config import Config
+
+from lors_plugin.analysis.weightless import EmptyWeights
+from lors_plugin.registry import MODELS
+
+BCCD = dict(
+    adamixer='adamixer/adamixer_mobilenetv2-g4-p16',
+    lors='lors_adamixer/lors-adamixer_mobilenetv2-g2-p32',
+)
+
+
+def decoders(config, study):
+    """Decoders of all runs; queries are built too."""
+    plain = Config.fromfile(config)
+    for run in study.runs:
+        words = [f'{k}={v}'.replace(' ', '') for k, v in run.options.items()]
+        config = Config(plain.to_dict())
+        config.merge_from_dict(recipe.parse_options(words))
+        with EmptyWeights():
+            MODELS.build(config.model.query_generator)
+            yield run.name, MODELS.build(config.model.decoder)
+
+
+@pytest.mark.parametrize('kind', ['adamixer', 'lors'])
+def test_all_rows_build(root, kind):
+    study = run_study.load_study(f'{kind}_tables')
+    sizes = {}
+    for path in (
+        study.runs[0].config, f'configs/{BCCD[kind]}_49-queries_bccd.py'
+    ):  # fmt: skip
+        sizes = {
+            name: sum(p.numel() for p in decoder.parameters())
+            for name, decoder in decoders(root / path, study)
+        }
+    # No option is without effect, but for those that move no weight.
+    same = {k for k, v in sizes.items() if v == sizes[study.runs[0].name]}
+    assert same <= {
+        'mixing/channel-spatial', 'mixing/spatial-channel', 'boxes/learned',
+        'positions/no-encoding', 'positions/encoding-query-key',
+        'parts/both', 'stages/6', 'adaptive/K1-r16', 'static/K1-r8',
+        'static/K2-r4',
+    }  # fmt: skip
+
+
+def test_lors_of_no_part_is_adamixer(root):
+    lors = dict(
+        decoders(
+            root / run_study.load_study('lors_tables').runs[0].config,
+            run_study.load_study('lors_tables'),
+        )
+    )['parts/none']
+    fair = Config.fromfile(
+        root / 'configs/adamixer/adamixer_r50-g2-p64_8xb2-1x_coco.py'
+    )
+    with EmptyWeights():
+        fair = MODELS.build(fair.model.decoder)
+    count = [sum(p.numel() for p in m.parameters()) for m in (lors, fair)]
+    assert count[0] == count[1]
