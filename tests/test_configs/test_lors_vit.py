@@ -10,11 +10,18 @@ from lors_plugin.registry import MODELS
 FOLDER = 'configs/lors_vit'
 PLAIN = f'{FOLDER}/deit-tiny-p16_8xb128-300e_cifar100.py'
 LORS = f'{FOLDER}/lors-deit-tiny-p16_8xb128-300e_cifar100.py'
+SMALL_PLAIN = f'{FOLDER}/deit-tiny-p4-32px_8xb128-300e_cifar100.py'
+SMALL_LORS = f'{FOLDER}/lors-deit-tiny-p4-32px_8xb128-300e_cifar100.py'
 
 
 @pytest.mark.parametrize(
     ('path', 'blocks', 'whole'),
-    [(PLAIN, 5308416, 5543716), (LORS, 2506752, 2742052)],
+    [
+        (PLAIN, 5308416, 5543716),
+        (LORS, 2506752, 2742052),
+        (SMALL_PLAIN, 5308416, 5405476),
+        (SMALL_LORS, 2506752, 2603812),
+    ],
 )
 def test_weights_of_the_blocks(path, blocks, whole, full_size):
     """5.31 M and 2.51 M in the paper."""
@@ -24,8 +31,9 @@ def test_weights_of_the_blocks(path, blocks, whole, full_size):
     assert sum(p.numel() for p in model.parameters()) == whole
 
 
-def test_ranks(full_size):
-    layers = full_size(LORS).backbone.layers
+@pytest.mark.parametrize('path', [LORS, SMALL_LORS])
+def test_ranks(path, full_size):
+    layers = full_size(path).backbone.layers
     attn = [32] * 9 + [64, 128, 192]
     assert [layer.attn.qkv.rank for layer in layers] == attn
     assert [layer.attn.proj.rank for layer in layers] == attn
@@ -37,7 +45,21 @@ def test_ranks(full_size):
     )
 
 
-@pytest.mark.parametrize('path', [PLAIN, LORS])
+@pytest.mark.parametrize('path', [SMALL_PLAIN, SMALL_LORS])
+def test_images_are_not_enlarged(path, read_config):
+    config = read_config(path)
+    steps = [step.type for step in config.train_dataloader.dataset.pipeline]
+    assert steps == ['RandomFlip', 'PackInputs']
+    for loader in (config.val_dataloader, config.test_dataloader):
+        assert [s.type for s in loader.dataset.pipeline] == ['PackInputs']
+    backbone = config.model.backbone
+    backbone = backbone.get('module', backbone)
+    assert (backbone.img_size, backbone.patch_size) == (56, 4)
+    # The rate ends at a hundredth of where it starts.
+    assert config.param_scheduler[1].eta_min == 1e-5
+
+
+@pytest.mark.parametrize('path', [PLAIN, LORS, SMALL_PLAIN, SMALL_LORS])
 def test_recipe(path, read_config):
     config = read_config(path)
     assert config.train_cfg.max_epochs == 300
