@@ -2,6 +2,11 @@
 
 from .adaptive_stack import AdaptiveLowRankStack
 from .linear import LinearStack, LowRankLinearStack, LowRankResidualLinear
+from .other_layers import (
+    LowRankInProjection,
+    LowRankMultiheadAttention,
+    LowRankResidualConv2d,
+)
 from .plain_weights import Factors, factorize
 from .share import SharedStack, ShareReport, build_lors_stack, share_stack
 
@@ -9,7 +14,10 @@ __all__ = [
     'AdaptiveLowRankStack',
     'Factors',
     'LinearStack',
+    'LowRankInProjection',
     'LowRankLinearStack',
+    'LowRankMultiheadAttention',
+    'LowRankResidualConv2d',
     'LowRankResidualLinear',
     'ShareReport',
     'SharedStack',

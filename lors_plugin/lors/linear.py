@@ -82,6 +82,9 @@ class LowRankResidualLinear(nn.Module):
         dtype (torch.dtype, optional): Of the weights. Defaults to None.
     """
 
+    # Behind the name of the layer, in the state dict of a plain model.
+    plain_key = '.weight'
+
     def __init__(
         self,
         in_features: int,
@@ -158,23 +161,29 @@ class LowRankResidualLinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """The plain layer with the same result, computed in float64."""
-        weight = self.shared.double()
-        if self.rank:
-            weight = weight + self.up.double() @ self.down.double()
+        weight = self.merged_weight()
         plain = nn.utils.skip_init(
             nn.Linear,
             self.in_features,
             self.out_features,
             bias=self.bias is not None,
-            device=self.shared.device,
-            dtype=self.shared.dtype,
+            device=weight.device,
+            dtype=weight.dtype,
         )
-        plain.weight.copy_(weight)
-        plain.weight.requires_grad_(self.shared.requires_grad)
+        plain.weight = weight
         if self.bias is not None:
             plain.bias.copy_(self.bias)
             plain.bias.requires_grad_(self.bias.requires_grad)
         return plain.train(self.training)
+
+    @torch.no_grad()
+    def merged_weight(self) -> nn.Parameter:
+        """Form ``W + B A`` in float64, as a parameter of its usual dtype."""
+        weight = self.shared.double()
+        if self.rank:
+            weight = weight + self.up.double() @ self.down.double()
+        weight = weight.to(self.shared.dtype)
+        return nn.Parameter(weight.clone(), self.shared.requires_grad)
 
     def extra_repr(self) -> str:
         return (

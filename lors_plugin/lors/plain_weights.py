@@ -38,14 +38,15 @@ def factorize(weights: Sequence[Tensor], ranks: Sequence[int]) -> Factors:
     to what remains (truncated SVD). Computed in float64.
 
     Args:
-        weights (Sequence[Tensor]): Of each layer, shape (out, in).
+        weights (Sequence[Tensor]): Of each layer, shape (out, in); further
+            dimensions, as those of convolutions, count as ``in``.
         ranks (Sequence[int]): Of each layer; 0 leaves it the mean alone.
 
     Returns:
         Factors: In the dtype of the weights.
     """
     dtype = weights[0].dtype
-    full = torch.stack([weight.double() for weight in weights])
+    full = torch.stack([weight.double().flatten(1) for weight in weights])
     shared = full.mean(0)
     downs, ups, lost = [], [], 0.0
     for residual, rank in zip(full - shared, ranks):
@@ -97,8 +98,10 @@ def read_plain_weights(
     model (EMA) use their own layers.
     """
     for layers, named in named_stacks(module):
-        keys = {layer: f'{prefix}{name}.weight' for name, layer in named}
-        shape = layers[0].shared.shape
+        keys = {
+            layer: f'{prefix}{name}{layer.plain_key}' for name, layer in named
+        }
+        shape = layers[0].weight.shape
         if any(
             key not in state_dict or state_dict[key].shape != shape
             for key in keys.values()
@@ -111,7 +114,7 @@ def read_plain_weights(
         values = dict(zip(layers, zip(factors.down, factors.up)))
         for name, layer in named:
             at = f'{prefix}{name}.'
-            state_dict.pop(f'{at}weight')
+            state_dict.pop(f'{prefix}{name}{layer.plain_key}')
             if layer.owner is layer:
                 state_dict[f'{at}shared_weight'] = factors.shared
             if layer.rank:

@@ -14,8 +14,13 @@ from lors_plugin.structure import build_module
 from lors_plugin.utils import part_of, text_table
 
 from .linear import LowRankResidualLinear
+from .other_layers import (
+    LowRankInProjection,
+    LowRankMultiheadAttention,
+    LowRankResidualConv2d,
+)
 from .plain_weights import factorize, read_plain_weights
-from .targets import Stack, find_stacks
+from .targets import Stack, find_stacks, weight_of
 
 INITS = ('kaiming', 'svd')
 
@@ -82,12 +87,16 @@ def share_stack(
     groups: Union[int, Sequence[int]] = 1,
     init: str = 'kaiming',
     module: str = '',
+    cycle: int = 1,
 ) -> ShareReport:
-    r"""Let the linear layers of a stack share their weight (LORS^T).
+    r"""Let the layers of a stack share their weight (LORS^T).
 
-    Each layer becomes a :class:`LowRankResidualLinear`: one weight for the
-    whole stack, and a low-rank part and the bias of its own. Everything else
-    of the model stays. All is checked before the model is touched.
+    Each linear layer becomes a :class:`LowRankResidualLinear`: one weight for
+    the whole stack, and a low-rank part and the bias of its own. So do
+    convolutions, and the joint projection of queries, keys and values of
+    PyTorch's attention, which a pattern finds as ``in_proj`` below its name.
+    Everything else of the model stays. All is checked before the model is
+    touched.
 
     Weights of a plain model can still be loaded: they are read as the mean
     of the layers and the best low-rank parts. ``reparameterize`` makes the
@@ -98,8 +107,8 @@ def share_stack(
         targets (Sequence[str | dict]): A pattern (full match) for each kind
             of layer, such as ``r'layers\.(\d+)\.attn\.qkv'``. The last group
             is the number of the layer in its stack; earlier groups tell
-            stacks apart. A dict has the ``pattern`` and ``ranks`` or
-            ``groups`` of its own.
+            stacks apart. A dict has the ``pattern`` and ``ranks``,
+            ``groups`` or ``cycle`` of its own.
         ranks (int | Sequence[int]): Rank of a parameter group, one value or
             one per layer. 0 leaves a layer without a private part. Defaults
             to 32.
@@ -110,6 +119,9 @@ def share_stack(
             ranks allow. Biases stay. Defaults to 'kaiming'.
         module (str): Name of the part of the model to which patterns refer.
             Defaults to the model itself.
+        cycle (int): Layers ``i``, ``i + cycle``, ``i + 2 cycle`` ... share,
+            so that as many weights are kept for the stack. Defaults to 1:
+            all layers share one weight.
 
     Returns:
         ShareReport: Names and counts.
@@ -127,9 +139,11 @@ def share_stack(
     if init not in INITS:
         raise ValueError(f'init={init!r} must be one of {INITS}')
     host = part_of(model, module)
-    stacks = find_stacks(host, targets, ranks=ranks, groups=groups)
+    stacks = find_stacks(
+        host, targets, ranks=ranks, groups=groups, cycle=cycle
+    )
     for stack in stacks:
-        if init == 'svd' and stack.layers[0].weight.is_meta:
+        if init == 'svd' and weight_of(stack.layers[0]).is_meta:
             raise ValueError(
                 f"{stack.names[0]} is on the meta device, but init='svd' "
                 'needs its weights'
@@ -183,32 +197,26 @@ def build_lors_stack(
 
 @torch.no_grad()
 def _share(model: nn.Module, stack: Stack, init: str) -> SharedStack:
-    new, owner = {}, None
+    weights = [weight_of(layer) for layer in stack.layers]
+    new, shares = {}, []
     for layer, rank in zip(stack.layers, stack.ranks):
-        weight = layer.weight
-        new[layer] = LowRankResidualLinear(
-            layer.in_features,
-            layer.out_features,
-            rank,
-            bias=False,
-            owner=owner,
-            device=weight.device,
-            dtype=weight.dtype,
-        ).train(layer.training)
-        new[layer].requires_grad_(weight.requires_grad)
-        new[layer].bias = layer.bias
-        owner = owner or new[layer]
+        owner = shares[0] if shares else None
+        new[layer], low_rank = _shared_layer(layer, rank, owner)
+        low_rank.requires_grad_(weight_of(layer).requires_grad)
+        if layer.training != new[layer].training:
+            new[layer].train(layer.training)
+        shares.append(low_rank)
+    owner = shares[0]
     # A layer that was frozen must not change with those that train.
     owner.shared_weight.requires_grad_(
-        all(layer.weight.requires_grad for layer in stack.layers)
+        all(weight.requires_grad for weight in weights)
     )
 
     error = None
     if init == 'svd':
-        weights = [layer.weight for layer in stack.layers]
         factors = factorize(weights, stack.ranks)
         owner.shared_weight.copy_(factors.shared)
-        for layer, down, up in zip(new.values(), factors.down, factors.up):
+        for layer, down, up in zip(shares, factors.down, factors.up):
             if layer.rank:
                 layer.down.copy_(down)
                 layer.up.copy_(up)
@@ -226,6 +234,32 @@ def _share(model: nn.Module, stack: Stack, init: str) -> SharedStack:
         after=rows * cols + (rows + cols) * sum(stack.ranks),
         error=error,
     )
+
+
+def _shared_layer(
+    layer: nn.Module, rank: int, owner: Optional[LowRankResidualLinear]
+) -> tuple[nn.Module, LowRankResidualLinear]:
+    """Make what takes the place of a layer, and its low-rank layer."""
+    if isinstance(layer, nn.Conv2d):
+        shared = LowRankResidualConv2d(layer, rank, owner)
+        return shared, shared
+    weight, kind = weight_of(layer), LowRankResidualLinear
+    if isinstance(layer, nn.MultiheadAttention):
+        kind = LowRankInProjection
+    rows, columns = weight.shape
+    shared = kind(
+        columns,
+        rows,
+        rank,
+        bias=False,
+        owner=owner,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    if isinstance(layer, nn.MultiheadAttention):
+        return LowRankMultiheadAttention(layer, shared), shared
+    shared.bias = layer.bias
+    return shared, shared
 
 
 def _holder(model: nn.Module, stack: Stack) -> nn.Module:

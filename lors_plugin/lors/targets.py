@@ -6,11 +6,17 @@ from typing import Any, NamedTuple, Union
 
 from torch import nn
 
-from lors_plugin.utils import has_own_forward, per_layer
+from lors_plugin.utils import (
+    check_at_least,
+    has_own_forward,
+    per_layer,
+)
 
 from .linear import LowRankResidualLinear
+from .other_layers import LowRankMultiheadAttention
 
-OPTIONS = ('pattern', 'ranks', 'groups')
+OPTIONS = ('pattern', 'ranks', 'groups', 'cycle')
+IN_PROJ = '.in_proj'
 
 
 class Stack(NamedTuple):
@@ -18,7 +24,8 @@ class Stack(NamedTuple):
 
     Attributes:
         names (list[str]): Of the layers in the model, in their order.
-        layers (list[nn.Linear]): The layers.
+        layers (list[nn.Module]): Linear layers, convolutions, or PyTorch's
+            attentions, of which ``in_proj_weight`` will be shared.
         ranks (list[int]): Rank of each private part, ``K r``.
     """
 
@@ -35,7 +42,8 @@ def find_stacks(
     Args:
         model (nn.Module): Any model.
         targets (Sequence[str | dict]): See :func:`share_stack`.
-        **defaults: ``ranks`` and ``groups`` of targets without their own.
+        **defaults: ``ranks``, ``groups`` and ``cycle`` of targets without
+            their own.
 
     Returns:
         list[Stack]: In the order of the targets.
@@ -48,16 +56,25 @@ def find_stacks(
             f'targets={targets!r} must be a list of patterns, such as '
             r"['layers\.(\d+)\.attn\.qkv']"
         )
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, LowRankResidualLinear))
-    }
+    linears = {}
+    kinds = nn.Linear, nn.Conv2d, LowRankResidualLinear
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            linears[name] = module
+        elif (
+            isinstance(module, nn.MultiheadAttention)
+            and module._qkv_same_embed_dim
+            and not isinstance(module, LowRankMultiheadAttention)
+        ):
+            linears[name + IN_PROJ] = module
     stacks, taken = [], {}
     for target in targets:
         options = {**defaults, **_as_dict(target)}
         pattern = options.pop('pattern')
-        for names in _matches(pattern, linears):
+        cycle = check_at_least(
+            f'target {pattern!r}: cycle', options.pop('cycle', 1)
+        )
+        for names in _matches(pattern, linears, cycle):
             for name in names:
                 if name in taken:
                     raise ValueError(
@@ -79,14 +96,17 @@ def _as_dict(target: Union[str, dict]) -> dict:
     unknown = set(target) - set(OPTIONS)
     if unknown or 'pattern' not in target:
         raise ValueError(
-            f'target {dict(target)} must have a pattern and may have ranks '
-            'and groups, nothing else'
+            f'target {dict(target)} must have a pattern and may have ranks, '
+            'groups and cycle, nothing else'
         )
     return dict(target)
 
 
-def _matches(pattern: str, linears: dict) -> list[list[str]]:
-    """Names of the layers of each stack, in the order of their numbers."""
+def _matches(pattern: str, linears: dict, cycle: int) -> list[list[str]]:
+    """Names of the layers of each stack, in the order of their numbers.
+
+    With a ``cycle``, every so many layers are a stack.
+    """
     compiled = re.compile(pattern)
     if not compiled.groups:
         raise ValueError(
@@ -103,15 +123,19 @@ def _matches(pattern: str, linears: dict) -> list[list[str]]:
                     f'target {pattern!r}: the last group is the number of '
                     f'the layer, but in {name} it is {number!r}'
                 )
-            stacks.setdefault(tuple(others), []).append((int(number), name))
+            stack = (*others, int(number) % cycle)
+            stacks.setdefault(stack, []).append((int(number), name))
     if not stacks:
         near = [name for name in linears if compiled.search(name)]
         hint = (
             f'it is found inside {near[:3]}, but must match the whole name'
             if near
-            else f'linear layers are named like {list(linears)[-3:]}'
+            else f'layers are named like {list(linears)[-3:]}'
         )
-        raise ValueError(f'target {pattern!r} matches no linear layer: {hint}')
+        raise ValueError(
+            f'target {pattern!r} matches no linear layer or convolution: '
+            f'{hint}'
+        )
     for found in stacks.values():
         numbers = [number for number, _ in found]
         if len(set(numbers)) < len(numbers):
@@ -127,7 +151,8 @@ def _check(where: str, names: Sequence[str], layers: Sequence) -> None:
     if len(layers) == 1:
         raise ValueError(
             f'{where} finds {names[0]} alone, which has nothing to share '
-            'with; is the number of the layer the last group?'
+            'with; is the number of the layer the last group, and the cycle '
+            'at most half of the layers?'
         )
     for name, layer in zip(names, layers):
         if isinstance(layer, LowRankResidualLinear):
@@ -135,12 +160,17 @@ def _check(where: str, names: Sequence[str], layers: Sequence) -> None:
         if not _is_plain(layer):
             raise ValueError(
                 f'{where}: {name} is a {type(layer).__name__} with hooks, '
-                'parts or a forward of its own, not a plain linear layer; '
-                'share before adding adapters and the like'
+                'parts or a forward of its own, not a plain layer; share '
+                'before adding adapters and the like'
+            )
+        if getattr(layer, 'padding_mode', 'zeros') != 'zeros':
+            raise ValueError(
+                f'{where}: {name} pads with {layer.padding_mode!r}; only '
+                'convolutions that pad with zeros can share'
             )
         kinds = [
             (tuple(w.shape), w.dtype, w.device)
-            for w in (layer.weight, layers[0].weight)
+            for w in (weight_of(layer), weight_of(layers[0]))
         ]
         if kinds[0] != kinds[1]:
             raise ValueError(
@@ -150,14 +180,25 @@ def _check(where: str, names: Sequence[str], layers: Sequence) -> None:
             )
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    """A linear layer or a host's wrapper that only adds to its name."""
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """Return the weight of a layer that will be shared."""
+    joint = isinstance(layer, nn.MultiheadAttention)
+    return layer.in_proj_weight if joint else layer.weight
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """A layer or a host's wrapper that only adds to its name."""
+    parts, own = set(), {'weight', 'bias'}
+    if isinstance(layer, nn.MultiheadAttention):
+        # A LORS layer may have its name already.
+        parts, own = {'out_proj'}, {'in_proj_weight', 'in_proj_bias'}
     return (
         not has_own_forward(layer)
-        and not layer._modules
+        and set(layer._modules) == parts
         and not layer._forward_pre_hooks
         and not layer._forward_hooks
-        and set(layer._parameters) == {'weight', 'bias'}
+        and own <= set(layer._parameters)
+        and not hasattr(layer, 'parametrizations')
     )
 
 
@@ -168,7 +209,7 @@ def _describe(kind: tuple) -> str:
 
 def _ranks(
     where: str,
-    layers: Sequence[nn.Linear],
+    layers: Sequence[nn.Module],
     ranks: Union[int, Sequence[int]],
     groups: Union[int, Sequence[int]],
 ) -> list[int]:
@@ -177,7 +218,7 @@ def _ranks(
     ranks = per_layer(f'{where}: ranks', ranks, number, minimum=0)
     groups = per_layer(f'{where}: groups', groups, number)
     totals = [k * r for k, r in zip(groups, ranks)]
-    most = min(layers[0].weight.shape)
+    most = min(weight_of(layers[0]).flatten(1).shape)
     if max(totals) > most:
         raise ValueError(
             f'{where}: rank {max(totals)} (groups times ranks) is above '

@@ -1,6 +1,8 @@
 """LORS inside models of the hosts: built, trained, merged, loaded there."""
 
 import copy
+import os
+import re
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 
 from lors_plugin.lors import LowRankResidualLinear, share_stack
+from lors_plugin.lors.targets import find_stacks, weight_of
 from lors_plugin.registry import MODELS
 from lors_plugin.reparam import reparameterize
 from lors_plugin.testing import randomize
@@ -59,6 +62,23 @@ DETR_TARGETS = [
     r'layers\.(\d)\.ffn\.layers\.1',
     # Read by PyTorch's attention, which never calls it.
     r'layers\.(\d)\.self_attn\.attn\.out_proj',
+    r'layers\.(\d)\.cross_attn\.attn\.in_proj',
+    dict(pattern=r'layers\.(\d)\.self_attn\.attn\.in_proj', ranks=1),
+]
+RESNEXT = dict(
+    type='mmpretrain.ResNeXt',
+    depth=50,
+    groups=2,
+    width_per_group=2,
+    base_channels=8,
+    stem_channels=8,
+    out_indices=(3,),
+)
+RESNEXT_TARGETS = [
+    # The first block of a stage has other channels.
+    r'layer(\d)\.([1-5])\.conv1',
+    r'layer(\d)\.(\d)\.conv2',
+    dict(pattern=r'layer(\d)\.(\d)\.conv3', ranks=3),
 ]
 
 
@@ -87,6 +107,11 @@ def detr():
     return model, DETR_TARGETS, inputs
 
 
+def resnext():
+    inputs = dict(x=torch.randn(2, 3, 32, 32))
+    return build(RESNEXT), RESNEXT_TARGETS, inputs
+
+
 def build(config):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         return MODELS.build(copy.deepcopy(config))
@@ -97,22 +122,57 @@ def output(model, inputs):
     return out[-1] if isinstance(out, (tuple, list)) else out
 
 
-@pytest.fixture(params=[vit, swin, detr], ids=lambda f: f.__name__)
+@pytest.fixture(params=[vit, swin, detr, resnext], ids=lambda f: f.__name__)
 def host(request):
     """A plain model of a host, targets in it, and its inputs."""
     return request.param()
 
 
-@pytest.mark.parametrize(('make', 'width'), [(vit, 12), (detr, 8)])
-def test_full_rank_is_the_plain_model(make, width):
-    model, targets, inputs = make()
-    randomize(model)
-    model.eval()
+def at_full_rank(model, targets):
+    """A target for each stack, with the full rank of its layers."""
+    for stack in find_stacks(model, targets, ranks=0, groups=1):
+        start = os.path.commonprefix(stack.names)
+        end = os.path.commonprefix([name[::-1] for name in stack.names])[::-1]
+        numbers = [
+            n.removeprefix(start).removesuffix(end) for n in stack.names
+        ]
+        yield dict(
+            pattern=f'{re.escape(start)}({"|".join(numbers)}){re.escape(end)}',
+            ranks=min(weight_of(stack.layers[0]).flatten(1).shape),
+        )
+
+
+def test_full_rank_is_the_plain_model(host):
+    """By singular values, and by loading the weights of a plain model."""
+    model, targets, inputs = host
+    randomize(model).eval()
+    state, other = model.state_dict(), copy.deepcopy(model)
     wanted = output(model, inputs)
-    share_stack(model, targets, ranks=width, init='svd')
-    torch.testing.assert_close(
-        output(model, inputs), wanted, rtol=1e-4, atol=1e-5
-    )
+    targets = list(at_full_rank(model, targets))
+    share_stack(model, targets, init='svd')
+    share_stack(other, targets)
+    other.load_state_dict(state, strict=True)
+    for shared in (model, other):
+        torch.testing.assert_close(
+            output(shared, inputs), wanted, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_copies_and_files(host):
+    model, targets, inputs = host
+    share_stack(model, targets, ranks=2)
+    randomize(model).eval()
+    wanted = output(model, inputs)
+    other = copy.deepcopy(model)
+    assert torch.equal(output(other, inputs), wanted)
+    # A copy shares among its own layers.
+    for layer in other.modules():
+        if isinstance(layer, LowRankResidualLinear):
+            layer.shared.data.zero_()
+    assert not torch.equal(output(other, inputs), wanted)
+    assert torch.equal(output(model, inputs), wanted)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(output(other, inputs), wanted)
 
 
 def test_trains_and_merges_into_the_plain_model(host):

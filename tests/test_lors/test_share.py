@@ -68,6 +68,17 @@ def test_earlier_groups_tell_stacks_apart():
     assert model[1][1].shared.shape == (8, 8)
 
 
+def test_every_other_layer_shares():
+    model = Model(5)
+    report = share_stack(model, [QKV], ranks=1, cycle=2)
+    assert [s.names for s in report.stacks] == [
+        [f'layers.{i}.qkv' for i in numbers] for numbers in ((0, 2, 4), (1, 3))
+    ]
+    owners = [layer['qkv'].owner for layer in model.layers]
+    assert owners[4] is owners[0] is model.layers[0]['qkv']
+    assert owners[3] is owners[1] is model.layers[1]['qkv']
+
+
 def test_part_of_a_model():
     model = nn.ModuleDict(dict(backbone=Model(3), other=Model(3)))
     share_stack(model, [QKV], ranks=1, module='backbone')
