@@ -8,9 +8,9 @@ from torch import Tensor
 from .backbones import backbone_problems
 from .key_map import CONSTANT_KEY, CONSTANT_ROW, KEY_MAPS, find_rule
 from .parameternet import (
-    RULES,
     is_parameternet,
     missing_keys,
+    rules_of,
     to_classifier,
     to_released,
 )
@@ -57,7 +57,7 @@ def is_converted(state: StateDict, source: str) -> bool:
     Returns:
         bool: False too where keys are the same in both.
     """
-    rules = RULES if source == 'parameternet' else KEY_MAPS[source]
+    rules = KEY_MAPS.get(source) or rules_of(state)
     theirs, ours = (
         sum(find_rule(rules, key, reverse) is not None for key in state)
         for reverse in (False, True)
@@ -177,7 +177,8 @@ def _check_complete(
 
 def _checked_classifier(state: StateDict, reverse: bool) -> StateDict:
     """The state dict of a ParameterNet, if it is a whole one."""
-    unknown = [k for k in state if find_rule(RULES, k, reverse) is None]
+    rules = rules_of(state)
+    unknown = [k for k in state if find_rule(rules, k, reverse) is None]
     _raise_problems(unknown, missing_keys(state, reverse))
     return state
 

@@ -3,6 +3,7 @@
 The released program flattens the kernels of the experts, (M, C_out C_in k k),
 and keeps its hidden layer behind the pooling as a 1x1 convolution. Rows are
 of any number and width: which parts a block has is read from its keys.
+GhostNet as released, and as TIMM has it, is the same without experts.
 """
 
 import math
@@ -18,58 +19,69 @@ PARTS = ('weight', 'bias')
 BLOCK_OLD, BLOCK_NEW = 'blocks.{s}.{i}.', 'backbone.stages.{s}.{i}.'
 
 
-def _dynamic(old: str, new: str) -> list[Rule]:
-    return [
-        Rule(f'{old}.routing.{{p}}', f'{new}.routing.fc.{{p}}'),
-        Rule(f'{old}.cond_conv.weight', f'{new}.weight', stacked=True),
-    ]
+def _rules(dynamic: bool) -> list[Rule]:
+    """Make the rules of a network with experts or without."""
 
+    def convs(old: str, norm: str, new: str) -> list[Rule]:
+        conv = [Rule(f'{old}.weight', f'{new}.conv.weight')]
+        if dynamic:
+            conv = [
+                Rule(f'{old}.routing.{{p}}', f'{new}.conv.routing.fc.{{p}}'),
+                Rule(
+                    f'{old}.cond_conv.weight',
+                    f'{new}.conv.weight',
+                    stacked=True,
+                ),
+            ]
+        return [*conv, Rule(norm + '.{p}', new + '.norm.{p}')]
 
-def _dynamic_norm(old: str, norm: str, new: str) -> list[Rule]:
-    return [
-        *_dynamic(old, f'{new}.conv'),
-        Rule(norm + '.{p}', new + '.norm.{p}'),
-    ]
-
-
-RULES = [
-    *_dynamic_norm('conv_stem', 'bn1', 'backbone.stem'),
-    *_dynamic_norm(
+    ghosts = (
+        ('ghost1.primary_conv', 'expand.primary'),
+        ('ghost1.cheap_operation', 'expand.cheap'),
+        ('ghost2.primary_conv', 'project.primary'),
+        ('ghost2.cheap_operation', 'project.cheap'),
+    )
+    rules = convs('conv_stem', 'bn1', 'backbone.stem')
+    rules += convs(
         BLOCK_OLD + 'conv', BLOCK_OLD + 'bn1', BLOCK_NEW.rstrip('.')
-    ),
-    *(
-        rule
-        for old, new in (
-            ('ghost1.primary_conv', 'expand.primary'),
-            ('ghost1.cheap_operation', 'expand.cheap'),
-            ('ghost2.primary_conv', 'project.primary'),
-            ('ghost2.cheap_operation', 'project.cheap'),
+    )
+    for old, new in ghosts:
+        old = BLOCK_OLD + old
+        rules += convs(f'{old}.0', f'{old}.1', BLOCK_NEW + new)
+    for i in range(2):
+        old = f'{BLOCK_OLD}shortcut.'
+        rules += convs(
+            f'{old}{2 * i}', f'{old}{2 * i + 1}', f'{BLOCK_NEW}shortcut.{i}'
         )
-        for rule in _dynamic_norm(
-            f'{BLOCK_OLD}{old}.0', f'{BLOCK_OLD}{old}.1', BLOCK_NEW + new
-        )
-    ),
-    *(
-        rule
-        for i in range(2)
-        for rule in _dynamic_norm(
-            f'{BLOCK_OLD}shortcut.{2 * i}',
-            f'{BLOCK_OLD}shortcut.{2 * i + 1}',
-            f'{BLOCK_NEW}shortcut.{i}',
-        )
-    ),
-    Rule(BLOCK_OLD + 'conv_dw.weight', BLOCK_NEW + 'depthwise.conv.weight'),
-    Rule(BLOCK_OLD + 'bn_dw.{p}', BLOCK_NEW + 'depthwise.norm.{p}'),
-    Rule(BLOCK_OLD + 'se.conv_reduce.{p}', BLOCK_NEW + 'se.reduce.{p}'),
-    Rule(BLOCK_OLD + 'se.conv_expand.{p}', BLOCK_NEW + 'se.expand.{p}'),
-    Rule('conv_head.{p}', 'head.layers.0.fc.{p}'),
-    Rule('classifier.{p}', 'head.layers.1.fc.{p}'),
-]
+    return rules + [
+        Rule(
+            BLOCK_OLD + 'conv_dw.weight', BLOCK_NEW + 'depthwise.conv.weight'
+        ),
+        Rule(BLOCK_OLD + 'bn_dw.{p}', BLOCK_NEW + 'depthwise.norm.{p}'),
+        Rule(BLOCK_OLD + 'se.conv_reduce.{p}', BLOCK_NEW + 'se.reduce.{p}'),
+        Rule(BLOCK_OLD + 'se.conv_expand.{p}', BLOCK_NEW + 'se.expand.{p}'),
+        Rule('conv_head.{p}', 'head.layers.0.fc.{p}'),
+        Rule('classifier.{p}', 'head.layers.1.fc.{p}'),
+    ]
+
+
+DYNAMIC_RULES, PLAIN_RULES = _rules(True), _rules(False)
+
+
+def rules_of(keys: Iterable[str]) -> list[Rule]:
+    """Return the rules for the keys, original or ours, of a network."""
+    dynamic = any('.cond_conv.' in k or '.routing.' in k for k in keys)
+    return DYNAMIC_RULES if dynamic else PLAIN_RULES
 
 
 def is_parameternet(keys: Iterable[str]) -> bool:
-    """Return whether keys are those of a ParameterNet, original or ours."""
-    marks = ('conv_stem.cond_conv.', 'backbone.stem.conv.routing.')
+    """Return whether keys are of ParameterNet or GhostNet, any form."""
+    marks = (
+        'conv_stem.cond_conv.',
+        'backbone.stem.conv.routing.',
+        'blocks.0.0.ghost1.',
+        'backbone.stages.0.0.expand.',
+    )
     return any(key.startswith(marks) for key in keys)
 
 
@@ -82,9 +94,9 @@ def to_classifier(state: StateDict) -> StateDict:
     Returns:
         dict[str, Tensor]: Keys of ``mmpretrain.ImageClassifier``.
     """
-    converted = {}
+    converted, rules = {}, rules_of(state)
     for key, value in state.items():
-        rule, new = find_rule(RULES, key)
+        rule, new = find_rule(rules, key)
         if rule.stacked:
             value = value.view(_kernel_shape(state, key, new))
         elif key == 'conv_head.weight':
@@ -102,9 +114,9 @@ def to_released(state: StateDict) -> StateDict:
     Returns:
         dict[str, Tensor]: Original keys.
     """
-    converted = {}
+    converted, rules = {}, rules_of(state)
     for key, value in state.items():
-        rule, old = find_rule(RULES, key, reverse=True)
+        rule, old = find_rule(rules, key, reverse=True)
         if rule.stacked:
             value = value.flatten(1)
         elif old == 'conv_head.weight':
@@ -123,7 +135,8 @@ def missing_keys(state: StateDict, reverse: bool) -> list[str]:
     Returns:
         list[str]: In the same kind of keys.
     """
-    old = [find_rule(RULES, key, reverse) for key in state]
+    rules = rules_of(state)
+    old = [find_rule(rules, key, reverse) for key in state]
     old = {match[1] for match in old if match} if reverse else set(state)
     blocks: dict[int, dict[int, set]] = {}
     for key in old:
@@ -131,38 +144,44 @@ def missing_keys(state: StateDict, reverse: bool) -> list[str]:
             _, stage, block, part, *_ = key.split('.')
             stage = blocks.setdefault(int(stage), {})
             stage.setdefault(int(block), set()).add(part)
+    dynamic = rules is DYNAMIC_RULES
     wanted = [
-        *_conv_keys('conv_stem', 'bn1'),
+        *_conv_keys('conv_stem', 'bn1', dynamic),
         *(f'{fc}.{p}' for fc in ('conv_head', 'classifier') for p in PARTS),
     ]
     last = max(blocks, default=0)
     for i in range(last):
         stage = blocks.get(i, {})
         for j in range(1 + max(stage, default=0)):
-            wanted += _block_keys(f'blocks.{i}.{j}', stage.get(j, set()))
-    wanted += _conv_keys(f'blocks.{last}.0.conv', f'blocks.{last}.0.bn1')
+            parts = stage.get(j, set())
+            wanted += _block_keys(f'blocks.{i}.{j}', parts, dynamic)
+    wanted += _conv_keys(
+        f'blocks.{last}.0.conv', f'blocks.{last}.0.bn1', dynamic
+    )
     missing = [key for key in wanted if key not in old]
     if reverse:
-        missing = [find_rule(RULES, key)[1] for key in missing]
+        missing = [find_rule(rules, key)[1] for key in missing]
     return missing
 
 
-def _conv_keys(conv: str, norm: str) -> list[str]:
-    """Of a dynamic convolution and its norm, originally."""
+def _conv_keys(conv: str, norm: str, dynamic: bool) -> list[str]:
+    """Of a convolution and its norm, originally."""
+    own = ['weight']
+    if dynamic:
+        own = ['routing.weight', 'routing.bias', 'cond_conv.weight']
     return [
-        *(f'{conv}.routing.{part}' for part in PARTS),
-        f'{conv}.cond_conv.weight',
+        *(f'{conv}.{part}' for part in own),
         *(f'{norm}.{part}' for part in NORM),
     ]
 
 
-def _block_keys(block: str, parts: set) -> list[str]:
+def _block_keys(block: str, parts: set, dynamic: bool) -> list[str]:
     """Of a block with at least these parts, originally."""
     keys = []
     for ghost in ('ghost1', 'ghost2'):
         for part in ('primary_conv', 'cheap_operation'):
             where = f'{block}.{ghost}.{part}'
-            keys += _conv_keys(f'{where}.0', f'{where}.1')
+            keys += _conv_keys(f'{where}.0', f'{where}.1', dynamic)
     if parts & {'conv_dw', 'bn_dw'}:
         keys.append(f'{block}.conv_dw.weight')
         keys += [f'{block}.bn_dw.{part}' for part in NORM]
@@ -172,7 +191,7 @@ def _block_keys(block: str, parts: set) -> list[str]:
     if parts & {'shortcut', 'conv_dw', 'bn_dw'}:
         for i in (0, 2):
             where = f'{block}.shortcut'
-            keys += _conv_keys(f'{where}.{i}', f'{where}.{i + 1}')
+            keys += _conv_keys(f'{where}.{i}', f'{where}.{i + 1}', dynamic)
     return keys
 
 
@@ -180,7 +199,8 @@ def _kernel_shape(state: StateDict, key: str, new: str) -> tuple[int, ...]:
     """(M, C_out, C_in / groups, k, k), from what is beside the kernels."""
     experts, numbers = state[key].shape
     width = state[key.replace('cond_conv', 'routing')].shape[1]
-    norm = find_rule(RULES, new.replace('.conv.', '.norm.'), reverse=True)[1]
+    norm = new.replace('.conv.', '.norm.')
+    norm = find_rule(DYNAMIC_RULES, norm, reverse=True)[1]
     out = len(state[norm])
     depthwise = '.cheap.' in new or '.shortcut.0.' in new
     inner = 1 if depthwise else width

@@ -52,11 +52,27 @@ GHOSTNET: tuple[tuple[Row, ...], ...] = (
     ((5, 672, 160, 0.25, 2),),
     ((3, 960, 160, 0.25, 1),) * 5,
 )
+# GhostNet itself, arXiv 1911.11907, table 1.
+GHOSTNET_1: tuple[tuple[Row, ...], ...] = (
+    *GHOSTNET[:4],
+    ((5, 120, 40, 0.25, 1),),
+    ((3, 240, 80, 0, 2),),
+    (
+        (3, 200, 80, 0, 1),
+        *((3, 184, 80, 0, 1),) * 2,
+        (3, 480, 112, 0.25, 1),
+        (3, 672, 112, 0.25, 1),
+    ),
+    ((5, 672, 160, 0.25, 2),),
+    ((5, 960, 160, 0, 1), (5, 960, 160, 0.25, 1)) * 2,
+)
 ARCHS = {
     # The released one.
     '600m': dict(width=1.9, rows=GHOSTNET),
     # Not released: the same rows, as wide as 300 M multiply-adds allow.
     '300m': dict(width=1.34, rows=GHOSTNET),
+    # Take num_experts=1 and act_cfg=dict(type='ReLU') for the released one.
+    'ghostnet-1.0': dict(width=1.0, rows=GHOSTNET_1),
 }
 CONVS = ('dynamic', 'rep')
 
@@ -75,7 +91,7 @@ class ParameterNet(BaseModule):
     on top.
 
     Args:
-        arch (str | dict): '300m', '600m', or a dict of
+        arch (str | dict): '300m', '600m', 'ghostnet-1.0', or a dict of
 
             - **rows** (Sequence[Sequence[Sequence]]): For each stage its
               blocks, each (kernel size, expanded channels, channels, squeeze

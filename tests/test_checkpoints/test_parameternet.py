@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
+from lors_plugin.build import build_model
 from lors_plugin.checkpoints import (
     ConversionError,
     guess_source,
     to_lors_plugin,
     to_original,
 )
-from lors_plugin.testing import Golden
+from lors_plugin.testing import Golden, randomize
 from lors_plugin.testing.golden_parameternet import classifier_config
 
 SOURCE = 'parameternet'
@@ -54,6 +55,28 @@ def test_there_and_back(small):
     assert back.keys() == small.keys()
     for key, value in small.items():
         assert torch.equal(back[key], value), key
+
+
+def test_ghostnet_of_timm(load_config):
+    """Outputs are equal; nothing is lost on the way back."""
+    timm = pytest.importorskip('timm')
+    theirs = randomize(timm.create_model('ghostnet_100')).eval()
+    state = theirs.state_dict()
+    assert guess_source(state) == SOURCE
+    converted = to_lors_plugin(state, SOURCE)
+    config = load_config('configs/parameternet/ghostnet-1.0_8xb128_in1k.py')
+    ours = build_model(config).eval()
+    ours.load_state_dict(converted, strict=True)
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        found = ours.head(ours.extract_feat(images))
+        torch.testing.assert_close(found, theirs(images), rtol=1e-4, atol=1e-6)
+    back = to_original(converted, SOURCE)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    del state['blocks.3.0.shortcut.2.weight']
+    with pytest.raises(ConversionError, match=r'blocks\.3\.0\.shortcut\.2'):
+        to_lors_plugin(state, SOURCE)
 
 
 @pytest.mark.parametrize('kind', ['adamixer', 'lors'])

@@ -39,7 +39,7 @@ def recipe_of(path):
 
 
 def test_there_are_configs():
-    assert len(CLASSIFIERS) == 24
+    assert len(CLASSIFIERS) == 27
     assert len(DETECTORS) == 4
 
 
@@ -76,13 +76,15 @@ def test_model(path, load_config, full_size):
     options = config.model.backbone
     experts = options.get('num_experts', 4)
     dynamic = 'parameternet' in stem or '-dynamic' in stem
-    assert experts == (4 if dynamic else 1)
+    number = re.search(r'-(\d)e_', stem)
+    assert experts == (int(number[1] if number else 4) if dynamic else 1)
     assert (options.get('conv') == 'rep') == ('-rep_' in stem)
     if 'swin' in stem:
         assert options.arch.embed_dims == 24
         assert decay_of_position_biases(config) == 0
         return
-    assert options.arch == re.search(r'-(\d00m)', stem)[1]
+    arch = re.search(r'ghostnet-1\.0|(?<=-)\d00m', stem)[0]
+    assert options.arch == arch
     assert model.backbone.out_channels[-1] == model.head.in_channels
     routing = options.get('routing', 'sigmoid_linear')
     assert (routing == 'softmax_mlp') == ('-softmax' in stem)
