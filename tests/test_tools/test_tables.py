@@ -8,6 +8,7 @@ from mmengine.config import Config
 from lors_plugin.analysis.weightless import EmptyWeights
 from lors_plugin.registry import MODELS
 
+SCALES = ['0.1', '0.5', '1', '5', '10']
 BCCD = dict(
     adamixer='adamixer/adamixer_mobilenetv2-g4-p16',
     lors='lors_adamixer/lors-adamixer_mobilenetv2-g2-p32',
@@ -61,3 +62,34 @@ def test_lors_of_no_part_is_adamixer(root):
         fair = MODELS.build(fair.model.decoder)
     count = [sum(p.numel() for p in m.parameters()) for m in (lors, fair)]
     assert count[0] == count[1]
+
+
+def test_vtab_has_its_tasks_and_means():
+    study = run_study.load_study('vtab')
+    names = [run.name for run in study.runs]
+    assert len(names) == 19 * 6
+    # Test accuracy rises with the scale, validation falls.
+    runs = {
+        name: dict(
+            summary=dict(
+                test=dict(mean=50 + SCALES.index(name.rpartition('-s')[2])),
+                validation=dict(
+                    mean=90 - SCALES.index(name.rpartition('-s')[2])
+                ),
+            )
+        )
+        for name in names
+        if not name.endswith('published')
+    }
+    for name in names:
+        if name.endswith('published') and 'natural' in name:
+            runs[name] = dict(summary=dict(test=dict(mean=70)))
+    table = study.summary(runs).splitlines()
+    assert table[2] == '| cifar | 0.1 | 50.0 | 0.1 | 70.0 |'
+    assert table[9] == '| **natural** | | **50.0** | | **70.0** |'
+    assert table[-1] == '| **mean of the groups** | | **50.0** | | - |'
+    runs = {k: v for k, v in runs.items() if 'kitti-s5' not in k}
+    table = study.summary(runs)
+    assert '| kitti | - | - | 5 | - |' in table
+    assert '| **structured** | | - | | - |' in table
+    assert 'Not trained yet: kitti.' in table

@@ -299,6 +299,8 @@ def write_report(study, results: Sequence[dict], out: Path) -> str:
         for group in groups_of(runs).values()
         for make in (make_table, make_difference_table)
     ]
+    if study.summary:
+        tables.insert(0, study.summary(runs))
     text = '\n'.join(filter(None, tables))
     (out / 'table.md').write_text(text)
     plot(study, runs, out / 'plot.png')

@@ -32,6 +32,7 @@ STUDIES = (
     'lors_tables',
     'rep_adapter',
     'rep_adapter_scale',
+    'vtab',
     'parameternet',
     'llama_moe',
 )

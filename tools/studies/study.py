@@ -74,6 +74,8 @@ class Study:
             returns script and arguments of a training that has no config.
             The script takes ``--work-dir DIR`` and writes
             ``DIR/*/vis_data/scalars.json`` as MMEngine does.
+        summary (Callable, optional): Function of what ``report.collect``
+            returns, for a table of its own in front of the others.
     """
 
     title: str
@@ -85,6 +87,7 @@ class Study:
     parts: Mapping[str, str] = field(default_factory=dict)
     measure: Callable[[Path], dict[str, float]] | None = None
     command: Callable[[Run, int, bool], list[str]] | None = None
+    summary: Callable[[Mapping[str, dict]], str] | None = None
 
     def __post_init__(self) -> None:
         known = []
