@@ -1,5 +1,5 @@
 # 1 to 16 images a class: more augmentation, as published. Here Food-101 with
-# 16; the lists are those of VTAB-1k's layout.
+# 16; tools/dataset_converters/image_lists.py --shots draws the lists.
 _base_ = './vit-base-p16_rep-adapter_1xb64-100e_vtab-1k.py'
 
 data_root = 'data/few_shot/food101/'
@@ -46,11 +46,13 @@ train_pipeline = [
     dict(type='PackInputs'),
 ]
 train_dataloader = dict(
+    # One image of each of few classes is less than a batch.
+    drop_last=False,
     dataset=dict(
         data_root=data_root,
-        ann_file='train_16-shot.txt',
+        ann_file='train_16-shot_seed0.txt',
         pipeline=train_pipeline,
     )
 )
-val_dataloader = dict(dataset=dict(data_root=data_root, ann_file='val.txt'))
+val_dataloader = dict(dataset=dict(data_root=data_root, ann_file='val_seed0.txt'))
 test_dataloader = dict(dataset=dict(data_root=data_root))

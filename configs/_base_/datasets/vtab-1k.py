@@ -26,6 +26,7 @@ test_pipeline = train_pipeline
 train_dataloader = dict(
     batch_size=64,
     num_workers=4,
+    drop_last=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
         type=dataset_type,

@@ -18,6 +18,7 @@ param_scheduler = [
     dict(
         type='CosineAnnealingLR',
         T_max=90,
+        eta_min=1e-5,
         begin=10,
         end=100,
         convert_to_iter_based=True,
