@@ -54,5 +54,7 @@ train_dataloader = dict(
         pipeline=train_pipeline,
     )
 )
-val_dataloader = dict(dataset=dict(data_root=data_root, ann_file='val_seed0.txt'))
+val_dataloader = dict(
+    dataset=dict(data_root=data_root, ann_file='val_seed0.txt')
+)
 test_dataloader = dict(dataset=dict(data_root=data_root))
