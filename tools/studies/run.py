@@ -30,6 +30,7 @@ STUDIES = (
     'bccd',
     'adamixer_tables',
     'lors_tables',
+    'lors_vit',
     'rep_adapter',
     'rep_adapter_scale',
     'vtab',
