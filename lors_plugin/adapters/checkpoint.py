@@ -22,7 +22,7 @@ from lors_plugin.utils import few, unwrapped
 
 from .adapter import Adapter
 from .inject import AdapterReport, adapters_of, attach, detach, report_of
-from .methods import build_adapter
+from .methods import build_adapter, is_adapter_key
 from .sites import SiteError, check_called
 
 META = 'lors_plugin_adapter'
@@ -162,19 +162,42 @@ def load_adapter_checkpoint(
     check_layers(model, file.adapters)
 
     remove_adapters(model, keep=keep)
+    adapters = None
     if not keep:
         options = file.meta['adapters']
-        attach(model, {k: build_adapter(v) for k, v in options.items()})
-    there = model.state_dict()
-    trained = [key for key in state if key in base]
-    replaced = {key: there[key].clone() for key in trained}
-    object.__setattr__(model, _REPLACED, replaced)
-    with torch.no_grad():
-        for key, value in state.items():
-            there[key].copy_(value)
-    for key, param in model.named_parameters(remove_duplicate=False):
-        param.requires_grad_(key in state)
+        adapters = {k: build_adapter(v) for k, v in options.items()}
+    put_adapters(model, adapters, state)
     return report_of(model)
+
+
+@torch.no_grad()
+def put_adapters(
+    model: nn.Module,
+    adapters: Optional[dict[str, Adapter]],
+    state: dict[str, Tensor],
+) -> None:
+    """Put adapters and trained weights on a base, and freeze the rest.
+
+    Args:
+        model (nn.Module): Of which all was checked; :func:`remove_adapters`
+            brings its base back.
+        adapters (dict[str, Adapter], optional): By layer; None if the model
+            has them.
+        state (dict[str, Tensor]): Entries of the adapted model's state dict.
+    """
+    base = model.state_dict()
+    attach(model, adapters or {})
+    there = model.state_dict()
+    replaced = {
+        key: base[key].clone()
+        for key in state
+        if key in base and not is_adapter_key(key)
+    }
+    object.__setattr__(model, _REPLACED, replaced)
+    for key, value in state.items():
+        there[key].copy_(value)
+    for key, param in model.named_parameters(remove_duplicate=False):
+        param.requires_grad_(key in state or is_adapter_key(key))
 
 
 def remove_adapters(model: nn.Module, keep: bool = False) -> list[str]:

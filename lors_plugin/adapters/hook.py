@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lors_plugin.checkpoints import read_weights
 from lors_plugin.registry import HOOKS
 from lors_plugin.structure import StructureHook, is_training
-from lors_plugin.utils import few, unwrapped
+from lors_plugin.utils import few, part_of, unwrapped
 
 from .checkpoint import (
     META,
@@ -28,8 +28,9 @@ from .checkpoint import (
     read_adapter_file,
     trained_keys,
 )
-from .inject import adapters_of, inject_adapters
+from .inject import adapters_of, fill, inject_adapters
 from .methods import CHILDREN, SELECTIONS, is_adapter_key
+from .peft import lora_of
 
 EMA = 'module.'
 
@@ -116,6 +117,10 @@ class RepAdapterHook(StructureHook):
         """Watch for the first gradient of every adapter."""
         model = unwrapped(runner.model)
         self._files.load_base(runner)
+        if self.options.get('peft') is not None and not runner._resume:
+            # Initialising has overwritten what was trained beside the LoRA.
+            host = part_of(model, self.options.get('module', 'backbone'))
+            fill(host, lora_of(host, self.options['peft'])[1])
         if self.adapter_only:
             self._files.remember(model)
         self._frozen = [p for p in model.parameters() if not p.requires_grad]

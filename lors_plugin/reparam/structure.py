@@ -9,16 +9,20 @@ from torch import Tensor, nn
 
 from lors_plugin.adapters import (
     AdapterFileError,
+    PeftError,
     adapters_of,
     is_adapter_checkpoint,
     load_adapter_checkpoint,
+    load_peft,
+    read_peft,
 )
 from lors_plugin.adapters.adapter import Adapter
 from lors_plugin.adapters.hook import RepAdapterHook
 from lors_plugin.adapters.inject import attach
 from lors_plugin.adapters.methods import ADAPTERS, is_adapter_key
+from lors_plugin.adapters.peft import lora_of
 from lors_plugin.build import build_model, structure_hooks, without_adapters
-from lors_plugin.utils import few
+from lors_plugin.utils import few, part_of
 
 # An entry of an adapter: its layer, the adapter's name there, and the rest.
 _ENTRY = re.compile(
@@ -123,6 +127,37 @@ def adapted_model(
     lacking = {k: v for k, v in own.items() if not is_adapter_key(k)}
     load_whole(model, {**lacking, **state}, path)
     return model, False
+
+
+def peft_model(
+    base: nn.Module,
+    folder: Any,
+    base_state: dict[str, Tensor],
+    base_path: Any,
+    part: str = '',
+) -> nn.Module:
+    """Load a LoRA from a folder of PEFT, and the base it belongs to.
+
+    Args:
+        base (nn.Module): From :func:`build_base`; not changed.
+        folder (Any): Of PEFT.
+        base_state (dict[str, Tensor]): Weights of the base.
+        base_path (Any): Their file, for messages.
+        part (str): The part of the model that PEFT had.
+
+    Returns:
+        nn.Module: The adapted model, in evaluation mode.
+    """
+    model, adapter = deepcopy(base), read_peft(folder)
+    try:
+        entries = lora_of(part_of(model, part), adapter)[1]
+    except PeftError as error:
+        raise CheckpointError(f'{folder}: {error}') from error
+    prefix = f'{part}.' if part else ''
+    own = [prefix + key for key in entries]
+    load_base(model, base_state, own, base_path)
+    load_peft(model, adapter, part)
+    return model.eval()
 
 
 def adapt(
