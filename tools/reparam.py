@@ -5,8 +5,8 @@
 
 Writes the weights and a config of the plain architecture, which MMDetection
 or MMPretrain load strictly without this package, unless the model itself
-from it. Outputs of both are compared first. A folder of PEFT is one more
-adapter file, and is written by
+comes from it. Outputs of both are compared first. A folder of PEFT is one
+more adapter file, and is written by
 
     python tools/reparam.py CONFIG --adapter A.pth --base BASE --to-peft DIR
 

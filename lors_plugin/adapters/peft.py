@@ -49,6 +49,8 @@ _KNOWN = {
 }  # fmt: skip
 # Other ways to start change the base, which the file does not hold.
 _STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal')
+# With `bias='all'` modules_to_save are written by these names, too.
+_WRAPPED = re.compile(r'\.(?:original_module|modules_to_save)\.')
 _LORA_KEY = re.compile(r'(.+)\.lora_(A|B)\.(?:default\.)?(weight|bias)')
 
 
@@ -284,6 +286,9 @@ def lora_of(
     entries: dict[str, Tensor] = {}
     for key, value in adapter.state.items():
         name = key.removeprefix(_PREFIX)
+        plain = _WRAPPED.sub('.', name)
+        if plain != name and _PREFIX + plain in adapter.state:
+            continue
         match = _LORA_KEY.fullmatch(name)
         if match:
             parts.setdefault(match[1], {})[f'{match[2]}.{match[3]}'] = value
