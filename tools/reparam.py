@@ -127,7 +127,7 @@ def parse_args(argv=None):
     parser.add_argument(
         '--debug', action='store_true', help='show the whole traceback'
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     check_files(parser, args)
     if min([args.num_images, *args.batches, *(args.shape or [1])]) < 1:
         parser.error('--shape, --num-images and --batches are at least 1')
