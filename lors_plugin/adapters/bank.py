@@ -23,7 +23,7 @@ from .checkpoint import (
     read_adapter_file,
 )
 from .inject import adapters_of
-from .methods import build_adapter
+from .methods import build_adapter, entries_of
 from .peft import PeftAdapter, PeftError, Update, lora_of, low_rank
 
 # What computes each image by itself, so that its rows can be replaced.
@@ -304,7 +304,7 @@ class AdapterBank:
             )
             like = next(model.parameters())
             module.to(like.device, like.dtype).eval().requires_grad_(False)
-        there = model.state_dict()
+        there = entries_of(model)
         entries = {
             key: value.to(there[key].device, there[key].dtype, copy=True)
             for key, value in entries.items()
@@ -323,7 +323,7 @@ class AdapterBank:
 
     def _with_modules(self, modules: dict[str, nn.Module]) -> dict:
         """Return the state dict of the model with other modules in it."""
-        state = dict(self.model.state_dict())
+        state = dict(entries_of(self.model))
         for name, module in modules.items():
             state = {
                 key: value

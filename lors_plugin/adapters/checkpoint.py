@@ -22,7 +22,7 @@ from lors_plugin.utils import few, unwrapped
 
 from .adapter import Adapter
 from .inject import AdapterReport, adapters_of, attach, detach, report_of
-from .methods import build_adapter, is_adapter_key
+from .methods import build_adapter, entries_of, is_adapter_key
 from .sites import SiteError, check_called
 
 META = 'lors_plugin_adapter'
@@ -76,7 +76,7 @@ def adapter_checkpoint(
         ValueError: If the model has no adapters and nothing is frozen.
     """
     model = unwrapped(model)
-    state = model.state_dict()
+    state = entries_of(model)
     meta = adapter_meta(model, state, options)
     return {
         'meta': {META: meta},
@@ -152,7 +152,7 @@ def load_adapter_checkpoint(
     file = read_adapter_file(checkpoint)
     state = file.state
     own = adapter_keys(model)
-    base = {k: v for k, v in model.state_dict().items() if k not in own}
+    base = {k: v for k, v in entries_of(model).items() if k not in own}
     base |= getattr(model, _REPLACED, {})
     check_trained(base, file)
     check_base(base, file.meta)
@@ -185,9 +185,9 @@ def put_adapters(
             has them.
         state (dict[str, Tensor]): Entries of the adapted model's state dict.
     """
-    base = model.state_dict()
+    base = entries_of(model)
     attach(model, adapters or {})
-    there = model.state_dict()
+    there = entries_of(model)
     replaced = {
         key: base[key].clone()
         for key in state
@@ -219,7 +219,7 @@ def remove_adapters(model: nn.Module, keep: bool = False) -> list[str]:
         detach(model, names)
     replaced = getattr(model, _REPLACED, None)
     if replaced is not None:
-        there = model.state_dict()
+        there = entries_of(model)
         with torch.no_grad():
             for key, value in replaced.items():
                 there[key].copy_(value)
@@ -253,7 +253,7 @@ def trained_keys(model: nn.Module) -> set[str]:
         if name not in adapters
     }
     trained = {name for name, trains in params.items() if trains}
-    for name in model.state_dict().keys() - params.keys() - adapters:
+    for name in entries_of(model).keys() - params.keys() - adapters:
         prefix = name
         while prefix:
             prefix = prefix.rpartition('.')[0]
@@ -313,7 +313,7 @@ def fingerprint(
     if trained is None:
         trained = trained_keys(model)
     left_out = {*trained, *adapter_keys(model)}
-    return digest(base_entries(model.state_dict(), left_out))
+    return digest(base_entries(entries_of(model), left_out))
 
 
 def form_of(entry: str) -> str:

@@ -21,6 +21,7 @@ from .methods import (
     SELECTIONS,
     adapter_of,
     check_options,
+    entries_of,
     is_adapter_key,
     options_per_layer,
 )
@@ -201,7 +202,7 @@ def inject_adapters(
 @torch.no_grad()
 def fill(host: nn.Module, entries: dict[str, Tensor]) -> None:
     """Write entries of a state dict into a model that has them."""
-    there = host.state_dict()
+    there = entries_of(host)
     for key, value in entries.items():
         there[key].copy_(value)
 

@@ -30,7 +30,7 @@ from .adapter import Adapter, RepAdapter
 from .checkpoint import fingerprint, put_adapters, trained_keys
 from .inject import AdapterReport, adapters_of, report_of
 from .lora import LoRA
-from .methods import fits_pattern
+from .methods import entries_of, fits_pattern
 from .sites import SiteError, check_called, site_of
 
 CONFIG = 'adapter_config.json'
@@ -303,7 +303,7 @@ def lora_of(
     if not parts:
         raise PeftError('the weights of the folder have no LoRA')
     _check_names(host, config, list(parts))
-    own = host.state_dict()
+    own = entries_of(host)
     odd = [
         f'{key} {tuple(value.shape)}'
         for key, value in entries.items()

@@ -1,7 +1,7 @@
 """Build a model as it was trained: structure by config, weights by files."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any, Optional
 
@@ -19,7 +19,11 @@ from lors_plugin.adapters import (
 from lors_plugin.adapters.adapter import Adapter
 from lors_plugin.adapters.hook import RepAdapterHook
 from lors_plugin.adapters.inject import attach
-from lors_plugin.adapters.methods import ADAPTERS, is_adapter_key
+from lors_plugin.adapters.methods import (
+    ADAPTERS,
+    is_adapter_key,
+    names_in_files,
+)
 from lors_plugin.adapters.peft import lora_of
 from lors_plugin.build import build_model, structure_hooks, without_adapters
 from lors_plugin.utils import few, part_of
@@ -107,7 +111,7 @@ def adapted_model(
     model = deepcopy(base)
     if is_adapter_checkpoint(content):
         check_scale(state, scale)
-        load_base(model, base_state, list(state), base_path)
+        load_base(model, base_state, _in_files(model, state), base_path)
         try:
             load_adapter_checkpoint(model, dict(content, state_dict=state))
         except AdapterFileError as error:
@@ -154,7 +158,7 @@ def peft_model(
     except PeftError as error:
         raise CheckpointError(f'{folder}: {error}') from error
     prefix = f'{part}.' if part else ''
-    own = [prefix + key for key in entries]
+    own = _in_files(model, [prefix + key for key in entries])
     load_base(model, base_state, own, base_path)
     load_peft(model, adapter, part)
     return model.eval()
@@ -327,6 +331,12 @@ def load_base(
     load_whole(
         model, {**{key: own[key] for key in names}, **wanted}, f'--base {path}'
     )
+
+
+def _in_files(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """Return the names that entries of a model have in its state dict."""
+    names = names_in_files(model)
+    return [names.get(key, key) for key in keys]
 
 
 def _finite(value: Any) -> bool:

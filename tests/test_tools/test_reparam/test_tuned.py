@@ -40,6 +40,15 @@ DETR = dict(
         test_cfg=dict(max_per_img=5),
     ),
 )  # fmt: skip
+# Its state dict has other names than its modules.
+TIMM = dict(
+    default_scope='mmpretrain',
+    model=dict(
+        type='TimmClassifier', model_name='vit_tiny_patch16_224', img_size=32,
+        embed_dim=24, depth=2, num_heads=2, num_classes=3,
+        data_preprocessor=dict(mean=[127.0] * 3, std=[60.0] * 3),
+    ),
+)  # fmt: skip
 # Host, and options of the hook.
 CASES = dict(
     lora=('vit', dict(method='lora', rank=3, alpha=6, bias=True)),
@@ -52,6 +61,8 @@ CASES = dict(
         r'layers\.\d\.self_attn', (r'layers\.\d\.cross_attn', 'kv')])),
     mha_lora=('detr', dict(module='decoder', method='lora',
                            targets=[r'layers\.\d\.ffn\.layers\.0\.0'])),
+    timm=('timm', dict(module='model', trainable=['head'], targets=[
+        r'blocks\.\d\.attn\.qkv', r'blocks\.\d\.mlp\.fc1'])),
     mha_bitfit=('detr', dict(module='decoder', method='bitfit')),
 )  # fmt: skip
 
@@ -65,7 +76,7 @@ def tuned(hosts, tmp_path_factory):
         if case in made:
             return made[case]
         host, hook = CASES[case]
-        content = dict(DETR if host == 'detr' else hosts.configs[host])
+        content = dict({**hosts.configs, 'detr': DETR, 'timm': TIMM}[host])
         content['custom_hooks'] = [
             dict(type='lors_plugin.RepAdapterHook', **hook)
         ]
@@ -95,7 +106,7 @@ def outputs(model, dtype):
     rng = torch.Generator().manual_seed(1)
     size = (2, 3, 64, 64)
     images = torch.randint(256, size, generator=rng, dtype=torch.uint8)
-    if hasattr(model, 'head'):
+    if not hasattr(model, 'bbox_head'):
         images = images[..., :32, :32]
     batch = prepare(model, list(images))
     return model.to(dtype)(
