@@ -66,6 +66,7 @@ MISTAKES = (ValueError, OSError)
 # Also what models raise that cannot run: without compiled operators, say.
 RUNNING = (*MISTAKES, RuntimeError)
 BUILDING = (*MISTAKES, TypeError, KeyError, AssertionError, ImportError)
+NOT_PROVEN = '{} does not say which base it was trained on: it is not checked'
 MEGA, GIGA = 1e6, 1e9
 
 
@@ -418,6 +419,7 @@ def load_model(
     """
     if base_file is not None and Path(source).is_dir():
         weights = read_weights(base_file, trust, ema)
+        print(NOT_PROVEN.format(source))
         return peft_model(base, source, weights, base_file, part), {}
     content = load_checkpoint_file(source, trust)
     state = weights_of(content, ema, source)
@@ -433,10 +435,7 @@ def load_model(
             base, cfg, content, state, source, weights, base_file, scale
         )
         if not proven:
-            print(
-                f'{source} does not say which base it was trained on: it is '
-                'not checked'
-            )
+            print(NOT_PROVEN.format(source))
     return model, content.get('meta') or {}
 
 

@@ -664,21 +664,31 @@ def _check_config(config: dict[str, Any]) -> None:
             'path_initial_model_for_weight_conversion, or merge them there'
         )
     number = (int, float)
-    kinds_of = dict(
+    kinds = dict(
         r=int,
         lora_alpha=number,
         lora_dropout=number,
         rank_pattern=dict,
         alpha_pattern=dict,
         target_modules=(str, list),
+        exclude_modules=(str, list),
+        modules_to_save=list,
     )
-    for name, kinds in kinds_of.items():
-        default = {} if kinds is dict else 0.0
-        value = config.get(name, default)
-        if value is None and kinds is dict:
+    for name, kind in kinds.items():
+        value = config.get(name)
+        if value is None and name not in ('r', 'lora_alpha', 'target_modules'):
             continue
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise PeftError(f'{name}={value!r} is no {kinds}')
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise PeftError(f'{name}={value!r} has the wrong type')
+        if isinstance(value, number):
+            continue
+        for pattern in [value] if isinstance(value, str) else value:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise PeftError(
+                    f'{name}: {pattern!r} is no regular expression ({error})'
+                ) from None
 
 
 def _check_names(
@@ -754,7 +764,7 @@ def _lora_from(
         layer,
         rank=rank,
         alpha=scale * rank,
-        dropout=config.get('lora_dropout', 0.0),
+        dropout=config.get('lora_dropout') or 0.0,
         bias=bool(config.get('lora_bias')),
     )
     _check_layer(layer)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.hooks import Hook
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lors_plugin.adapters import (
@@ -27,6 +26,7 @@ from lors_plugin.reparam import reparameterize
 from lors_plugin.testing import randomize
 
 peft = pytest.importorskip('peft')
+safetensors = pytest.importorskip('safetensors.torch')
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 KEY = 'base_model.model.'
@@ -315,7 +315,7 @@ def test_the_hook_starts_from_their_lora(tiny, tmp_path):
     )  # fmt: skip
     made = peft.get_peft_model(base.backbone, config)
     made.save_pretrained(tmp_path / 'lora')
-    saved = load_file(tmp_path / 'lora' / WEIGHTS)
+    saved = safetensors.load_file(tmp_path / 'lora' / WEIGHTS)
     options = dict(method='lora', peft=str(tmp_path / 'lora'))
     start = Start()
     runner = tiny.make(
@@ -355,9 +355,9 @@ def edit(folder, **entries):
 
 
 def edit_weights(folder, change):
-    state = load_file(folder / WEIGHTS)
+    state = safetensors.load_file(folder / WEIGHTS)
     change(state)
-    save_file(state, folder / WEIGHTS)
+    safetensors.save_file(state, folder / WEIGHTS)
 
 
 def wide(folder):
@@ -381,7 +381,15 @@ BROKEN = {
         lambda f: edit(f, init_lora_weights='pissa'),
         "init_lora_weights='pissa' changed the weights of the base",
     ),
-    'type': (lambda f: edit(f, r='four'), "r='four' is no"),
+    'type': (lambda f: edit(f, r='four'), "r='four' has the wrong type"),
+    'alpha': (
+        lambda f: edit(f, lora_alpha=None),
+        'lora_alpha=None has the wrong type',
+    ),
+    'expression': (
+        lambda f: edit(f, target_modules='(stem'),
+        r"target_modules: '\(stem' is no regular expression",
+    ),
     'json': (lambda f: (f / CONFIG).write_text('{'), 'is no JSON'),
     'empty': (lambda f: (f / CONFIG).unlink(), 'is no folder of PEFT'),
     'pickle': (
