@@ -327,7 +327,7 @@ def lora_of(
 def model_card(adapter: PeftAdapter) -> str:
     """Write the model card of a folder."""
     config = adapter.config
-    base = config['base_model_name_or_path']
+    base = config.get('base_model_name_or_path')
     head = ['---', 'library_name: peft']
     head += [f'base_model: {base}'] if base else []
     head += ['tags:', '- lora', '- rep-adapter', '---']
@@ -336,10 +336,10 @@ def model_card(adapter: PeftAdapter) -> str:
     lines = [
         f'- {len(layers)} layers, {layers[0]} to {layers[-1]}',
         f'- r {config["r"]}, lora_alpha {config["lora_alpha"]}; others for '
-        f'{len(config["rank_pattern"])} and {len(config["alpha_pattern"])} '
-        'layers',
+        f'{len(config.get("rank_pattern") or ())} and '
+        f'{len(config.get("alpha_pattern") or ())} layers',
         f'- modules trained with them: {", ".join(saved)}',
-        f'- SHA-256 of the frozen weights: `{adapter.fingerprint}`',
+        f'- SHA-256 of the frozen weights: `{adapter.fingerprint or "?"}`',
         *(f'- {note}' for note in adapter.notes),
     ]
     return CARD_TEXT.format(
@@ -396,10 +396,11 @@ def _updates_of(
         try:
             layers = low_rank(model.get_submodule(name), adapter)
             for layer, update in layers.items():
-                own, *others = names[id(layer)]
-                if others:
+                own = names[id(layer)][0]
+                places = _by_parent(host, names[id(layer)])
+                if len(places) > 1:
                     raise PeftError(
-                        f'it is {others[0]} too, and PEFT would adapt only '
+                        f'it is {places[1]} too, and PEFT would adapt only '
                         'one of both; merge it instead'
                     )
                 _check_layer(layer)
@@ -415,6 +416,12 @@ def _updates_of(
         except (PeftError, SiteError) as error:
             raise PeftError(f'{name}: {error}') from None
     return updates
+
+
+def _by_parent(host: nn.Module, names: list[str]) -> list[str]:
+    """Choose one name of a module per module that has it as a child."""
+    parents = (host.get_submodule(name.rpartition('.')[0]) for name in names)
+    return list({id(p): name for p, name in zip(parents, names)}.values())
 
 
 def low_rank(layer: nn.Module, adapter: Adapter) -> dict[nn.Module, Update]:

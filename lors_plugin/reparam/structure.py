@@ -130,6 +130,8 @@ def adapted_model(
     # The original layout splits differently; loading reads it.
     lacking = {k: v for k, v in own.items() if not is_adapter_key(k)}
     load_whole(model, {**lacking, **state}, path)
+    for key, param in model.named_parameters():
+        param.requires_grad_(key in state or is_adapter_key(key))
     return model, False
 
 
