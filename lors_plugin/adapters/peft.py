@@ -24,7 +24,6 @@ from lors_plugin.checkpoints.files import (
     write_all,
 )
 from lors_plugin.utils import few, part_of, unwrapped
-from lors_plugin.version import __version__
 
 from .adapter import Adapter, RepAdapter
 from .checkpoint import fingerprint, put_adapters, trained_keys
@@ -177,7 +176,7 @@ def write_peft(adapter: PeftAdapter, folder: Union[str, Path]) -> None:
         folder / name: lambda path, text=text: path.write_text(text, 'utf-8')
         for name, text in texts.items()
     }
-    meta = dict(lors_plugin=__version__)
+    meta = dict(fingerprint=adapter.fingerprint)
     writers[folder / WEIGHTS] = checkpoint_writer(
         WEIGHTS, dict(meta=meta, state_dict=adapter.state)
     )
@@ -342,17 +341,15 @@ def model_card(adapter: PeftAdapter) -> str:
         f'- SHA-256 of the frozen weights: `{adapter.fingerprint or "?"}`',
         *(f'- {note}' for note in adapter.notes),
     ]
-    return CARD_TEXT.format(
-        head='\n'.join(head), version=__version__, lines='\n'.join(lines)
-    )
+    return CARD_TEXT.format(head='\n'.join(head), lines='\n'.join(lines))
 
 
 CARD_TEXT = """{head}
 
 # Adapters
 
-Written by lors_plugin {version} as a LoRA of PEFT. On the model with the
-weights that they were trained on, outputs are those of the adapted model:
+Written by lors_plugin as a LoRA of PEFT. On the model with the weights
+that they were trained on, outputs are those of the adapted model:
 
 ```python
 from peft import PeftModel
