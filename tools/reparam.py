@@ -5,7 +5,10 @@
 
 Writes the weights and a config of the plain architecture, which MMDetection
 or MMPretrain load strictly without this package, unless the model itself
-comes from it. Outputs of both models are compared first.
+comes from it. Outputs of both are compared first. A folder of PEFT is one
+more adapter file, and is written by
+
+    python tools/reparam.py CONFIG --adapter A.pth --base BASE --to-peft DIR
 
 Exit code 1 means that they differ too much, 2 a mistake in the command or
 the files; nothing is written then. docs/en/user_guides/reparam.md says more.
@@ -24,7 +27,15 @@ from mmengine.config import DictAction
 from tool_utils import user_errors
 
 import lors_plugin  # noqa: F401  (makes mmcv.ops importable)
-from lors_plugin.adapters import is_adapter_checkpoint
+from lors_plugin.adapters import (
+    adapters_of,
+    is_adapter_checkpoint,
+    load_peft,
+    to_peft,
+    write_peft,
+)
+from lors_plugin.adapters.inject import detach
+from lors_plugin.adapters.peft import CARD, CONFIG, WEIGHTS
 from lors_plugin.build import image_channels, load_config, test_shape
 from lors_plugin.checkpoints.files import (
     checkpoint_writer,
@@ -43,6 +54,7 @@ from lors_plugin.reparam.deploy import deploy
 from lors_plugin.reparam.structure import (
     adapted_model,
     build_base,
+    peft_model,
     rename,
     trained_model,
 )
@@ -54,6 +66,7 @@ MISTAKES = (ValueError, OSError)
 # Also what models raise that cannot run: without compiled operators, say.
 RUNNING = (*MISTAKES, RuntimeError)
 BUILDING = (*MISTAKES, TypeError, KeyError, AssertionError, ImportError)
+NOT_PROVEN = '{} does not say which base it was trained on: it is not checked'
 MEGA, GIGA = 1e6, 1e9
 
 
@@ -72,8 +85,9 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         'out',
+        nargs='?',
         help='where to write, .pth or .safetensors; a directory with '
-        '--adapter',
+        '--adapter; left out with --to-peft',
     )
     parser.add_argument(
         '--out-config',
@@ -81,6 +95,7 @@ def parse_args(argv=None):
         help='where to write the config (default: beside OUT, as .py)',
     )
     add_adapter_arguments(parser)
+    add_peft_arguments(parser)
     add_comparing_arguments(parser)
     parser.add_argument(
         '--dtype',
@@ -113,13 +128,8 @@ def parse_args(argv=None):
     parser.add_argument(
         '--debug', action='store_true', help='show the whole traceback'
     )
-    args = parser.parse_args(argv)
-    if args.adapter and (args.checkpoint or not args.base):
-        parser.error('--adapter: give CONFIG, OUT_DIR and --base BASE')
-    if not args.adapter and (not args.checkpoint or args.base):
-        parser.error('give CONFIG, CHECKPOINT and OUT; --base needs --adapter')
-    if args.adapter and args.out_config:
-        parser.error('--out-config: configs get the names of the adapters')
+    args = parser.parse_intermixed_args(argv)
+    check_files(parser, args)
     if min([args.num_images, *args.batches, *(args.shape or [1])]) < 1:
         parser.error('--shape, --num-images and --batches are at least 1')
     if args.tolerance is None:
@@ -127,15 +137,60 @@ def parse_args(argv=None):
     return args
 
 
+def check_files(parser, args):
+    """Check which files are given; without CHECKPOINT the one is OUT."""
+    if args.adapter and args.out is None:
+        args.checkpoint, args.out = None, args.checkpoint
+    peft = args.to_peft is not None
+    complete = (args.out is None) == peft
+    if args.adapter and (args.checkpoint or not args.base or not complete):
+        wanted = 'CONFIG' if peft else 'CONFIG, OUT_DIR'
+        parser.error(f'--adapter: give {wanted} and --base BASE')
+    if not args.adapter and (not args.checkpoint or args.base or not complete):
+        wanted = 'CHECKPOINT and --to-peft' if peft else 'CHECKPOINT and OUT'
+        parser.error(f'give CONFIG, {wanted}; --base needs --adapter')
+    if args.out_config and (args.adapter or peft):
+        parser.error('--out-config: configs get the names of the adapters')
+    if args.base_name and not args.to_peft:
+        parser.error('--base-name needs --to-peft')
+    if args.part and not (args.to_peft or args.adapter):
+        parser.error('--part needs --to-peft or --adapter')
+
+
+def add_peft_arguments(parser):
+    """Add the options about folders of PEFT."""
+    group = parser.add_argument_group('PEFT')
+    group.add_argument(
+        '--to-peft',
+        metavar='DIR',
+        help='do not merge, write adapter_config.json, '
+        'adapter_model.safetensors and a model card, which stock peft loads; '
+        'of several files each in a directory of its name',
+    )
+    group.add_argument(
+        '--part',
+        default='',
+        metavar='NAME',
+        help='the part of the model that PEFT has, such as '
+        'backbone.timm_model (default: the whole model)',
+    )
+    group.add_argument(
+        '--base-name',
+        metavar='NAME',
+        help='of the base on the Hub, or its path, for adapter_config.json',
+    )
+
+
 def add_adapter_arguments(parser):
     """Add the options about files of adapters."""
     group = parser.add_argument_group('adapters in files of their own')
     group.add_argument(
         '--adapter',
+        '--from-peft',
         nargs='+',
         metavar='FILE',
-        help='files with adapters alone, merged one after the other into '
-        'files of their names in OUT_DIR',
+        help='files with adapters alone, or folders of PEFT, merged one after '
+        'the other into files of their names in OUT_DIR',
     )
     group.add_argument(
         '--base', metavar='FILE', help='the weights they were trained on'
@@ -201,10 +256,10 @@ def add_comparing_arguments(parser):
 
 @dataclass
 class Job:
-    """One file to read and two to write.
+    """One file to read, and the weights and config of the merged model.
 
     Attributes:
-        source (str): The checkpoint or the adapter file.
+        source (str): The checkpoint, adapter file or folder of PEFT.
         out (Path): Where the weights go.
         out_config (Path): Where the config goes.
     """
@@ -213,6 +268,45 @@ class Job:
     out: Path
     out_config: Path
 
+    @property
+    def outputs(self):
+        """List the files to write."""
+        return [self.out, self.out_config]
+
+
+@dataclass
+class PeftJob:
+    """One file to read, and a folder of PEFT to write.
+
+    Attributes:
+        source (str): The checkpoint or the adapter file.
+        out (Path): The folder.
+    """
+
+    source: str
+    out: Path
+
+    @property
+    def outputs(self):
+        """List the files to write."""
+        return [self.out / name for name in (CONFIG, WEIGHTS, CARD)]
+
+
+def list_jobs(args):
+    """List what the arguments ask for."""
+    if args.to_peft is not None:
+        folder = Path(args.to_peft)
+        sources = args.adapter or [args.checkpoint]
+        if len(sources) == 1:
+            return [PeftJob(sources[0], folder)]
+        jobs = adapter_jobs(sources, folder)
+        return [PeftJob(job.source, job.out.with_suffix('')) for job in jobs]
+    if args.adapter:
+        return adapter_jobs(args.adapter, args.out)
+    out = Path(args.out)
+    config = Path(args.out_config or out.with_suffix('.py'))
+    return [Job(args.checkpoint, out, config)]
+
 
 def adapter_jobs(sources, out_dir):
     """List a job per adapter file, named after it.
@@ -220,13 +314,14 @@ def adapter_jobs(sources, out_dir):
     Files of equal names get the names of their directories too.
     """
     paths = [Path(path) for path in sources]
-    counts = Counter(path.stem for path in paths)
+    names = [path.name if path.is_dir() else path.stem for path in paths]
+    counts = Counter(names)
     jobs = []
-    for path in paths:
-        name = path.stem
+    for path, name in zip(paths, names):
         if counts[name] > 1:
             name = f'{path.resolve().parent.name}_{name}'
-        out = Path(out_dir) / f'{name}{path.suffix}'
+        suffix = '.pth' if path.is_dir() else path.suffix
+        out = Path(out_dir) / f'{name}{suffix}'
         jobs.append(Job(str(path), out, out.with_suffix('.py')))
     if len({job.out_config for job in jobs}) < len(jobs):
         raise ValueError(
@@ -240,20 +335,20 @@ def check_paths(jobs, config, base=None, force=False):
     """Check all paths before anything that takes time."""
     checkpoints = [job.source for job in jobs] + ([base] if base else [])
     for path in checkpoints:
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise FileNotFoundError(f'the checkpoint {path} is not there')
     inputs = {Path(path).resolve() for path in (config, *checkpoints)}
     for job in jobs:
-        if job.out == job.out_config:
+        if len(set(job.outputs)) < len(job.outputs):
             raise ValueError(
                 f'{job.out} would be both weights and config; name the '
                 'weights .pth or .safetensors, or give --out-config'
             )
-        if job.out.parent.is_file():
-            raise ValueError(
-                f'{job.out.parent} is a file; OUT needs a directory'
-            )
-        for out in (job.out, job.out_config):
+        for out in job.outputs:
+            if out.parent.is_file():
+                raise ValueError(
+                    f'{out.parent} is a file; OUT needs a directory'
+                )
             if out.resolve() in inputs:
                 raise ValueError(
                     f'{out} is read too; write somewhere else (OUT, '
@@ -303,12 +398,13 @@ def load_images(paths, shape, channels, number=2, seed=0):
 
 def load_model(
     source, cfg, base, base_file=None, trust=False, ema=True, renamed=(),
-    scale=None,
+    scale=None, part='',
 ):  # fmt: skip
     """Load a trained model.
 
     Args:
-        source (str): A checkpoint, or with ``base_file`` an adapter file.
+        source (str): A checkpoint, or with ``base_file`` an adapter file or
+            a folder of PEFT.
         cfg (Config): Of the training.
         base (nn.Module): From ``build_base``; not changed.
         base_file (str, optional): Weights that the adapters belong to.
@@ -316,10 +412,15 @@ def load_model(
         ema (bool): Take averaged weights where there are any.
         renamed (list[tuple]): Keys to rename, expressions and replacements.
         scale (float, optional): Of adapters in the original layout.
+        part (str): Of the model, that PEFT had.
 
     Returns:
         tuple: The model, and the meta data of the file.
     """
+    if base_file is not None and Path(source).is_dir():
+        weights = read_weights(base_file, trust, ema)
+        print(NOT_PROVEN.format(source))
+        return peft_model(base, source, weights, base_file, part), {}
     content = load_checkpoint_file(source, trust)
     state = weights_of(content, ema, source)
     if not is_adapter_checkpoint(content):
@@ -334,10 +435,7 @@ def load_model(
             base, cfg, content, state, source, weights, base_file, scale
         )
         if not proven:
-            print(
-                f'{source} does not say which base it was trained on: it is '
-                'not checked'
-            )
+            print(NOT_PROVEN.format(source))
     return model, content.get('meta') or {}
 
 
@@ -352,7 +450,7 @@ def differences(before, after, images, tolerance):
         print(f'  {item}')
     if all(item.within(tolerance) for item in found):
         return ''
-    text = f'the merged model is not the same (tolerance {tolerance:g})'
+    text = f'the written model is not the same (tolerance {tolerance:g})'
     if hasattr(before, 'extract_feat'):
         share = own_rounding(before, images).relative
         text += (
@@ -423,17 +521,45 @@ def merge(
     return True
 
 
+def export(
+    job, model, images, dtype, tolerance, part='', base_name=None
+):  # fmt: skip
+    """Write adapters as a folder of PEFT, and compare what it holds.
+
+    Args:
+        job (PeftJob): The job.
+        model (nn.Module): The trained model; not changed.
+        images (list[Tensor]): To compare outputs with.
+        dtype (torch.dtype): Of the written weights.
+        tolerance (float): Largest difference that is allowed.
+        part (str): The part of the model that PEFT will have.
+        base_name (str, optional): Name of the base on the Hub.
+
+    Returns:
+        bool: False if outputs differ; nothing is written then.
+    """
+    adapter = to_peft(model, part, base_name, dtype)
+    print(f'{job.source}: {len(adapters_of(model))} adapters as a LoRA')
+    again = deepcopy(model)
+    detach(again, list(adapters_of(again)))
+    load_peft(again, adapter, part)
+    text = differences(model, again.eval(), images, tolerance)
+    if text:
+        sys.stderr.write(f'error: {job.source}: {text}; nothing was written\n')
+        return False
+    for note in adapter.notes:
+        print(f'  {note}')
+    write_peft(adapter, job.out)
+    print(f'  written: {", ".join(map(str, job.outputs))}')
+    return True
+
+
 def main(argv=None):
     """Merge; a mistake of the user's ends with exit code 2."""
     args = parse_args(argv)
     warnings.filterwarnings('ignore')
     with user_errors('', args.debug, MISTAKES):
-        if args.adapter:
-            jobs = adapter_jobs(args.adapter, args.out)
-        else:
-            out = Path(args.out)
-            config = Path(args.out_config or out.with_suffix('.py'))
-            jobs = [Job(args.checkpoint, out, config)]
+        jobs = list_jobs(args)
         check_paths(jobs, args.config, args.base, args.force)
     with user_errors('the config cannot be read', args.debug, (Exception,)):
         cfg = load_config(args.config, args.cfg_options)
@@ -450,9 +576,17 @@ def main(argv=None):
         for job in jobs:
             model, meta = load_model(
                 job.source, cfg, base, args.base, args.trust, not args.no_ema,
-                args.rename, args.scale,
+                args.rename, args.scale, args.part,
             )  # fmt: skip
             dtype = getattr(torch, args.dtype)
+            if isinstance(job, PeftJob):
+                same.append(
+                    export(
+                        job, model, images, dtype, args.tolerance, args.part,
+                        args.base_name,
+                    )
+                )  # fmt: skip
+                continue
             same.append(
                 merge(
                     job, model, meta, cfg, images, dtype, args.tolerance,

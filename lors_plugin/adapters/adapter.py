@@ -1,6 +1,7 @@
 """Adapters: what they share, and RepAdapter."""
 
 import abc
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -74,8 +75,16 @@ class Adapter(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def register(self, layer: nn.Module) -> list[RemovableHandle]:
-        """Register the hooks that change calls of a layer."""
+    def register(
+        self, layer: nn.Module, by: Optional[Callable] = None
+    ) -> list[RemovableHandle]:
+        """Register the hooks that change calls of a layer.
+
+        Args:
+            layer (nn.Module): Of the kind that :meth:`check` accepts.
+            by (Callable, optional): What the hooks call, with the arguments
+                of the adapter's ``forward``; by default the adapter.
+        """
 
     @abc.abstractmethod
     def merged_weights(self, layer: nn.Module) -> list[NewWeight]:
@@ -106,10 +115,10 @@ class AdapterHook:
     too, and use their own adapters.
 
     Args:
-        adapter (Adapter): The adapter.
+        adapter (Callable): The adapter, or what computes in its place.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Callable) -> None:
         self.adapter = adapter
 
 
@@ -117,11 +126,11 @@ class InputHook(AdapterHook):
     """Adapt inputs of a module (a forward pre-hook).
 
     Args:
-        adapter (RepAdapter): The adapter.
+        adapter (Callable): The adapter, or what computes in its place.
         names (tuple[str]): Arguments to adapt; () for the first tensor.
     """
 
-    def __init__(self, adapter: 'RepAdapter', names: tuple = ()) -> None:
+    def __init__(self, adapter: Callable, names: tuple = ()) -> None:
         super().__init__(adapter)
         self.names = names
 
@@ -273,11 +282,13 @@ class RepAdapter(Adapter):
                 f'{self.embed_dims}'
             )
 
-    def register(self, layer: nn.Module) -> list[RemovableHandle]:
+    def register(
+        self, layer: nn.Module, by: Optional[Callable] = None
+    ) -> list[RemovableHandle]:
         """See the base class."""
         return [
             reader.module.register_forward_pre_hook(
-                InputHook(self, reader.names), with_kwargs=True
+                InputHook(by or self, reader.names), with_kwargs=True
             )
             for reader in site_of(layer, self.inputs).readers()
         ]

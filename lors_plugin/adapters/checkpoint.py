@@ -22,7 +22,7 @@ from lors_plugin.utils import few, unwrapped
 
 from .adapter import Adapter
 from .inject import AdapterReport, adapters_of, attach, detach, report_of
-from .methods import build_adapter
+from .methods import build_adapter, entries_of, is_adapter_key
 from .sites import SiteError, check_called
 
 META = 'lors_plugin_adapter'
@@ -76,7 +76,7 @@ def adapter_checkpoint(
         ValueError: If the model has no adapters and nothing is frozen.
     """
     model = unwrapped(model)
-    state = model.state_dict()
+    state = entries_of(model)
     meta = adapter_meta(model, state, options)
     return {
         'meta': {META: meta},
@@ -152,7 +152,7 @@ def load_adapter_checkpoint(
     file = read_adapter_file(checkpoint)
     state = file.state
     own = adapter_keys(model)
-    base = {k: v for k, v in model.state_dict().items() if k not in own}
+    base = {k: v for k, v in entries_of(model).items() if k not in own}
     base |= getattr(model, _REPLACED, {})
     check_trained(base, file)
     check_base(base, file.meta)
@@ -162,19 +162,42 @@ def load_adapter_checkpoint(
     check_layers(model, file.adapters)
 
     remove_adapters(model, keep=keep)
+    adapters = None
     if not keep:
         options = file.meta['adapters']
-        attach(model, {k: build_adapter(v) for k, v in options.items()})
-    there = model.state_dict()
-    trained = [key for key in state if key in base]
-    replaced = {key: there[key].clone() for key in trained}
-    object.__setattr__(model, _REPLACED, replaced)
-    with torch.no_grad():
-        for key, value in state.items():
-            there[key].copy_(value)
-    for key, param in model.named_parameters(remove_duplicate=False):
-        param.requires_grad_(key in state)
+        adapters = {k: build_adapter(v) for k, v in options.items()}
+    put_adapters(model, adapters, state)
     return report_of(model)
+
+
+@torch.no_grad()
+def put_adapters(
+    model: nn.Module,
+    adapters: Optional[dict[str, Adapter]],
+    state: dict[str, Tensor],
+) -> None:
+    """Put adapters and trained weights on a base, and freeze the rest.
+
+    Args:
+        model (nn.Module): Of which all was checked; :func:`remove_adapters`
+            brings its base back.
+        adapters (dict[str, Adapter], optional): By layer; None if the model
+            has them.
+        state (dict[str, Tensor]): Entries of the adapted model's state dict.
+    """
+    base = entries_of(model)
+    attach(model, adapters or {})
+    there = entries_of(model)
+    replaced = {
+        key: base[key].clone()
+        for key in state
+        if key in base and not is_adapter_key(key)
+    }
+    object.__setattr__(model, _REPLACED, replaced)
+    for key, value in state.items():
+        there[key].copy_(value)
+    for key, param in model.named_parameters(remove_duplicate=False):
+        param.requires_grad_(key in state or is_adapter_key(key))
 
 
 def remove_adapters(model: nn.Module, keep: bool = False) -> list[str]:
@@ -196,7 +219,7 @@ def remove_adapters(model: nn.Module, keep: bool = False) -> list[str]:
         detach(model, names)
     replaced = getattr(model, _REPLACED, None)
     if replaced is not None:
-        there = model.state_dict()
+        there = entries_of(model)
         with torch.no_grad():
             for key, value in replaced.items():
                 there[key].copy_(value)
@@ -230,7 +253,7 @@ def trained_keys(model: nn.Module) -> set[str]:
         if name not in adapters
     }
     trained = {name for name, trains in params.items() if trains}
-    for name in model.state_dict().keys() - params.keys() - adapters:
+    for name in entries_of(model).keys() - params.keys() - adapters:
         prefix = name
         while prefix:
             prefix = prefix.rpartition('.')[0]
@@ -290,7 +313,7 @@ def fingerprint(
     if trained is None:
         trained = trained_keys(model)
     left_out = {*trained, *adapter_keys(model)}
-    return digest(base_entries(model.state_dict(), left_out))
+    return digest(base_entries(entries_of(model), left_out))
 
 
 def form_of(entry: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lors_plugin.checkpoints import read_weights
 from lors_plugin.registry import HOOKS
 from lors_plugin.structure import StructureHook, is_training
-from lors_plugin.utils import few, unwrapped
+from lors_plugin.utils import few, part_of, unwrapped
 
 from .checkpoint import (
     META,
@@ -28,8 +28,15 @@ from .checkpoint import (
     read_adapter_file,
     trained_keys,
 )
-from .inject import adapters_of, inject_adapters
-from .methods import CHILDREN, SELECTIONS, is_adapter_key
+from .inject import adapters_of, fill, inject_adapters
+from .methods import (
+    CHILDREN,
+    SELECTIONS,
+    entries_of,
+    is_adapter_key,
+    names_in_files,
+)
+from .peft import lora_of
 
 EMA = 'module.'
 
@@ -116,6 +123,10 @@ class RepAdapterHook(StructureHook):
         """Watch for the first gradient of every adapter."""
         model = unwrapped(runner.model)
         self._files.load_base(runner)
+        if self.options.get('peft') is not None and not runner._resume:
+            # Initialising has overwritten what was trained beside the LoRA.
+            host = part_of(model, self.options.get('module', 'backbone'))
+            fill(host, lora_of(host, self.options['peft'])[1])
         if self.adapter_only:
             self._files.remember(model)
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -198,7 +209,8 @@ class AdapterFiles:
         path, self._to_load = self._to_load, None
         model = unwrapped(runner.model)
         state = read_weights(path)
-        needed = model.state_dict().keys() - trained_keys(model)
+        names, trained = names_in_files(model), trained_keys(model)
+        needed = {names[key] for key in names.keys() - trained}
         lacking = sorted(needed - state.keys())
         if lacking:
             raise ValueError(
@@ -216,7 +228,7 @@ class AdapterFiles:
 
     def remember(self, model: nn.Module) -> None:
         """Remember the base as training starts, to check that it stays."""
-        self._base = base_entries(model.state_dict(), trained_keys(model))
+        self._base = base_entries(entries_of(model), trained_keys(model))
 
     def complete(
         self, runner: Runner, checkpoint: dict, training: bool
@@ -233,7 +245,7 @@ class AdapterFiles:
         meta = file.meta
         model = unwrapped(runner.model)
         check_adapters(model, file.adapters)
-        own = model.state_dict()
+        own = entries_of(model)
         check_trained(own, file)
         for _ in self._ways_to_the_base(runner, meta, training):
             try:
@@ -245,7 +257,10 @@ class AdapterFiles:
         else:
             raise problem
         self.source = self.source or meta.get('source')
-        checkpoint['state_dict'] = {**own, **file.state}
+        names = names_in_files(model)
+        own = {names[key]: value for key, value in own.items()}
+        new = {names[key]: value for key, value in file.state.items()}
+        checkpoint['state_dict'] = {**own, **new}
         averaged = checkpoint.get('ema_state_dict')
         if averaged is not None:
             whole = {EMA + key: value for key, value in own.items()}
@@ -261,7 +276,9 @@ class AdapterFiles:
         Raises:
             RuntimeError: If the base is no longer what it was.
         """
+        names = names_in_files(model)
         state = checkpoint['state_dict']
+        state = {key: state[name] for key, name in names.items()}
         meta = adapter_meta(model, state, self._options)
         changed = [
             k for k, v in meta['base'].items() if self._base.get(k) != v
@@ -278,7 +295,7 @@ class AdapterFiles:
         checkpoint['state_dict'] = _only(state, meta['keys'])
         averaged = checkpoint.get('ema_state_dict')
         if averaged is not None:
-            keys = [EMA + key for key in meta['keys']]
+            keys = [EMA + names[key] for key in meta['keys']]
             own = [key for key in averaged if not key.startswith(EMA)]
             checkpoint['ema_state_dict'] = _only(averaged, [*own, *keys])
 
@@ -342,7 +359,11 @@ def check_whole_file(model: nn.Module, checkpoint: dict) -> None:
         for key in state
         if is_adapter_key(key)
     }
-    adapters = adapters_of(model)
+    own = {
+        inside.split(key)[0]
+        for key in names_in_files(model).values()
+        if is_adapter_key(key)
+    }
     shapes = [
         key
         for key, value in model.state_dict().items()
@@ -350,7 +371,7 @@ def check_whole_file(model: nn.Module, checkpoint: dict) -> None:
         and key in state
         and state[key].shape != value.shape
     ]
-    odd = sorted(layers ^ adapters.keys()) if layers else []
+    odd = sorted(layers ^ own) if layers else []
     if odd or shapes:
         raise ValueError(
             'the checkpoint has other adapters than RepAdapterHook of this '

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
-from torch import nn
+from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
 from lors_plugin.structure import build_module
@@ -20,6 +21,7 @@ from .methods import (
     SELECTIONS,
     adapter_of,
     check_options,
+    entries_of,
     is_adapter_key,
     options_per_layer,
 )
@@ -85,6 +87,7 @@ def inject_adapters(
     exclude: Sequence[str] = (),
     trainable: Sequence[str] = (),
     method: str = 'rep_adapter',
+    peft: Optional[str] = None,
     **options: Any,
 ) -> AdapterReport:
     """Adapt the layers of a backbone and freeze its other weights.
@@ -110,6 +113,9 @@ def inject_adapters(
         method (str): 'rep_adapter' (RepAdapter, section 3.3) or 'lora'; or
             without adapters: 'bitfit' trains the biases inside ``module``,
             'norm' its normalisations, 'linear_probe' nothing of it.
+        peft (str, optional): A folder of PEFT whose LoRA is trained further:
+            it says which layers of ``module`` are adapted, and how, and
+            which other modules are trained. For ``method='lora'``.
         **options: Of the method: ``hidden_dims``, ``groups``, ``scale``,
             ``dropout`` of :class:`RepAdapter`; ``rank``, ``alpha``,
             ``dropout``, ``bias`` of :class:`LoRA`, and as in PEFT
@@ -132,8 +138,21 @@ def inject_adapters(
             '(lors_plugin.reparam.reparameterize) before adding others'
         )
     kept = _parameters(host, as_patterns('trainable', trainable))
-    adapters = {}
-    if method in SELECTIONS:
+    adapters, entries = {}, {}
+    if peft is not None:
+        from .peft import lora_of  # which needs this module
+
+        given = dict(targets=targets, exclude=exclude, **options)
+        odd = [name for name, value in given.items() if value]
+        if method != 'lora' or odd or placement != 'block':
+            raise ValueError(
+                f"peft={str(peft)!r} holds a LoRA: give method='lora', and "
+                f'leave out {odd[0] if odd else "placement"}, which the '
+                'folder says'
+            )
+        adapters, entries = lora_of(host, peft)
+        kept |= entries.keys()
+    elif method in SELECTIONS:
         given = dict(targets=targets, exclude=exclude)
         odd = [name for name, value in given.items() if value]
         if odd or placement != 'block':
@@ -176,7 +195,16 @@ def inject_adapters(
             'outputs that are used (out_indices?); exclude them or give '
             'other targets'
         )
+    fill(host, entries)
     return report_of(model)
+
+
+@torch.no_grad()
+def fill(host: nn.Module, entries: dict[str, Tensor]) -> None:
+    """Write entries of a state dict into a model that has them."""
+    there = entries_of(host)
+    for key, value in entries.items():
+        there[key].copy_(value)
 
 
 def _adapter_at(

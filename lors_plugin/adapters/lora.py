@@ -1,6 +1,7 @@
 """LoRA: a low-rank update beside the weight of a layer."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -156,11 +157,12 @@ class LoRA(Adapter):
                 f'takes {self.A.shape[1]} channels to {len(self.B)}'
             )
 
-    def register(self, layer: nn.Module) -> list[RemovableHandle]:
+    def register(
+        self, layer: nn.Module, by: Optional[Callable] = None
+    ) -> list[RemovableHandle]:
         """See the base class."""
-        return [
-            layer.register_forward_hook(OutputHook(self), with_kwargs=True)
-        ]
+        hook = OutputHook(by or self)
+        return [layer.register_forward_hook(hook, with_kwargs=True)]
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Compute the update of a layer's output.

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Union
 
-from torch import nn
+from torch import Tensor, nn
 
 from lors_plugin.utils import check_choice
 
@@ -140,3 +140,32 @@ def adapter_of(layer: nn.Module) -> Union[Adapter, None]:
         if isinstance(adapter, Adapter):
             return adapter
     return None
+
+
+def entries_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return weights and persistent buffers by the names of their modules.
+
+    Unlike those of ``state_dict()``, which wrappers of the hosts rename
+    (``TimmClassifier``, ``HuggingFaceClassifier``).
+    """
+    entries = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, value in module._buffers.items():
+            kept = key not in module._non_persistent_buffers_set
+            if value is not None and kept:
+                entries[f'{prefix}.{key}' if prefix else key] = value
+    return {key: value.detach() for key, value in entries.items()}
+
+
+def names_in_files(model: nn.Module) -> dict[str, str]:
+    """Map the names of :func:`entries_of` to those of ``state_dict()``."""
+    found: dict[int, list[str]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(value), []).append(key)
+    names = {}
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    for key in entries_of(model):
+        others = found.get(id(tensors[key]))
+        names[key] = others.pop(0) if others else key
+    return names

@@ -1,7 +1,7 @@
 """Build a model as it was trained: structure by config, weights by files."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any, Optional
 
@@ -9,16 +9,24 @@ from torch import Tensor, nn
 
 from lors_plugin.adapters import (
     AdapterFileError,
+    PeftError,
     adapters_of,
     is_adapter_checkpoint,
     load_adapter_checkpoint,
+    load_peft,
+    read_peft,
 )
 from lors_plugin.adapters.adapter import Adapter
 from lors_plugin.adapters.hook import RepAdapterHook
 from lors_plugin.adapters.inject import attach
-from lors_plugin.adapters.methods import ADAPTERS, is_adapter_key
+from lors_plugin.adapters.methods import (
+    ADAPTERS,
+    is_adapter_key,
+    names_in_files,
+)
+from lors_plugin.adapters.peft import lora_of
 from lors_plugin.build import build_model, structure_hooks, without_adapters
-from lors_plugin.utils import few
+from lors_plugin.utils import few, part_of
 
 # An entry of an adapter: its layer, the adapter's name there, and the rest.
 _ENTRY = re.compile(
@@ -103,7 +111,7 @@ def adapted_model(
     model = deepcopy(base)
     if is_adapter_checkpoint(content):
         check_scale(state, scale)
-        load_base(model, base_state, list(state), base_path)
+        load_base(model, base_state, _in_files(model, state), base_path)
         try:
             load_adapter_checkpoint(model, dict(content, state_dict=state))
         except AdapterFileError as error:
@@ -122,7 +130,40 @@ def adapted_model(
     # The original layout splits differently; loading reads it.
     lacking = {k: v for k, v in own.items() if not is_adapter_key(k)}
     load_whole(model, {**lacking, **state}, path)
+    for key, param in model.named_parameters():
+        param.requires_grad_(key in state or is_adapter_key(key))
     return model, False
+
+
+def peft_model(
+    base: nn.Module,
+    folder: Any,
+    base_state: dict[str, Tensor],
+    base_path: Any,
+    part: str = '',
+) -> nn.Module:
+    """Load a LoRA from a folder of PEFT, and the base it belongs to.
+
+    Args:
+        base (nn.Module): From :func:`build_base`; not changed.
+        folder (Any): Of PEFT.
+        base_state (dict[str, Tensor]): Weights of the base.
+        base_path (Any): Their file, for messages.
+        part (str): The part of the model that PEFT had.
+
+    Returns:
+        nn.Module: The adapted model, in evaluation mode.
+    """
+    model, adapter = deepcopy(base), read_peft(folder)
+    try:
+        entries = lora_of(part_of(model, part), adapter)[1]
+    except PeftError as error:
+        raise CheckpointError(f'{folder}: {error}') from error
+    prefix = f'{part}.' if part else ''
+    own = _in_files(model, [prefix + key for key in entries])
+    load_base(model, base_state, own, base_path)
+    load_peft(model, adapter, part)
+    return model.eval()
 
 
 def adapt(
@@ -292,6 +333,12 @@ def load_base(
     load_whole(
         model, {**{key: own[key] for key in names}, **wanted}, f'--base {path}'
     )
+
+
+def _in_files(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """Return the names that entries of a model have in its state dict."""
+    names = names_in_files(model)
+    return [names.get(key, key) for key in keys]
 
 
 def _finite(value: Any) -> bool:

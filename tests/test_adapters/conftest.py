@@ -41,16 +41,37 @@ class Block(nn.Module):
         return self.used(self.norm(x)).relu()
 
 
-class Model(BaseModel):
-    """A backbone and a head; the first layer is Xavier's by its init_cfg."""
+def to_file(model, state, prefix, meta):
+    return type(state)(
+        (key.replace('backbone.', 'trunk.'), value)
+        for key, value in state.items()
+    )
 
-    def __init__(self, pretrained=None, norm=False, images=False):
+
+def from_file(state, *_):
+    for key in list(state):
+        state[key.replace('trunk.', 'backbone.')] = state.pop(key)
+
+
+class Model(BaseModel):
+    """A backbone and a head; the first layer is Xavier's by its init_cfg.
+
+    Args:
+        renamed (bool): Have other names in files, as TimmClassifier does.
+    """
+
+    def __init__(
+        self, pretrained=None, norm=False, images=False, renamed=False
+    ):
         init = dict(type='Xavier', layer='Linear')
         if pretrained:
             init = dict(type='Pretrained', checkpoint=str(pretrained))
         super().__init__(init_cfg=init)
         self.backbone = nn.Sequential(Block(norm), Block(norm))
         self.head = nn.Linear(6, 1)
+        if renamed:
+            self._register_state_dict_hook(to_file)
+            self._register_load_state_dict_pre_hook(from_file)
         if images:  # of three channels and two pixels
             self.backbone.insert(0, nn.Flatten())
             self.backbone.img_size = (1, 2)

@@ -96,6 +96,28 @@ def test_files_are_small_and_resumed_to_the_last_bit(
                 assert torch.equal(value, plain['ema_state_dict'][key]), key
 
 
+def test_hosts_that_have_other_names_in_files(tiny, tmp_path, base):
+    """As MMPretrain's wrappers of timm and Hugging Face do."""
+
+    def run(name, adapter_only, start=None):
+        path = start and str(tmp_path / start)
+        runner = build(
+            tiny, tmp_path, base, name, adapter_only,
+            model=dict(norm=True, pretrained=base, renamed=True),
+            load_from=path, resume=bool(path),
+        )  # fmt: skip
+        runner.train()
+        return runner.model.state_dict()
+
+    whole = run('whole', False)
+    assert SCALE.replace('backbone', 'trunk') in whole
+    equal(whole, run('small', True))
+    equal(whole, run('a', True, 'small/epoch_1.pth'))
+    equal(whole, run('b', False, 'whole/epoch_1.pth'))
+    file = read(tmp_path / 'small/epoch_2.pth')
+    assert SCALE in file['state_dict']
+
+
 def test_a_file_is_tested_on_the_base_of_init_cfg(tiny, tmp_path, base):
     build(tiny, tmp_path, base, 'a', hooks=[copy.copy(EMA)]).train()
     path = str(tmp_path / 'a/epoch_2.pth')

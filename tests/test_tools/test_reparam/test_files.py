@@ -129,6 +129,10 @@ def test_original_layout(run, capsys):
     assert same(weights('other/foreign.pth'), weights('wanted.pth'))
     assert run('vit.py', 'twice', *rest, '--scale', '2') == 0
     assert not same(weights('twice/foreign.pth'), weights('wanted.pth'))
+    assert run('vit.py', *rest, *bare, '--scale', '1', '--to-peft', 'a') == 0
+    assert run('vit.py', 'vit.pth', '--to-peft', 'b') == 0
+    for name in ('adapter_config.json', 'adapter_model.safetensors'):
+        assert Path('a', name).read_bytes() == Path('b', name).read_bytes()
 
 
 def damaged(case):
