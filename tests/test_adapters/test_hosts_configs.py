@@ -36,6 +36,7 @@ SMALL = dict(
     embed_dim=32,
     num_dyhead_blocks=1,
     num_points=64,
+    max_per_img=10,
 )
 # Grounding DINO has a width of 256 in its code.
 GROUNDING = dict(
@@ -46,6 +47,8 @@ GROUNDING = dict(
     v_dim=256,
     l_dim=256,
 )
+# GLIP takes it for the number of tokens.
+GLIP = dict(SMALL, feat_channels=256, out_channels=256)
 VIT = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=48)
 BACKBONES = {
     'ResNet': dict(base_channels=4),
@@ -69,9 +72,9 @@ ADAPTERS = {
     'cascade-mask-rcnn_convnext-t-p4-w7-rep-adapter_fpn_4conv1fc-giou_amp-ms-crop-3x_coco': 4,  # noqa: E501
     'rtmdet_s-rep-adapter_8xb32-300e_coco': 14,
     'mask2former_swin-t-p4-w7-224-rep-adapter_8xb2-lsj-50e_coco': 18,
-    'glip_atss_swin-t_a-rep-adapter_fpn_dyhead_16xb2_ms-2x_coco': 18,
-    'grounding_dino_swin-t-rep-adapter_16xb2_1x_coco': 40,
-    'mm-grounding-dino_swin-t-rep-adapter_8xb4-20e_bccd': 40,
+    'glip_atss_swin-t_a-rep-adapter_fpn_dyhead_16xb2_ms-2x_coco': 12,
+    'grounding_dino_swin-t-rep-adapter_16xb2_1x_coco': 36,
+    'mm-grounding-dino_swin-t-rep-adapter_8xb4-20e_bccd': 36,
     'dinov2-vit-base-p14_rep-adapter_1xb64-100e_vtab-1k': 4,
     'eva-large-p14_rep-adapter_1xb64-100e_vtab-1k': 4,
     'eva02-base-p14_rep-adapter_1xb64-100e_vtab-1k': 4,
@@ -123,7 +126,7 @@ def deformable_convolution():
 
     def convolve(x, offset, mask, weight, bias, stride, padding, dilation, *_):
         # GLIP gives the offsets of a larger map; MMCV reads what it needs.
-        height, width = (-(-side // stride) for side in x.shape[-2:])
+        height, width = (-(-side // stride[0]) for side in x.shape[-2:])
         offset, mask = (y[..., :height, :width] for y in (offset, mask))
         return deform_conv2d(
             x, offset, weight, bias, stride, padding, dilation, mask
@@ -199,7 +202,7 @@ def small_config(name, load_config, folders):
     if config.default_scope == 'mmpretrain':
         shrink_classifier(model, folders)
         return config
-    sizes = GROUNDING if model.type == 'GroundingDINO' else SMALL
+    sizes = dict(GLIP=GLIP, GroundingDINO=GROUNDING).get(model.type, SMALL)
     shrink(model, sizes)
     backbone = model.backbone
     backbone.update(BACKBONES[backbone.type])
