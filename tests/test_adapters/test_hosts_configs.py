@@ -11,8 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lors_plugin.adapters import adapters_of
+from lors_plugin.adapters import (
+    adapters_of,
+    inject_adapters,
+    remove_adapters,
+)
 from lors_plugin.build import build_model
+from lors_plugin.compat import published_encoding
+from lors_plugin.reparam import reparameterize, unmerge
 from lors_plugin.reparam.deploy import deploy
 from lors_plugin.testing import randomize
 
@@ -392,3 +398,63 @@ def test_stock_hosts_load_them(merged):
     command = [sys.executable, '-c', STOCK, *map(str, paths)]
     subprocess.run(command, check=True, cwd=paths[0].parent)
     assert all(path.with_suffix('.loaded').exists() for path in paths)
+
+
+GROUNDED = 'mm-grounding-dino_swin-t-rep-adapter_8xb4-20e_bccd'
+PARTS = ('backbone', 'language_model', 'encoder', 'decoder')
+
+
+@pytest.fixture(scope='module')
+def grounding_dino(folders, load_config):
+    """The base of the config for classes of one's own, and its images."""
+    config = small_config(GROUNDED, load_config, folders)
+    torch.manual_seed(0)
+    model = randomize(build_model(config, adapters=False)).eval()
+    return model, make_data(config)
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_parts_of_grounding_dino_are_on_or_off(grounding_dino, part):
+    model = grounding_dino[0]
+    report = inject_adapters(model, '', exclude=[part])
+    parts = {name.partition('.')[0] for name in report.adapted}
+    assert parts == set(PARTS) - {part}
+    only = set(PARTS) - parts
+    remove_adapters(model)
+    report = inject_adapters(model, '', exclude=sorted(parts))
+    assert {name.partition('.')[0] for name in report.adapted} == only
+    remove_adapters(model)
+
+
+def test_grounding_dino_without_its_adapters_is_the_base(grounding_dino):
+    """Bit for bit, also after they were merged and taken out again."""
+    model, data = grounding_dino
+    base = outputs(model, data)
+    inject_adapters(model, '')
+    fresh = outputs(model, data)
+    assert all(map(torch.equal, fresh, base))
+    for adapter in adapters_of(model).values():
+        randomize(adapter)
+    tuned = outputs(model, data)
+    assert not torch.equal(tuned[0], base[0])
+    reparameterize(model)
+    unmerge(model)
+    assert all(map(torch.equal, outputs(model, data), tuned))
+    remove_adapters(model)
+    assert all(map(torch.equal, outputs(model, data), base))
+
+
+def test_boxes_are_encoded_as_published():
+    from mmdet.models.layers.transformer.utils import (
+        MLP,
+        coordinate_to_encoding,
+    )
+
+    boxes = torch.rand(2, 5, 4)
+    published = coordinate_to_encoding(boxes, num_feats=128)
+    head = MLP(512, 256, 256, 2)
+    (encoded,) = published_encoding(
+        head, (coordinate_to_encoding(boxes, num_feats=256),)
+    )
+    assert encoded.equal(published)
+    assert published_encoding(head, (published,))[0] is published
