@@ -49,7 +49,7 @@ custom_hooks = [
         exclude=[],
         # Files of what was trained; the base is load_from.
         adapter_only=True,
-        hidden_dims=16,
+        hidden_dims=24,
         scale=1.0,
     )
 ]
