@@ -117,6 +117,7 @@ class RepAdapterHook(StructureHook):
         model = unwrapped(runner.model)
         self._files.load_base(runner)
         if self.adapter_only:
+            _check_names(model)
             self._files.remember(model)
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
         self._held = frozen_norms(model)
@@ -342,15 +343,17 @@ def check_whole_file(model: nn.Module, checkpoint: dict) -> None:
         for key in state
         if is_adapter_key(key)
     }
-    adapters = adapters_of(model)
+    own = model.state_dict()
+    # Not by the names of modules: wrappers of MMPretrain rename their keys.
+    adapters = {inside.split(key)[0] for key in own if is_adapter_key(key)}
     shapes = [
         key
-        for key, value in model.state_dict().items()
+        for key, value in own.items()
         if is_adapter_key(key)
         and key in state
         and state[key].shape != value.shape
     ]
-    odd = sorted(layers ^ adapters.keys()) if layers else []
+    odd = sorted(layers ^ adapters) if layers else []
     if odd or shapes:
         raise ValueError(
             'the checkpoint has other adapters than RepAdapterHook of this '
@@ -402,6 +405,17 @@ def _require_input_gradients(runner: Runner) -> None:
         hooks = part._forward_pre_hooks.values()
         if adapters_of(part) and require_input_gradient not in hooks:
             part.register_forward_pre_hook(require_input_gradient)
+
+
+def _check_names(model: nn.Module) -> None:
+    """Refuse adapter files of a model whose state dict renames its keys."""
+    renamed = trained_keys(model) - model.state_dict().keys()
+    if renamed:
+        raise ValueError(
+            f'adapter_only: the state dict of {type(model).__name__} has '
+            f'other names than its parameters ({few(sorted(renamed))}), so '
+            'adapter files cannot tell them apart; set adapter_only=False'
+        )
 
 
 def _only(state: dict[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
