@@ -16,6 +16,7 @@ from lors_plugin.adapters import (
     inject_adapters,
     remove_adapters,
 )
+from lors_plugin.adapters.hook import check_whole_file
 from lors_plugin.build import build_model
 from lors_plugin.compat import published_encoding
 from lors_plugin.reparam import reparameterize, unmerge
@@ -392,6 +393,20 @@ def test_trains_a_step_and_merges(merged, name):
         torch.testing.assert_close(
             value / scale, other / scale, rtol=1e-4, atol=1e-4
         )
+
+
+def test_names_that_a_wrapper_changes(folders, load_config):
+    """MMPretrain's wrapper leaves 'model.' out of its state dict."""
+    name = 'hf-dinov2-base-p14_rep-adapter_1xb64-100e_vtab-1k'
+    config = small_config(name, load_config, folders)
+    model = build_model(config)
+    state = model.state_dict()
+    assert not state.keys() <= dict(model.named_parameters()).keys()
+    check_whole_file(model, dict(state_dict=state))
+    one = next(key for key in state if key.endswith('.rep_adapter.up_bias'))
+    odd = {k: v for k, v in state.items() if not k.startswith(one[:-8])}
+    with pytest.raises(ValueError, match='1 layers are adapted on one side'):
+        check_whole_file(model, dict(state_dict=odd))
 
 
 def test_stock_hosts_load_them(merged):
