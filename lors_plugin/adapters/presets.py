@@ -27,7 +27,8 @@ class Block(NamedTuple):
 
     Attributes:
         part (str): 'attn' or 'ffn', see ``placement``.
-        kind (str): Pattern (full match) of '<package>.<class>'.
+        kind (str): Pattern (full match) of '<package>.<class>', or of
+            '<module>.<class>' where a package has several of that name.
         layers (str): Pattern (full match) of the names of the layers inside;
             '' is the block itself. What cannot have an adapter is left out.
         inputs (str): Which inputs of an attention, see
@@ -58,7 +59,7 @@ BLOCKS = (
     # Swin; zeros that fill up a window go through the adapter as they go
     # through the layer behind it. That of Swin V2 normalises its keys.
     Block('attn', r'(mmpretrain|mmdet|mmseg)\.WindowMSA', r'qkv'),
-    Block('attn', r'timm\.WindowAttention', r'qkv'),
+    Block('attn', r'timm\.models\.swin_transformer\.WindowAttention', r'qkv'),
     # Transformers of MMDetection and MMSegmentation.
     Block('attn', r'mmcv\.MultiheadAttention', r'attn'),
     Block('attn', r'mmcv\.MultiScaleDeformableAttention', r'value_proj'),
@@ -127,8 +128,9 @@ def targets_of(module: nn.Module, placement: str) -> dict[str, str]:
 def _known(block: nn.Module) -> Iterator[Block]:
     """Yield the entries of a block, by its class or its base classes."""
     kinds = [
-        f'{cls.__module__.partition(".")[0]}.{cls.__name__}'
+        f'{place}.{cls.__name__}'
         for cls in type(block).__mro__
+        for place in (cls.__module__.partition('.')[0], cls.__module__)
     ]
     for known in BLOCKS:
         if any(re.fullmatch(known.kind, kind) for kind in kinds):

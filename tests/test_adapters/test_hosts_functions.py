@@ -52,6 +52,12 @@ TIMM = [
              window_size=4),
         4,
     ),
+    (
+        'swinv2_tiny_window8_256',  # normalises keys: FFN only
+        dict(img_size=32, embed_dim=12, depths=(1, 1), num_heads=(1, 2),
+             window_size=4),
+        2,
+    ),
     ('convnext_atto', dict(depths=(1,) * 4, dims=(8, 8, 16, 16)), 4),
 ]  # fmt: skip
 
