@@ -157,7 +157,7 @@ def without_pretrained(model: Any) -> Any:
         key: without_pretrained(value)
         for key, value in model.items()
         if not _loads(value)
-        and not (key == 'pretrained' and isinstance(value, str))
+        and not (key == 'pretrained' and isinstance(value, (str, bool)))
     }
 
 

@@ -148,6 +148,9 @@ def register_configs() -> None:
     from mmengine.config.utils import MODULE2PACKAGE
 
     MODULE2PACKAGE.setdefault(_NAME, _NAME)
+    # MMEngine looks for MMSegmentation under the name of the original
+    # package only; its module has the same name in the fork.
+    MODULE2PACKAGE['mmseg'] = 'mmseg'
     host_fromfile = Config.fromfile
     if hasattr(host_fromfile, 'by_host'):
         return
@@ -172,6 +175,40 @@ def _remove_scope(part):
             del part['_scope_']
         for _, value in part.items():
             _remove_scope(value)
+
+
+def repair_grounding_dino() -> None:
+    """Let Grounding DINO run in onedl-mmdetection 3.5 (imports ``mmdet``).
+
+    There the decoder of DINO encodes boxes by ``4 * embed_dims`` numbers;
+    that of Grounding DINO uses it and reads ``2 * embed_dims``, as published
+    weights do. Other versions are left as they are.
+    """
+    from mmdet.models.layers.transformer import grounding_dino_layers
+
+    decoder = grounding_dino_layers.GroundingDinoTransformerDecoder
+    host_init = decoder._init_layers
+    if hasattr(host_init, 'by_host'):
+        return
+
+    @functools.wraps(host_init)
+    def init_layers(self):
+        host_init(self)
+        self.ref_point_head.register_forward_pre_hook(published_encoding)
+
+    init_layers.by_host = host_init
+    decoder._init_layers = init_layers
+
+
+def published_encoding(head, args):
+    """Reduce an encoding of boxes to what a layer reads (a pre-hook).
+
+    With twice as many frequencies, every other one is one of the former.
+    """
+    if args[0].shape[-1] != 2 * head.layers[0].in_features:
+        return args
+    pairs = args[0].unflatten(-1, (-1, 2, 2))  # (..., pairs, 2, sine/cosine)
+    return (pairs[..., 0, :].flatten(-2),)
 
 
 def _history_method(owner, name):

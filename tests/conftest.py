@@ -291,7 +291,7 @@ def make_samples():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def read_config():
     """A config file as it is; read once, since MMEngine takes its time."""
     from mmengine.config import Config
@@ -306,7 +306,7 @@ def read_config():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def load_config(read_config):
     """A config file without pretrained weights of the model."""
 

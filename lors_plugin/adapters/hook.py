@@ -359,19 +359,17 @@ def check_whole_file(model: nn.Module, checkpoint: dict) -> None:
         for key in state
         if is_adapter_key(key)
     }
-    own = {
-        inside.split(key)[0]
-        for key in names_in_files(model).values()
-        if is_adapter_key(key)
-    }
+    own = model.state_dict()
+    # Not by the names of modules: wrappers of MMPretrain rename their keys.
+    adapters = {inside.split(key)[0] for key in own if is_adapter_key(key)}
     shapes = [
         key
-        for key, value in model.state_dict().items()
+        for key, value in own.items()
         if is_adapter_key(key)
         and key in state
         and state[key].shape != value.shape
     ]
-    odd = sorted(layers ^ own) if layers else []
+    odd = sorted(layers ^ adapters) if layers else []
     if odd or shapes:
         raise ValueError(
             'the checkpoint has other adapters than RepAdapterHook of this '

@@ -1,113 +1,140 @@
-"""Adapter presets: the layers of a backbone to adapt, by its class name.
+"""Presets: which layers of a model get adapters by default.
 
-Patterns are full matches of module names inside the backbone. Backbones are
-told by the names of their classes and base classes, so that no host has to be
-imported. RepAdapter, section 3.3: before the attention and before the FFN.
+A model is known by the blocks that it is made of: their table here says, by
+class, which layers inside read what an attention or an FFN gets. Classes are
+told by the names of their packages and their own, so that no host has to be
+imported; a derived class is known by its base. RepAdapter, section 3.3:
+before the attention and before the FFN.
 """
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple, Optional, Union
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Union
 
 from torch import nn
 
 from lors_plugin.utils import check_choice
+
+from .sites import is_site
 
 PLACEMENTS = ('block', 'attn', 'ffn')
 # A pattern, or a pair: a pattern, and which inputs of an attention.
 Target = Union[str, tuple[str, str]]
 
 
-class Preset(NamedTuple):
-    """The layers that get adapters in one kind of backbone.
+class Block(NamedTuple):
+    """Layers that get adapters in one kind of block.
 
     Attributes:
-        attn (str, optional): What reads the tokens of an attention.
-        ffn (str, optional): The first layer of an FFN.
+        part (str): 'attn' or 'ffn', see ``placement``.
+        kind (str): Pattern (full match) of '<package>.<class>', or of
+            '<module>.<class>' where a package has several of that name.
+        layers (str): Pattern (full match) of the names of the layers inside;
+            '' is the block itself. What cannot have an adapter is left out.
+        inputs (str): Which inputs of an attention, see
+            :class:`~lors_plugin.adapters.sites.Site`.
     """
 
-    attn: Optional[str]
-    ffn: Optional[str]
+    part: str
+    kind: str
+    layers: str
+    inputs: str = ''
 
 
-PRESETS = {
-    # mmpretrain: ViT, DINOv2, DeiT, DeiT III, CLIP, MAE, MoCo v3
-    'VisionTransformer': Preset(
-        r'layers\.\d+\.attn\.qkv',
-        r'layers\.\d+\.ffn\.(layers\.0\.0|w12|fc1)',
+BLOCKS = (
+    # ViT, DINOv2, DeiT, CLIP, EVA-02, MViT, SAM, BEiT; ViTDet is a project
+    # in the source tree of MMDetection.
+    Block(
+        'attn',
+        r'(mmpretrain|mmseg|timm|projects)\.(Multihead|MultiScale|BEiT)?'
+        r'Attention(WithRoPE)?',
+        r'qkv',
     ),
-    # mmpretrain: BEiT, BEiT v2, EVA
-    'BEiTViT': Preset(
-        r'layers\.\d+\.attn',
-        r'layers\.\d+\.ffn\.(layers\.0\.0|w12)',
+    Block(
+        'ffn',
+        r'(mmpretrain|timm|projects)\.(Mlp|MLP|GluMlp|SwiGLU|SwiGLUFFN|'
+        r'DeiT3FFN)',
+        r'fc1(_[gx])?|w12',
     ),
-    'ViTEVA02': Preset(r'layers\.\d+\.attn\.qkv', r'layers\.\d+\.mlp\.w12'),
-    # mmpretrain: Segment Anything; the zeros that fill up its windows are
-    # adapted and merged as those of Swin are
-    'ViTSAM': Preset(
-        r'layers\.\d+\.attn\.qkv', r'layers\.\d+\.ffn\.layers\.0\.0'
+    # Swin; zeros that fill up a window go through the adapter as they go
+    # through the layer behind it. That of Swin V2 normalises its keys.
+    Block('attn', r'(mmpretrain|mmdet|mmseg)\.WindowMSA', r'qkv'),
+    Block('attn', r'timm\.models\.swin_transformer\.WindowAttention', r'qkv'),
+    # Transformers of MMDetection and MMSegmentation.
+    Block('attn', r'mmcv\.MultiheadAttention', r'attn'),
+    Block('attn', r'mmcv\.MultiScaleDeformableAttention', r'value_proj'),
+    Block('attn', r'mmdet\.ConditionalAttention', r''),
+    Block('attn', r'mmdet\.BiMultiHeadAttention', r'(values_)?[vl]_proj'),
+    Block('ffn', r'mmcv\.FFN', r'layers\.0\.0'),
+    Block('ffn', r'(mmdet|mmseg)\.MixFFN', r'layers\.0'),
+    # Convolutional networks, in front of pointwise layers.
+    Block('ffn', r'mmpretrain\.ConvNeXtBlock', r'pointwise_conv1'),
+    Block('ffn', r'(mmdet|mmpretrain|mmseg)\.Bottleneck', r'conv1'),
+    Block('ffn', r'mmdet\.CSPLayer', r'(main|final)_conv\.conv'),
+    Block('ffn', r'mmdet\.CSPNeXtBlock', r'conv2\.pointwise_conv\.conv'),
+    # Hugging Face, and what MMDetection has of it. The keys of DINOv3 have
+    # no bias, and the one that merging would give them would be rotated.
+    Block('attn', r'transformers\.DINOv3ViTAttention', r'', 'qv'),
+    Block('attn', r'(transformers|mmdet)\.\w*Attention', r'|qkv'),
+    Block('ffn', r'transformers\.\w*Intermediate', r'dense'),
+    Block(
+        'ffn',
+        r'transformers\.\w*(MLP|Mlp|MLPBlock|FFN)',
+        r'fc1|lin1|weights_in|up_proj|gate_proj',
     ),
-    # mmpretrain: MViT v2
-    'MViT': Preset(r'blocks\.\d+\.attn\.qkv', r'blocks\.\d+\.mlp\.fc1'),
-    # mmpretrain and mmdet; zeros that fill up a window go through the adapter
-    # as they go through the linear behind it, so merging stays exact
-    'SwinTransformer': Preset(
-        r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.qkv',
-        r'stages\.\d+\.blocks\.\d+\.ffn\.layers\.0\.0',
-    ),
-    # mmpretrain; its attention normalises keys, see sites.py
-    'SwinTransformerV2': Preset(
-        None, r'stages\.\d+\.blocks\.\d+\.ffn\.layers\.0\.0'
-    ),
-    # mmpretrain; the depth-wise convolution is no place for an adapter
-    'ConvNeXt': Preset(None, r'stages\.\d+\.\d+\.pointwise_conv1'),
-    # mmdet, projects/ViTDet
-    'ViT': Preset(r'blocks\.\d+\.attn\.qkv', r'blocks\.\d+\.mlp\.fc1'),
-}
-
-
-def find_preset(module: nn.Module) -> Preset:
-    """The preset of a backbone.
-
-    Raises:
-        ValueError: If no class of the module is known.
-    """
-    for cls in type(module).__mro__:
-        if cls.__name__ in PRESETS:
-            return PRESETS[cls.__name__]
-    raise ValueError(
-        f'no preset for {type(module).__name__}; there are presets for '
-        f'{sorted(PRESETS)}. Give targets=[...], patterns of the layers that '
-        'read the tokens'
-    )
+)
 
 
 def targets_of(module: nn.Module, placement: str) -> dict[str, str]:
-    """Find the layers that the preset of a backbone adapts.
+    """Find the layers of a model's known blocks.
 
     Args:
-        module (nn.Module): The backbone.
+        module (nn.Module): A backbone, or any other model.
         placement (str): 'block' (attention and FFN), 'attn' or 'ffn'.
 
     Returns:
         dict[str, str]: See :func:`match`.
 
     Raises:
-        ValueError: If the backbone is unknown or has no such layer.
+        ValueError: If the model has no such block.
     """
     check_choice('placement', placement, PLACEMENTS)
-    preset = find_preset(module)
-    chosen = [
-        pattern
-        for part, pattern in preset._asdict().items()
-        if placement in ('block', part) and pattern
-    ]
+    found: dict[str, Block] = {}
+    for name, block in module.named_modules():
+        for known in _known(block):
+            for inner, layer in block.named_modules():
+                if re.fullmatch(known.layers, inner) and is_site(layer):
+                    whole = '.'.join(filter(None, (name, inner)))
+                    found.setdefault(whole, known)
+    if not found:
+        raise ValueError(
+            f'no preset for {type(module).__name__}: presets know blocks of '
+            'MMDetection, MMPretrain, MMSegmentation, timm and transformers. '
+            'Give targets=[...], patterns of the layers that read the tokens'
+        )
+    chosen = {
+        name: found[name].inputs
+        for name, _ in module.named_modules()
+        if name in found and placement in ('block', found[name].part)
+    }
     if not chosen:
         raise ValueError(
             f'{type(module).__name__} has no place for '
             f'placement={placement!r}; use placement="block"'
         )
-    return match(module, chosen)
+    return chosen
+
+
+def _known(block: nn.Module) -> Iterator[Block]:
+    """Yield the entries of a block, by its class or its base classes."""
+    kinds = [
+        f'{place}.{cls.__name__}'
+        for cls in type(block).__mro__
+        for place in (cls.__module__.partition('.')[0], cls.__module__)
+    ]
+    for known in BLOCKS:
+        if any(re.fullmatch(known.kind, kind) for kind in kinds):
+            yield known
 
 
 def as_patterns(option: str, value: Union[str, Sequence[str]]) -> list[str]:

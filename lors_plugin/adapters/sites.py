@@ -30,6 +30,7 @@ PROJECTIONS = (
     ('q_lin', 'k_lin', 'v_lin'),
     ('to_q', 'to_k', 'to_v'),
     ('q', 'k', 'v'),
+    ('qcontent_proj', 'kcontent_proj', 'v_proj'),
 )
 # Attentions of plain dot products, whose keys have no bias: the same number
 # added to all keys of a query leaves softmax as it is.
@@ -346,6 +347,11 @@ KINDS: tuple[type[Site], ...] = (
 )
 
 
+def is_site(layer: nn.Module) -> bool:
+    """Return whether a module is of a kind that can have an adapter."""
+    return any(kind.fits(layer) for kind in KINDS)
+
+
 def site_of(layer: nn.Module, inputs: str = '') -> Site:
     """Describe where an adapter of a module's inputs sits.
 
@@ -362,7 +368,7 @@ def site_of(layer: nn.Module, inputs: str = '') -> Site:
     inner = [
         name
         for name, child in layer.named_modules()
-        if name and any(kind.fits(child) for kind in KINDS)
+        if name and is_site(child)
     ]
     hint = f', such as {inner[0]} in it' if inner else ''
     raise SiteError(
@@ -387,7 +393,7 @@ def check_called(model: nn.Module, name: str) -> None:
     if own not in read_only_layers(type(parent)):
         return
     nearest = 'another layer, such as the first of the FFN'
-    if any(kind.fits(parent) for kind in KINDS):
+    if is_site(parent):
         nearest = f'the attention itself ({parent_name or "the model"})'
     raise SiteError(
         f'{type(parent).__name__} reads the weights of {own} and never '

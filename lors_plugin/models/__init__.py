@@ -5,6 +5,7 @@ from lors_plugin.compat import (
     explain_import,
     register_configs,
     register_safe_globals,
+    repair_grounding_dino,
 )
 from lors_plugin.lors import (
     AdaptiveLowRankStack,
@@ -38,6 +39,7 @@ except TypeError as error:
 
 register_safe_globals()
 register_configs()
+repair_grounding_dino()
 
 # Functions that build, under the names that configs have for them.
 AdaptedModel = build_adapted_model

@@ -65,15 +65,18 @@ def compare_outputs(
     batch = prepare(before, images)
     found = []
     if hasattr(before, 'extract_feat'):
-        pair = [model.extract_feat(batch['inputs']) for model in models]
+        pair = [features(model, batch['inputs']) for model in models]
         found.append(difference('features', *pair))
     if hasattr(before, 'rpn_head') and hasattr(before, 'roi_head'):
         pair = _two_stage_outputs(before, after, batch)
-    else:
+    elif not hasattr(before, 'language_model'):  # those predict only
         pair = [model(**batch, mode='tensor') for model in models]
-    found.append(difference('raw outputs', *pair))
-    # Transformers that take the best proposals for queries.
-    found[-1].decides = not getattr(before, 'as_two_stage', False)
+    else:
+        pair = None
+    if pair is not None:
+        found.append(difference('raw outputs', *pair))
+        # Transformers that take the best proposals for queries.
+        found[-1].decides = not getattr(before, 'as_two_stage', False)
     # Predicting writes into the samples, so each model gets its own.
     pair = [m(**prepare(m, images), mode='predict') for m in models]
     if is_detector(before):
@@ -95,8 +98,21 @@ def own_rounding(model: nn.Module, images: Sequence[Tensor]) -> Difference:
         images (Sequence[Tensor]): (channels, H, W), uint8.
     """
     inputs = prepare(model, images)['inputs']
-    exact = deepcopy(model).double().extract_feat(inputs.double())
-    return difference('rounding', model.extract_feat(inputs), exact)
+    exact = features(deepcopy(model).double(), inputs.double())
+    return difference('rounding', features(model, inputs), exact)
+
+
+def features(model: nn.Module, inputs: Tensor) -> Any:
+    """Compute a model's features, or what it returns instead of any.
+
+    Args:
+        model (nn.Module): With ``extract_feat``, in evaluation mode.
+        inputs (Tensor): Shape (B, channels, H, W).
+    """
+    try:
+        return model.extract_feat(inputs)
+    except NotImplementedError:  # MMPretrain's wrapper of Hugging Face
+        return model(inputs)
 
 
 def prepare(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Any]:
@@ -112,6 +128,9 @@ def prepare(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Any]:
     samples = None
     if is_detector(model):
         samples = [_sample(index, image) for index, image in enumerate(images)]
+        if hasattr(model, 'language_model'):
+            for sample in samples:
+                sample.set_metainfo(dict(text=('cell',), custom_entities=True))
     batch = model.data_preprocessor(
         dict(inputs=list(images), data_samples=samples), False
     )

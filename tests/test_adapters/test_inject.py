@@ -185,7 +185,7 @@ def test_impossible_places_are_refused_before_anything_happens(module, match):
         (dict(module='trunk'), r"no part 'trunk'.*backbone.*head"),
         (dict(targets=['qkv']), 'found inside .*0.qkv.*whole name'),
         (dict(targets=['attn']), 'matches no module.*named like'),
-        (dict(), 'no preset for Sequential.*SwinTransformer'),
+        (dict(), 'no preset for Sequential.*MMSegmentation'),
         (dict(targets=TARGETS, exclude=['.*']), 'leaves nothing'),
         (dict(targets=TARGETS, exclude=['0.norm']), 'leaves out none.*1.qkv'),
         (dict(targets='0.[qkv'), 'targets: .*no regular expression'),

@@ -31,6 +31,14 @@ NAMES = [
     'vit-small-p14_lora_elpv-70px',
     'vit-small-p14_rep-adapter_elpv-70px',
 ]
+# Of models of the hosts; their table is in the guide, and
+# tests/test_adapters/test_hosts_configs.py trains and merges them.
+GUIDE = 'docs/en/user_guides/adapters.md'
+COUNTED = [
+    'rtmdet_s-rep-adapter_8xb32-300e_coco',
+    'eva02-base-p14_rep-adapter_1xb64-100e_vtab-1k',
+    'segformer_mit-b0-rep-adapter_8xb2-160k_ade20k-512x512',
+]
 SIZE = 56  # a multiple of all patches, and more than one window
 
 
@@ -86,8 +94,47 @@ def shrink(config):
         config.model.head.in_channels = width
 
 
+def rows_of_hosts(root):
+    """Cells of the table of the guide, by the name of the config."""
+    text = (root / GUIDE).read_text('utf-8')
+    pattern = rf'(?m)^\| \[[^]]*\]\([./]*{FOLDER}/(.+?)\.py\) \|(.*)\|$'
+    return {
+        name: [cell.strip() for cell in cells.split('|')]
+        for name, cells in re.findall(pattern, text)
+    }
+
+
+def metadata(root):
+    """Metadata of the configs, by their names."""
+    content = (root / FOLDER / 'metafile.yml').read_text()
+    models = yaml.safe_load(content)['Models']
+    return {entry['Name']: entry['Metadata'] for entry in models}
+
+
 def test_all_are_there(root):
-    assert {p.stem for p in (root / FOLDER).glob('*.py')} == set(NAMES)
+    there = {p.stem for p in (root / FOLDER).glob('*.py')}
+    assert there == {*NAMES, *rows_of_hosts(root)} == metadata(root).keys()
+
+
+def test_the_table_of_hosts_is_the_metafile(root):
+    facts = metadata(root)
+    for host, cells in rows_of_hosts(root).items():
+        trained = facts[host]['Trained Parameters']
+        share = 100 * trained / facts[host]['Parameters']
+        assert cells[3:5] == [f'{trained / 1e6:.3f} M', f'{share:.2f} %'], host
+
+
+@pytest.mark.parametrize('host', COUNTED)
+def test_counts_of_hosts(host, load_config, root):
+    with EmptyWeights():
+        model = build_model(load_config(f'{FOLDER}/{host}.py'))
+    facts, cells = metadata(root)[host], rows_of_hosts(root)[host]
+    adapters = adapters_of(model).values()
+    inside = sum(p.numel() for a in adapters for p in a.parameters())
+    assert cells[1:3] == [str(len(adapters)), f'{inside / 1e6:.3f} M']
+    assert facts['Trained Parameters'] == count_trained(model)
+    total = sum(p.numel() for p in model.parameters())
+    assert facts['Parameters'] == total
 
 
 def test_trains_a_step(name, config, make_samples):
@@ -152,11 +199,9 @@ def test_counts(name, config, root):
         model = build_frozen(config)
     count = count_trained
     folder = root / FOLDER
-    models = yaml.safe_load((folder / 'metafile.yml').read_text())['Models']
-    (entry,) = (m for m in models if m['Name'] == name)
-    assert entry['Metadata']['Trained Parameters'] == count(model)
-    total = sum(p.numel() for p in model.parameters())
-    assert entry['Metadata']['Parameters'] == total
+    facts = metadata(root)[name]
+    assert facts['Trained Parameters'] == count(model)
+    assert facts['Parameters'] == sum(p.numel() for p in model.parameters())
     (row,) = (
         line
         for line in (folder / 'README.md').read_text().splitlines()
