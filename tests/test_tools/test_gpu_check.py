@@ -183,8 +183,8 @@ def test_the_command_on_a_cpu(tmp_path):
     text, content = read(out)
     assert '| self-check | ok |' in text
     assert 'the figures mean nothing' in text
-    events = (out / 'self-check.jsonl').read_text().splitlines()
-    size = json.loads(events[1])
+    *_, last = (out / 'self-check.log').read_text().splitlines()
+    (size,) = json.loads(last)['sampling float32']
     assert size['size'] == 'tiny' and len(size['errors']) == 3
 
 
