@@ -12,3 +12,6 @@ optim_wrapper = dict(
     type='DeepSpeedOptimWrapper',
     optimizer=_base_.optim_wrapper.optimizer,
 )
+
+# DeepSpeed writes directories, which only MMEngine's hook knows.
+default_hooks = dict(checkpoint=dict(type='mmengine.CheckpointHook'))

@@ -1,6 +1,8 @@
 # FSDP with a frozen backbone and adapters in it. No hook can adapt a model
 # that is sharded already, so `model` describes it.
-_base_ = '../rep_adapter/lors-adamixer_swin-t-p4-w7-rep-adapter_8xb2-1x_coco.py'
+_base_ = (
+    '../rep_adapter/lors-adamixer_swin-t-p4-w7-rep-adapter_8xb2-1x_coco.py'  # noqa: E501
+)
 
 runner_type = 'FlexibleRunner'
 strategy = dict(type='FSDPStrategy', state_dict_cfg='full')

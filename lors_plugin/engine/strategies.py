@@ -100,6 +100,12 @@ def _problems_of_deepspeed(cfg: dict, strategy: dict) -> list[str]:
     ):
         if wrapper.get(name):
             found.append(f'optim_wrapper.{name}: set strategy.{other}')
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if hook.get('type') == 'lors_plugin.CheckpointHook':
+        found.append(
+            'default_hooks.checkpoint.type: DeepSpeed writes directories, '
+            "which ours does not know; set 'mmengine.CheckpointHook'"
+        )
     spec = importlib.util.find_spec('deepspeed')
     if spec is not None and not any(
         Path(folder, 'runtime', 'fp16', 'onebit').is_dir()
