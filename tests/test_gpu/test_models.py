@@ -165,15 +165,31 @@ def test_evaluation_is_that_of_the_cpu(
         assert torch.equal(a.labels, b.labels)
 
 
-@pytest.mark.needs_gpu
-def test_compiled_detector(device, detector, make_samples):
-    """``compile=True`` of MMEngine compiles the training step."""
-    model, _ = detector()
-    data = batch(make_samples, device)
-    wanted = loss_of(model, data)
-    torch._dynamo.reset()
-    found = torch.compile(lambda: loss_of(model, data))()
-    assert found.item() == pytest.approx(wanted.item(), rel=1e-2)
+@pytest.mark.needs_gpu  # minutes on a CPU, where it was tried by hand
+def test_compiled_detector(device, detector, make_samples, no_tf32):
+    """``compile=True`` of MMEngine: a training step, then inference."""
+    losses, weights, scores = [], [], []
+    for compiled in (False, True):
+        model, _ = detector()
+        if compiled:
+            torch._dynamo.reset()
+            for name in ('train_step', 'test_step'):
+                setattr(model, name, torch.compile(getattr(model, name)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        pixels, samples = batch(make_samples, device)
+        images = [(image * 50 + 128).byte() for image in pixels]
+        data = dict(inputs=images, data_samples=samples)
+        wrapper = OptimWrapper(optimizer=optimizer)
+        losses.append(model.train_step(data, wrapper)['loss'].item())
+        weights.append(
+            torch.cat([p.detach().flatten() for p in model.parameters()])
+        )
+        with torch.no_grad():
+            (found,) = model.eval().test_step(data)
+        scores.append(found.pred_instances.scores)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(*scores, rtol=1e-2, atol=1e-3)
 
 
 def small_parameternet():

@@ -37,7 +37,7 @@ class Limits:
         wait (float): For the check of another process, beyond its total.
     """
 
-    step: int = 120
+    step: int = 180
     total: float = 480
     wait: float = 60
 
