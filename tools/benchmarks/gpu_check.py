@@ -36,6 +36,10 @@ GRACE = 10  # seconds to write results once asked to stop
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # A first look at each case within --minutes 10; more time gets more rounds.
 BUDGET = 10
+LEGEND = (
+    'Below: median (20th..80th percentile) and its ratio to the row of 1.00x. '
+    '`full` is forward with backward.'
+)
 
 
 @dataclasses.dataclass
@@ -306,6 +310,8 @@ def write_report(parts: Sequence[Part], output: Path) -> None:
         lines += ['', '## tests', '', ', '.join(counts) or 'none finished']
         wrong = tests.get('failed', []) + tests.get('error', [])
         lines += [f'- {name}' for name in wrong]
+    if rows:
+        lines += ['', LEGEND]
     sizes = dict.fromkeys((row['case'], row['size']) for row in rows)
     for case, size in sizes:
         chosen = [r for r in rows if (r['case'], r['size']) == (case, size)]

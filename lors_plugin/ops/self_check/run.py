@@ -147,7 +147,8 @@ def _run_child(
             for name, sizes in json.loads(line).items():
                 found[name] = end if sizes is None else judge(sizes)
     if not found:
-        raise SelfCheckError(f'the kernels cannot be checked: {end.reason}')
+        reason = said[-1] if end.status == 'failed' and said else end.reason
+        raise SelfCheckError(f'the kernels cannot be checked: {reason}')
     return found
 
 
