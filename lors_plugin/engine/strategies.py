@@ -76,6 +76,12 @@ def _problems_of_fsdp(cfg: dict) -> list[str]:
             f'optim_wrapper.clip_grad: {kind} clips each shard by its own '
             f"norm; set optim_wrapper.type='{WRAPPER}'"
         )
+    if cfg.get('resume'):
+        found.append(
+            'resume: MMEngine 0.10 hands the state of the optimizer to FSDP '
+            'as PyTorch 2.0 took it, which fails; start anew from the '
+            'weights by load_from'
+        )
     if kind in ('AmpOptimWrapper', 'AutocastOptimWrapper'):
         found.append(
             f'optim_wrapper.type: {kind} scales losses per shard, or was not '

@@ -71,6 +71,7 @@ DEEP = dict(
             'frozen_stages',
         ),
         (FSDP, dict(activation_checkpointing=['backbone']), 'with_cp=True'),
+        (FSDP, dict(resume=True), 'by load_from'),
         (FSDP, dict(sync_bn='torch'), 'set strategy.sync_bn'),
         (
             DEEP,
