@@ -186,8 +186,10 @@ def write_config(
     base = {
         'lors': 'lors_adamixer/lors-adamixer_r50_8xb2-1x_coco.py',
         'adamixer': 'adamixer/adamixer_r50_8xb2-1x_coco.py',
+        'fsdp': 'strategies/lors-adamixer_r50_8xb2-1x-fsdp_coco.py',
+        'deepspeed': 'strategies/lors-adamixer_r50_8xb2-1x-deepspeed_coco.py',
     }[kind]
-    lors = 'adaptive_ranks=4, static_ranks=2' if kind == 'lors' else ''
+    lors = '' if kind == 'adamixer' else 'adaptive_ranks=4, static_ranks=2'
     path.write_text(
         CONFIG.format(
             base=ROOT / 'configs' / base,
@@ -234,8 +236,21 @@ def logged(work_dir, key='loss'):
     return found
 
 
+SGD = "_delete_=True, type='SGD', lr=0.01"
+SEED = ['--cfg-options', 'randomness.seed=3']
+
+
+@pytest.fixture(scope='module')
+def alone(data, train, tmp_path_factory):
+    """A training by plain SGD in one process."""
+    work_dir = tmp_path_factory.mktemp('one')
+    config = write_config(work_dir / 'alone.py', data, optimizer=SGD)
+    train(config, '--work-dir', work_dir, *SEED)
+    return work_dir
+
+
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(data, train, train_apart, tmp_path):
+def test_two_processes_do_what_one_does(data, alone, train_apart, tmp_path):
     """Same global batch: same losses, same weights, on both ranks.
 
     Both stop after the same step when a notice arrives, and go on from there.
@@ -244,13 +259,9 @@ def test_two_processes_do_what_one_does(data, train, train_apart, tmp_path):
     SGD, since Adam turns the rounding of a zero gradient into a whole step.
     The two also recompute stages, which must not disturb shared weights.
     """
-    sgd = "_delete_=True, type='SGD', lr=0.01"
-    config = write_config(tmp_path / 'alone.py', data, optimizer=sgd)
-    seed = ['--cfg-options', 'randomness.seed=3']
-    one, two = tmp_path / 'one', tmp_path / 'two'
-    train(config, '--work-dir', one, *seed)
+    config, two = alone / 'alone.py', tmp_path / 'two'
     options = ['train_dataloader.batch_size=2', 'model.decoder.with_cp=True']
-    options = ['--work-dir', two, *seed, *options]
+    options = ['--work-dir', two, *SEED, *options]
     text = launch(data, config, 2, *options)
     assert '2 CPU processes by gloo' in text
     assert 'saved interrupted.pth' in text
@@ -260,17 +271,52 @@ def test_two_processes_do_what_one_does(data, train, train_apart, tmp_path):
     assert not (two / 'interrupted.pth').exists()
 
     first, second = weights(two, 'rank0.pth'), weights(two, 'rank1.pth')
-    alone = weights(one)
-    assert first.keys() == alone.keys()
+    assert_same_weights(first, weights(alone))
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
-        torch.testing.assert_close(
-            value, alone[key], rtol=1e-3, atol=1e-5, msg=key
-        )
     for key in ('loss', 'stage2_loss_cls', 'stage0_loss_iou'):
         together = logged(two, key)
         assert len(together) == 4
-        np.testing.assert_allclose(together, logged(one, key), rtol=1e-4)
+        np.testing.assert_allclose(together, logged(alone, key), rtol=1e-4)
+
+
+def assert_same_weights(found, wanted):
+    assert found.keys() == wanted.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(
+            value, wanted[key], rtol=1e-3, atol=1e-5, msg=key
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['fsdp', 'deepspeed'])
+def test_sharded_training(
+    data, alone, train_apart, monkeypatch, tmp_path, kind
+):
+    """The configs of FSDP and DeepSpeed train as one process does.
+
+    Shared weights, and clipping by the norm over all shards.
+    """
+    if kind == 'deepspeed':
+        pytest.importorskip('deepspeed', reason='needs DeepSpeed')
+    config = write_config(tmp_path / f'{kind}.py', data, kind, optimizer=SGD)
+    options = ['train_dataloader.batch_size=2', 'custom_hooks=[]']
+    if kind == 'deepspeed':  # which does not know plain SGD
+        options += ['strategy.config.zero_allow_untested_optimizer=True']
+    options = ['--work-dir', tmp_path, *SEED, *options]
+    train_apart(2, tmp_path / 'log', config, *options)
+    for key, tolerance in dict(loss=1e-4, grad_norm=1e-3).items():
+        if key == 'loss' or kind == 'fsdp':
+            np.testing.assert_allclose(
+                logged(tmp_path, key), logged(alone, key), rtol=tolerance
+            )
+    file = tmp_path / 'epoch_2.pth'
+    if kind == 'deepspeed':
+        monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
+        state = read(file / 'mp_rank_00_model_states.pt')['module']
+    else:
+        state = read(file)['state_dict']
+    assert_same_weights(state, weights(alone))
 
 
 @pytest.mark.slow
@@ -429,6 +475,40 @@ def trained(train, pictures):
     work_dir = pictures / 'one'
     train(pictures / 'config.py', '--work-dir', work_dir)
     return work_dir
+
+
+DESCRIBED = """
+_base_ = 'config.py'
+train_dataloader = dict(batch_size={batch})
+model = dict(
+    backbone={{'_delete_': True, 'type': 'lors_plugin.AdaptedModel',
+               'dropout': 0.0, 'trainable': ['ln1'],
+               'module': _base_.model.backbone}})
+custom_hooks = []
+"""
+SHARDED = """
+runner_type = 'FlexibleRunner'
+strategy = dict(type='FSDPStrategy', state_dict_cfg='full')
+"""
+
+
+@pytest.mark.slow
+def test_sharded_adapters(pictures, train, train_apart):
+    """FSDP trains adapters in a frozen backbone as one process does."""
+    states = []
+    for batch, more in (4, ''), (2, SHARDED):
+        config = pictures / f'batch_of_{batch}.py'
+        config.write_text(DESCRIBED.format(batch=batch) + more)
+        work_dir = pictures / config.stem
+        run = partial(train_apart, 2, pictures / 'log') if more else train
+        run(config, '--work-dir', work_dir)
+        states.append(read(work_dir / 'epoch_2.pth')['state_dict'])
+    wanted, found = states
+    assert_same_weights(found, wanted)
+    base = read(pictures / 'base.pth')
+    for key, value in base.items():
+        kept = torch.equal(found[f'backbone.{key}'], value)
+        assert kept != key.startswith('ln1'), key
 
 
 @pytest.mark.slow

@@ -111,6 +111,8 @@ def apply_args(cfg, args):
     check_checkpoint_path(args.checkpoint, 'CHECKPOINT')
     cfg.load_from = args.checkpoint
     cfg.resume = False
+    if cfg.pop('strategy', None) is not None:
+        cfg.pop('runner_type', None)  # the plain Runner tests whole models
     for field in ('test_dataloader', 'test_evaluator', 'test_cfg'):
         if cfg.get(field) is None:
             raise ValueError(f'the config has no {field}: nothing to test')

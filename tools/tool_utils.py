@@ -29,6 +29,7 @@ from lors_plugin.engine.preflight import (
     iter_datasets,
     type_name,
 )
+from lors_plugin.engine.strategies import check_strategy
 from lors_plugin.utils import is_first_rank
 
 EXIT_USER_ERROR = 2
@@ -162,6 +163,8 @@ def set_host_defaults(cfg):
 def check_config(cfg, phases, args):
     """Check paths, classes and annotation files of the data sets."""
     with user_errors('', args.debug):
+        if 'train' in phases:
+            check_strategy(cfg)
         check_data_paths(cfg, phases)
         if not args.no_checks:
             check_data(cfg, phases)
@@ -205,6 +208,16 @@ def prepare_distributed(cfg, debug=False):
     if 'DistributedDataParallel' in kind:
         wrapper = dict(wrapper, device_ids=None)
     cfg.model_wrapper_cfg = wrapper
+    strategy = cfg.get('strategy') or {}
+    on_cpu = dict(
+        DDPStrategy=dict(broadcast_buffers=False, device_ids=None),
+        FSDPStrategy=dict(device_id='cpu'),
+    ).get(type_name(strategy.get('type', '')))
+    if on_cpu:
+        strategy.model_wrapper = {
+            **(strategy.get('model_wrapper') or {}),
+            **on_cpu,
+        }
     print_log(
         'CUDA is not available: '
         f'{torch.distributed.get_world_size()} CPU processes by gloo',

@@ -15,6 +15,7 @@ import sys
 
 import torch
 from mmengine.logging import print_log
+from mmengine.runner import Runner
 from tool_utils import (
     add_common_arguments,
     build_runner,
@@ -159,6 +160,8 @@ def check_start(runner, cfg, trust=False):
         return
     if not any(isinstance(hook, CheckpointHook) for hook in runner.hooks):
         runner.register_hook(ResumeHook())
+    if not isinstance(runner, Runner):
+        return  # FlexibleRunner has no model yet
     share = 0.0 if cfg.get('resume') else 0.5
     fit = check_checkpoint(
         runner.model, path, share, trust, runner.hooks, bool(cfg.get('resume'))

@@ -29,6 +29,7 @@ _DROPPED_HOOKS = (*STRUCTURE_HOOKS, 'FreezeHook')
 _HOST_TYPES = {
     'CocoMetric': ('mmdet.CocoMetric', ('backend',)),
     'AutocastOptimWrapper': ('AmpOptimWrapper', ()),
+    'ShardedOptimWrapper': ('OptimWrapper', ()),
 }
 # Entries of `meta` that no longer hold.
 _DROPPED_META = ('cfg', 'config', 'hook_msgs', 'lors_plugin_adapter')

@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 SMALL_GHOST = dict(
     width=0.5, rows=[[(3, 16, 16, 0, 1)], [(3, 50, 22, 0.25, 2)]]
 )
-BACKENDS = ['torch', 'triton']
+# The interpreter takes long for a model; test_kernels.py runs the kernels.
+BACKENDS = ['torch', pytest.param('triton', marks=pytest.mark.needs_gpu)]
 
 
 @pytest.fixture
@@ -32,15 +33,8 @@ def detector(device, tiny_detector):
         possible, reason = device_verdict(device.type, None, torch.float32)
         if backend == 'triton' and not possible:
             pytest.skip(reason)
-        # Few of everything in the interpreter.
-        slow = backend == 'triton' and device.type == 'cpu'
-        stages = 1 if slow else 2
-        decoder.update(
-            backend=backend,
-            num_stages=stages,
-            adaptive_groups=[1, 2][:stages],
-        )
-        queries = dict(num_queries=2 if slow else 3)
+        decoder.update(backend=backend, num_stages=2, adaptive_groups=[1, 2])
+        queries = dict(num_queries=3)
         model = tiny_detector(query_generator=queries, decoder=decoder)
         same = copy.deepcopy(model)
         for module in same.modules():
@@ -55,6 +49,14 @@ def batch(make_samples, device, images=1):
     torch.manual_seed(0)
     pixels = torch.randn(images, 3, 64, 96).to(device)
     return pixels, [s.to(device) for s in make_samples([2] * images)]
+
+
+def skip_without(kind, device):
+    """Skip bfloat16 on GPUs that do not have it."""
+    if kind == 'bfloat16' and device.type == 'cuda':
+        possible, reason = device_verdict('cuda', None, torch.bfloat16)
+        if not possible:
+            pytest.skip(reason)
 
 
 def loss_of(model, data):
@@ -83,14 +85,7 @@ def test_training_step(
     device, detector, make_samples, no_tf32, backend, kind, with_cp
 ):
     """The loss of the CPU, and gradients for every parameter."""
-    if kind == 'bfloat16' and backend == 'triton' and device.type == 'cpu':
-        pytest.skip('the interpreter of Triton is wrong in bfloat16')
-    if kind == 'bfloat16' and device.type == 'cuda':
-        possible, reason = device_verdict('cuda', None, torch.bfloat16)
-        if not possible:
-            pytest.skip(reason)
-    if with_cp and backend == 'triton' and device.type == 'cpu':
-        pytest.skip('takes the interpreter long')
+    skip_without(kind, device)
     model, same = detector(backend, with_cp=with_cp)
     wanted = loss_of(same, batch(make_samples, torch.device('cpu')))
     wrapper = wrapper_of(model, kind)
@@ -158,8 +153,6 @@ def test_averaged_weights(device, detector, make_samples):
 def test_evaluation_is_that_of_the_cpu(
     device, detector, make_samples, no_tf32, backend
 ):
-    if backend == 'triton' and device.type == 'cpu':
-        pytest.skip('takes the interpreter long')
     model, same = detector(backend)
     found, wanted = (
         one.eval().predict(*batch(make_samples, where))
@@ -172,28 +165,48 @@ def test_evaluation_is_that_of_the_cpu(
         assert torch.equal(a.labels, b.labels)
 
 
-@pytest.mark.needs_gpu
-def test_compiled_detector(device, detector, make_samples):
-    """``compile=True`` of MMEngine compiles the training step."""
-    model, _ = detector()
-    data = batch(make_samples, device)
-    wanted = loss_of(model, data)
-    torch._dynamo.reset()
-    found = torch.compile(lambda: loss_of(model, data))()
-    assert found.item() == pytest.approx(wanted.item(), rel=1e-2)
+@pytest.mark.needs_gpu  # minutes on a CPU, where it was tried by hand
+def test_compiled_detector(device, detector, make_samples, no_tf32):
+    """``compile=True`` of MMEngine: a training step, then inference."""
+    losses, weights, scores = [], [], []
+    for compiled in (False, True):
+        model, _ = detector()
+        if compiled:
+            torch._dynamo.reset()
+            for name in ('train_step', 'test_step'):
+                setattr(model, name, torch.compile(getattr(model, name)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        pixels, samples = batch(make_samples, device)
+        images = [(image * 50 + 128).byte() for image in pixels]
+        data = dict(inputs=images, data_samples=samples)
+        wrapper = OptimWrapper(optimizer=optimizer)
+        losses.append(model.train_step(data, wrapper)['loss'].item())
+        weights.append(
+            torch.cat([p.detach().flatten() for p in model.parameters()])
+        )
+        with torch.no_grad():
+            (found,) = model.eval().test_step(data)
+        scores.append(found.pred_instances.scores)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(*scores, rtol=1e-2, atol=1e-3)
 
 
 def small_parameternet():
     return randomize(ParameterNet(SMALL_GHOST, num_experts=2))
 
 
-@pytest.mark.parametrize('kind', ['float32', 'bfloat16'])
+HALF = [
+    'float32',
+    'bfloat16',
+    pytest.param('float16', marks=pytest.mark.needs_gpu),
+]
+
+
+@pytest.mark.parametrize('kind', HALF)
 def test_parameternet(device, no_tf32, kind):
     """Inference and a training step, merged and not."""
-    if kind == 'bfloat16' and device.type == 'cuda':
-        possible, reason = device_verdict('cuda', None, torch.bfloat16)
-        if not possible:
-            pytest.skip(reason)
+    skip_without(kind, device)
     torch.manual_seed(0)
     model, images = small_parameternet(), torch.randn(2, 3, 32, 32)
     same = copy.deepcopy(model).eval()
@@ -218,16 +231,20 @@ def test_parameternet(device, no_tf32, kind):
     assert all(p.device.type == device.type for p in model.parameters())
 
 
-def test_adapters(device, no_tf32):
+@pytest.mark.parametrize('kind', HALF)
+def test_adapters(device, no_tf32, kind):
     """Only adapters train, and merging keeps the outputs."""
+    skip_without(kind, device)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     inject_adapters(model, '', targets=['0', '2'])
     model = randomize(model).to(device)
     x = torch.randn(5, 16, device=device)
-    wrapper = wrapper_of(model)
+    wrapper = wrapper_of(model, kind)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    wrapper.update_params(model(x).square().mean())
+    with wrapper.optim_context(model):
+        loss = model(x).float().square().mean()
+    wrapper.update_params(loss)
     for name, parameter in model.named_parameters():
         moved = not torch.equal(parameter, before[name])
         assert moved == parameter.requires_grad, name

@@ -62,8 +62,6 @@ def test_what_can_run_on_a_cpu(tmp_path):
     assert set(skipped) == {
         SHARED.NO_GPU,
         'sampling computes in float32',
-        'takes the interpreter long',
-        'the interpreter of Triton is wrong in bfloat16',
     }
     gone = {name.partition('[')[0] for name in skipped[SHARED.NO_GPU]} - kinds
     assert gone == {

@@ -86,6 +86,7 @@ def test_parts_one_after_the_other(gpu_check, tmp_path):
     assert '1 passed, 1 failed\n- tests/a.py::test_y' in text
     assert 'all is well' in text and 'begun' in text
     assert '## mixing: lors' in text and '0.50x' in text
+    assert 'its ratio to the row of 1.00x' in text
     assert content['benchmarks'][0]['median'] == 2.0
     assert '![mixing](mixing.png)' in text
     assert (tmp_path / 'mixing.png').stat().st_size > 5000
@@ -183,8 +184,8 @@ def test_the_command_on_a_cpu(tmp_path):
     text, content = read(out)
     assert '| self-check | ok |' in text
     assert 'the figures mean nothing' in text
-    events = (out / 'self-check.jsonl').read_text().splitlines()
-    size = json.loads(events[1])
+    *_, last = (out / 'self-check.log').read_text().splitlines()
+    (size,) = json.loads(last)['sampling float32']
     assert size['size'] == 'tiny' and len(size['errors']) == 3
 
 

@@ -36,6 +36,10 @@ GRACE = 10  # seconds to write results once asked to stop
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # A first look at each case within --minutes 10; more time gets more rounds.
 BUDGET = 10
+LEGEND = (
+    'Below: median (20th..80th percentile) and its ratio to the row of 1.00x. '
+    '`full` is forward with backward.'
+)
 
 
 @dataclasses.dataclass
@@ -139,8 +143,7 @@ def make_parts(device: str, output: Path) -> list[Part]:
         tests += ['-k', 'test_adapters or test_no_queries']
         check = [
             *(python, '-m', 'lors_plugin.ops.self_check.probe'),
-            *('--device', 'cpu', '--quick', '--output'),
-            *(str(output / 'self-check.jsonl'), 'sampling float32'),
+            *('cpu', '300', 'sampling float32'),
         ]
     parts = [
         Part('doctor', [python, '-m', 'lors_plugin.doctor'], 0.2),
@@ -307,6 +310,8 @@ def write_report(parts: Sequence[Part], output: Path) -> None:
         lines += ['', '## tests', '', ', '.join(counts) or 'none finished']
         wrong = tests.get('failed', []) + tests.get('error', [])
         lines += [f'- {name}' for name in wrong]
+    if rows:
+        lines += ['', LEGEND]
     sizes = dict.fromkeys((row['case'], row['size']) for row in rows)
     for case, size in sizes:
         chosen = [r for r in rows if (r['case'], r['size']) == (case, size)]

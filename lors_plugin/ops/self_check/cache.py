@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +21,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-MAX_BYTES = 2**20  # of a verdict; some ten thousand are normal
 
 
 def directory() -> Path:
@@ -44,13 +41,10 @@ def read(card: Card) -> Optional[Verdict]:
     """
     path = directory() / f'{card.key}.json'
     try:
+        # Nobody else can change either from here on.
         check_owner(path.parent)
         check_owner(path)
-        # Not through a link that was put there meanwhile.
-        handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0))
-        with open(handle, encoding='utf-8') as file:
-            check_owner(path, os.fstat(file.fileno()))
-            verdict = from_json(json.loads(file.read(MAX_BYTES)))
+        verdict = from_json(json.loads(path.read_text(encoding='utf-8')))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -66,17 +60,15 @@ def write(verdict: Verdict) -> Path:
     Raises:
         CacheError: If it cannot be written.
     """
-    folder = make_directory()
-    path = folder / f'{verdict.card.key}.json'
-    temporary = None
+    path = make_directory() / f'{verdict.card.key}.json'
+    new = path.with_name(f'.new-{os.getpid()}')
     try:
-        handle, temporary = tempfile.mkstemp('.json', '.new-', folder)
-        with open(handle, 'w', encoding='utf-8') as file:
+        with open(new, 'w', encoding='utf-8', opener=_private) as file:
             json.dump(to_json(verdict), file, indent=1)
-        os.replace(temporary, path)
+        os.replace(new, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            new.unlink()
         raise CacheError(f'{path} cannot be written: {error}') from error
     return path
 
@@ -102,21 +94,19 @@ def make_directory() -> Path:
     return folder
 
 
-def check_owner(path: Path, found: Optional[os.stat_result] = None) -> None:
+def check_owner(path: Path) -> None:
     """Raise an error if others than this user can write a file.
 
     Args:
         path (Path): A file or a directory; a link is neither.
-        found (os.stat_result, optional): Of the open file. Defaults to that
-            of the path.
 
     Raises:
         CacheError: If others can.
         OSError: If there is no such file.
     """
+    found = os.lstat(path)
     if not hasattr(os, 'geteuid'):  # Windows
         return
-    found = found or os.lstat(path)
     kind = stat.S_IFMT(found.st_mode)
     problem = ''
     if kind not in (stat.S_IFREG, stat.S_IFDIR):
@@ -147,32 +137,30 @@ def lock(card: Card, timeout: float) -> Iterator[None]:
         CacheError: If it cannot be locked.
     """
     path = make_directory() / f'{card.key}.lock'
-    if fcntl is None:
-        yield
-        return
-    flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW
     until = time.monotonic() + timeout
     try:
-        handle = os.open(path, flags, 0o600)
+        file = open(path, 'a', opener=_private)  # noqa: SIM115
     except OSError as error:
         raise CacheError(f'{path} cannot be opened: {error}') from error
-    try:
-        while True:
+    with file:
+        while fcntl is not None:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > until:
-                    raise SelfCheckError(
-                        'another process has been checking the kernels for '
-                        f'more than {timeout:.0f} s'
-                    ) from None
                 time.sleep(0.1)
             except OSError as error:
                 raise CacheError(
                     f'{path} cannot be locked ({error}); XDG_CACHE_HOME '
                     'names another place'
                 ) from error
+            if time.monotonic() > until:
+                raise SelfCheckError(
+                    'another process has been checking the kernels for more '
+                    f'than {timeout:.0f} s'
+                )
         yield
-    finally:
-        os.close(handle)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -1,26 +1,22 @@
 """The child process of the self-check: run kernels, compare them, time them.
 
-    python -m lors_plugin.ops.self_check.probe --device cuda:0 \\
-        --output FILE [--quick] GROUP ...
+    python -m lors_plugin.ops.self_check.probe DEVICE SECONDS GROUP ...
 
-A group is an operator in a type, such as 'mixing float16'. The file gets a
-line of JSON per event: ``{"begin": group}``, then of each size ``{"size":
-name, "errors": {...}, "ms": {...}, "bandwidth": [...]}``, and ``{"end":
-group}``. Errors are
-relative to the reference in float64; what is allowed is twice the error of
-the PyTorch operators in the same type, and a little more, since two right
-programs differ. Nothing is caught: whoever started this process sees how it
-ended.
+A group is an operator in a type, such as 'mixing float16'. Standard output
+gets a line of JSON as a group begins, ``{group: null}``, and one at its end,
+``{group: [{"size": name, "errors": {...}, "ms": {...}, "bandwidth": [...]},
+...]}``. Errors are relative to the reference in float64; what is allowed is
+twice the error of the PyTorch operators in the same type, and a little more,
+since two right programs differ. Nothing is caught: whoever started this
+process sees how it ended. SIGALRM ends it where a group takes longer than
+SECONDS, wherever it hangs. The device 'cpu' tries it at tiny sizes.
 """
 
-import argparse
 import functools
 import json
-import os
 import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Optional
@@ -252,75 +248,46 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('groups', nargs='+', metavar='GROUP')
-    parser.add_argument('--device', default='cuda')
-    parser.add_argument('--output', required=True, help='file of the events')
-    parser.add_argument(
-        '--limit', type=int, help='seconds after which the process ends'
-    )
-    parser.add_argument(
-        '--attended',
-        action='store_true',
-        help='end when standard input does, that is with the parent',
-    )
-    parser.add_argument(
-        '--quick', action='store_true', help='one tiny size, one round'
-    )
-    return parser.parse_args(argv)
+def find(group: str, device: torch.device) -> list[dict]:
+    """Compare and time an operator in a type, at all sizes."""
+    operator, kind = group.split()
+    torch.backends.cuda.matmul.allow_tf32 = kind == 'tf32'
+    dtype = torch.float32 if kind == 'tf32' else getattr(torch, kind)
+    tiny = device.type == 'cpu'
+    found = []
+    for name, size in (QUICK if tiny else SIZES)[operator].items():
+        case = CASES[operator](size, dtype, str(device))
+        entry = dict(size=name, errors=compare(case, kind), ms={})
+        # Small sizes measure how fast Python is.
+        if name != 'odd':
+            ms = measure(case, *((1, 1) if tiny else (ROUNDS, RUNS)))
+            reached = traffic(case, size, operator) / ms['forward'][0] / 1e6
+            most = copy_bandwidth(device, 2**16 if tiny else 2**26)
+            entry.update(ms=ms, bandwidth=(reached, most))
+        found.append(entry)
+    return found
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str]) -> None:
     """Check groups one after the other."""
-    args = parse_args(argv)
-    if args.limit and hasattr(signal, 'alarm'):
-        # Ends the process wherever it is, even if nobody waits for it.
-        signal.alarm(args.limit)
-    if args.attended:
-        threading.Thread(target=end_with_parent, daemon=True).start()
-    rounds, runs = (1, 1) if args.quick else (ROUNDS, RUNS)
-    device = torch.device(args.device)
+    device, seconds = torch.device(argv[0]), int(argv[1])
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-
-    with open(args.output, 'a', encoding='utf-8', buffering=1) as file:
-        tell = functools.partial(write, file)
-        for group in args.groups:
-            operator, kind = group.split()
-            tell(begin=group)
-            torch.backends.cuda.matmul.allow_tf32 = kind == 'tf32'
-            dtype = torch.float32 if kind == 'tf32' else getattr(torch, kind)
-            sizes = (QUICK if args.quick else SIZES)[operator]
-            for name, size in sizes.items():
-                case = CASES[operator](size, dtype, args.device)
-                errors, ms = compare(case, kind), {}
-                # Small sizes measure how fast Python is.
-                reached = ()
-                if name != 'odd':
-                    ms = measure(case, rounds, runs)
-                    moved = traffic(case, size, operator)
-                    reached = (
-                        moved / ms['forward'][0] / 1e6,
-                        copy_bandwidth(device, 2**16 if args.quick else 2**26),
-                    )
-                tell(size=name, errors=errors, ms=ms, bandwidth=reached)
-            tell(end=group)
-    return 0
+    for group in argv[2:]:
+        tell(group, None)
+        if hasattr(signal, 'alarm'):
+            signal.alarm(seconds)
+        tell(group, find(group, device))
 
 
-def end_with_parent() -> None:
-    """End the process when the parent's end of standard input closes."""
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
-def write(file, **event) -> None:
-    """Write an event as a line."""
-    file.write(json.dumps(event) + '\n')
+def tell(group: str, sizes: Optional[list[dict]]) -> None:
+    """Write a line for whoever started this process."""
+    sys.stdout.write(json.dumps({group: sizes}) + '\n')
+    sys.stdout.flush()
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    if hasattr(signal, 'alarm'):
+        signal.alarm(int(sys.argv[2]))  # for the start
+    main(sys.argv[1:])

@@ -10,8 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Optional
+from typing import BinaryIO, Optional
 
 from . import cache
 from .card import OPS, Card
@@ -32,15 +31,13 @@ class Limits:
     """Seconds that a check may take.
 
     Attributes:
-        start (float): Until PyTorch is loaded and the GPU answers.
-        step (float): For an operator at one size: compilation, forward,
-            backward and timing.
+        step (int): For an operator in a type: compilation, forward, backward
+            and timing; and for the start of a child process.
         total (float): For everything.
         wait (float): For the check of another process, beyond its total.
     """
 
-    start: float = 120
-    step: float = 120
+    step: int = 180
     total: float = 480
     wait: float = 60
 
@@ -74,10 +71,9 @@ def check(
             nothing is run.
         SelfCheckError: If the check cannot be run.
     """
-    if not force:
-        found = cache.read(card)
-        if found is not None:
-            return found
+    found = None if force else cache.read(card)
+    if found is not None:
+        return found
     with cache.lock(card, limits.total + limits.wait):
         # Another process may have written it meanwhile.
         found = None if force else cache.read(card)
@@ -100,23 +96,17 @@ def run(
 ) -> Verdict:
     """Check all kernels and keep nothing, see :func:`check`."""
     start = time.monotonic()
-    todo, groups = groups_of(card), {}
+    todo = groups_of(card)
+    groups = dict.fromkeys(todo, Group('untried', 'not tried, time was up'))
     while todo:
         left = start + limits.total - time.monotonic()
         if left <= 0:
-            for name in todo:
-                groups[name] = Group('untried', 'not tried, time was up')
             break
         # After a crash the rest goes on in a new process.
-        found, culprit = _run_child(todo, device, command, limits, left)
+        found = _run_child(todo, device, command, limits, left)
         groups.update(found)
-        if culprit is None and not found:
-            raise SelfCheckError('the probe of the kernels did nothing')
-        if culprit is not None:
-            groups[culprit[0]] = culprit[1]
-        todo = [name for name in todo if name not in groups]
-    order = {name: groups[name] for name in groups_of(card)}
-    return new_verdict(card, time.monotonic() - start, order)
+        todo = [name for name in todo if name not in found]
+    return new_verdict(card, time.monotonic() - start, groups)
 
 
 def _run_child(
@@ -125,108 +115,56 @@ def _run_child(
     command: Sequence[str],
     limits: Limits,
     left: float,
-) -> tuple[dict[str, Group], Optional[tuple[str, Group]]]:
+) -> dict[str, Group]:
     """Run one process; return what it judged, and what ended it if any.
 
     Raises:
         SelfCheckError: If it ended before it came to a kernel.
     """
     paths = [str(OPS.parents[1]), os.environ.get('PYTHONPATH', '')]
-    environment = dict(
-        os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths))
-    )
-    with tempfile.TemporaryDirectory(prefix='lors_plugin-') as folder:
-        events, log = Path(folder, 'events'), Path(folder, 'log')
-        events.touch()
-        with log.open('wb') as output:
-            process = subprocess.Popen(
-                [
-                    *(*command, '--device', device, '--output', str(events)),
-                    *('--limit', str(int(left) + 1), '--attended', *todo),
-                ],
-                stdin=subprocess.PIPE,  # closes if this process ends
-                stdout=output,
-                stderr=output,
-                env=environment,
-                start_new_session=True,
-            )
+    paths = os.pathsep.join(filter(None, paths))
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [*command, device, str(limits.step), *todo],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=log,
+            env={**os.environ, 'PYTHONPATH': paths},
+            start_new_session=True,
+        )
         try:
-            seen = _Events(events)
-            limit, what = limits.start, ''
-            until = time.monotonic() + left
-            deadline = time.monotonic() + limit
-            while process.poll() is None:
-                if seen.read():
-                    limit = limits.step
-                    deadline = time.monotonic() + limit
-                now = time.monotonic()
-                if now > min(deadline, until):
-                    what = 'time'
-                    break
-                time.sleep(0.05)
-            out_of_time = now > until if what else False
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(left)
+            code = process.returncode
         finally:
             _end(process)
-        seen.read()
-        said = _last_line(log)
-    if seen.group is None:
-        if not seen.done and (what or process.returncode):
-            raise SelfCheckError(
-                'the kernels cannot be checked: '
-                + (
-                    f'PyTorch and the GPU did not answer within {limit:.0f} s'
-                    if what
-                    else said or _how_it_ended(process)
-                )
-            )
-        return seen.done, None
-    if out_of_time:
-        group = Group('untried', 'not finished, time was up')
-    elif what:
-        group = Group('hung', f'did not end within {limit:.0f} s')
-    elif process.returncode < 0:
-        group = Group('crashed', f'ended the process ({_signal(process)})')
-    else:
-        said = said or _how_it_ended(process)
-        group = Group('failed', f'failed ({said})')
-    return seen.done, (seen.group, group)
+        lines, said = _lines(out), _lines(log)
+    end = _how_it_ended(code, said, limits.step)
+    found = {}
+    for line in lines:
+        # Libraries print, too.
+        with contextlib.suppress(ValueError, AttributeError):
+            for name, sizes in json.loads(line).items():
+                found[name] = end if sizes is None else judge(sizes)
+    if not found:
+        reason = said[-1] if end.status == 'failed' and said else end.reason
+        raise SelfCheckError(f'the kernels cannot be checked: {reason}')
+    return found
 
 
-class _Events:
-    """Read the events of the probe so far, a line of JSON each.
-
-    Args:
-        path (Path): Its file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.done: dict[str, Group] = {}
-        self.group: Optional[str] = None  # that it is at
-        self._sizes: list[dict] = []
-        self._path, self._at = path, 0
-
-    def read(self) -> bool:
-        """Read on; return whether there was anything."""
-        with self._path.open('rb') as file:
-            file.seek(self._at)
-            text = file.read()
-        whole = text[: text.rfind(b'\n') + 1]
-        self._at += len(whole)
-        for line in whole.splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                raise SelfCheckError(
-                    f'the probe of the kernels wrote {line[:100]!r}'
-                ) from None
-            if 'begin' in event:
-                self.group, self._sizes = event['begin'], []
-            elif 'size' in event:
-                self._sizes.append(event)
-            elif 'end' in event:
-                self.done[event['end']] = judge(self._sizes)
-                self.group = None
-        return bool(whole)
+def _how_it_ended(code: Optional[int], said: list[str], step: int) -> Group:
+    """Judge a kernel at which a process ended, None if it did not."""
+    if code is None:
+        return Group('untried', 'not finished, time was up')
+    if code == -getattr(signal, 'SIGALRM', 0):
+        return Group('hung', f'did not end within {step} s')
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-code).name
+            return Group('crashed', f'ended the process ({name})')
+        return Group('crashed', f'ended the process (signal {-code})')
+    text = said[-1][:300] if said else f'ended with code {code}'
+    return Group('failed', f'failed ({text})')
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -234,27 +172,12 @@ def _end(process: subprocess.Popen) -> None:
     if process.poll() is None:
         # It leads a group of its own, with what it started.
         os.killpg(process.pid, signal.SIGKILL)
-    # One that hangs in the driver cannot be ended, and is not waited for.
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10)
-    process.stdin.close()
+        # One that hangs in the driver cannot be ended, nor waited for.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
 
 
-def _signal(process: subprocess.Popen) -> str:
-    try:
-        return signal.Signals(-process.returncode).name
-    except ValueError:
-        return f'signal {-process.returncode}'
-
-
-def _how_it_ended(process: subprocess.Popen) -> str:
-    if process.returncode < 0:
-        return f'the probe ended by {_signal(process)}'
-    return f'the probe ended with code {process.returncode}'
-
-
-def _last_line(path: Path) -> str:
-    """Return the last line of a log, which names the error."""
-    lines = path.read_text(encoding='utf-8', errors='replace').split('\n')
-    found = [line.strip() for line in lines if line.strip()]
-    return found[-1][:300] if found else ''
+def _lines(file: BinaryIO) -> list[str]:
+    file.seek(0)
+    lines = file.read().decode(errors='replace').splitlines()
+    return [line.strip() for line in lines if line.strip()]
