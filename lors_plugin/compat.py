@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from importlib import metadata
+from pathlib import Path
 
 _EXT_NAME = 'mmcv._ext'
 _NAME = 'lors_plugin'
@@ -134,6 +135,29 @@ def explain_import(error: Exception) -> Exception:
         'mmpretrain, which mmdet imports, does not work with transformers '
         f'{version}; pip install "transformers>=4.57,<5"'
     )
+
+
+def package_folder(package: str, kind: str) -> Path:
+    """Return the folder of the tools or configs that a package brings along.
+
+    Args:
+        package (str): An importable package, such as ``mmdet``.
+        kind (str): 'tools' or 'configs'.
+
+    Returns:
+        Path: The folder, which may not exist.
+
+    Raises:
+        FileNotFoundError: If the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin:
+        raise FileNotFoundError(f'{package} is not installed')
+    root = Path(spec.origin).parent
+    folder = root / '.mim' / kind
+    if package == _NAME and not folder.is_dir():
+        return root.parent / kind  # a checkout on the path
+    return folder
 
 
 def register_configs() -> None:

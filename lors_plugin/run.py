@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+from lors_plugin.compat import package_folder
+
 USAGE = __doc__.strip().split('\n\n')[1].strip()
 # Commands that need no checkout. A file of that name is not meant.
 COMMANDS = dict(
@@ -31,7 +33,7 @@ COMMANDS = dict(
     infer='lors_plugin::infer.py',
     demo='lors_plugin::demo.py',
     merge='lors_plugin::reparam.py',
-    export='lors_plugin::export_onnx.py',
+    export='lors_plugin::export.py',
     doctor='lors_plugin.doctor',
 )
 
@@ -53,16 +55,13 @@ def find_tool(name: str) -> tuple[str, bool]:
     name = COMMANDS.get(name, name)
     if '::' in name:
         package, _, tool = name.partition('::')
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.origin:
-            raise FileNotFoundError(f'{name}: {package} is not installed')
-        root = Path(spec.origin).parent
-        folder = root / '.mim' / 'tools'
-        if package == __package__ and not folder.is_dir():
-            folder = root.parent / 'tools'  # a checkout on the path
-        if not (folder / tool).is_file():
-            raise FileNotFoundError(f'{name}: there is no {folder / tool}')
-        return str(folder / tool), True
+        try:
+            path = package_folder(package, 'tools') / tool
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f'{name}: {error}') from None
+        if not path.is_file():
+            raise FileNotFoundError(f'{name}: there is no {path}')
+        return str(path), True
     if Path(name).is_file():
         return name, True
     try:
