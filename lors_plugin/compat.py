@@ -102,6 +102,27 @@ def filter_warnings() -> None:
     warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')
 
 
+def drop_debug_messages() -> None:
+    """Keep DEBUG messages off the screen where there is no logger.
+
+    MMEngine prints what is logged without one, whatever its level: the forks
+    say at each import that they found no data sets of their maker.
+    """
+    from mmengine import logging as host
+
+    host_print_log = host.print_log
+    if hasattr(host_print_log, 'by_host'):
+        return
+
+    @functools.wraps(host_print_log)
+    def print_log(msg, logger=None, level=logging.INFO):
+        if logger is not None or level > logging.DEBUG:
+            host_print_log(msg, logger, level)
+
+    print_log.by_host = host_print_log
+    host.print_log = print_log
+
+
 def is_worth_telling(record: logging.LogRecord) -> bool:
     """Return False for messages of the hosts about their own code.
 

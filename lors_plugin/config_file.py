@@ -26,7 +26,11 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from lors_plugin.compat import package_folder, register_configs
+from lors_plugin.compat import (
+    drop_debug_messages,
+    package_folder,
+    register_configs,
+)
 from lors_plugin.utils import few
 
 BASE = '_base_'
@@ -47,6 +51,7 @@ ENTRIES = frozenset(inspect.signature(Runner.__init__).parameters) | {
 }
 
 register_configs()
+drop_debug_messages()
 
 
 class ConfigVariableError(ValueError):

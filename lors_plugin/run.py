@@ -83,9 +83,14 @@ def prepare(trust: bool = False) -> None:
         trust (bool): Allow files to run code of their own while they are
             read. Defaults to False.
     """
-    from lors_plugin.compat import read_safely, register_configs
+    from lors_plugin.compat import (
+        drop_debug_messages,
+        read_safely,
+        register_configs,
+    )
 
     register_configs()
+    drop_debug_messages()
     read_safely(trust)
 
 
