@@ -5,7 +5,8 @@
 ``python -m lors_plugin.run`` is the same. TOOL is train, test, infer, demo,
 merge, export or doctor (``lors_plugin train --help`` tells more), a file, a
 module, or a tool that a package brings along:
-``mmdet::analysis_tools/browse_dataset.py``. Before it starts,
+``mmdet::analysis_tools/browse_dataset.py``. Configs are files, or
+``lors_plugin::lors_adamixer/....py``. Before the tool starts,
 
 - MMCV becomes importable without compiled operators,
 - configs may inherit ours: ``_base_ = 'lors_plugin::lors_adamixer/....py'``,

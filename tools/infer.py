@@ -18,6 +18,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import cv2
 import torch
 from mmengine.config import DictAction
 from tool_utils import user_errors
@@ -172,6 +173,7 @@ def check_numbers(parser, args, *names):
 def load(args):
     """Load the model as the command line says; tools/demo.py does too."""
     filter_warnings()
+    cv2.setLogLevel(0)  # what cannot be read is named at the end
     cfg = load_config(args.config, args.cfg_options)
     read_safely(args.trust)
     onnx = Path(args.checkpoint).suffix.lower() == ONNX
@@ -285,7 +287,8 @@ def infer(args):
     for path in files:
         print(f'  {path}')
     if errors:
-        sys.stderr.write(f'{len(errors)} inputs failed:\n')
+        plural = 's' * (len(errors) != 1)
+        sys.stderr.write(f'{len(errors)} input{plural} failed:\n')
         sys.stderr.writelines(f'  {error}\n' for error in errors)
         code = EXIT_FAILURES
     return code
