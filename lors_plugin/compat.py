@@ -91,6 +91,8 @@ _HARMLESS = re.compile(
     '"FileClient" will be deprecated'
     '|"HardDiskBackend" is the alias'
     '|`save_param_scheduler` is True but'
+    # Of each frozen parameter that an optimizer leaves out.
+    r'|\S+ is skipped since its requires_grad=False'
 )
 
 

@@ -132,6 +132,8 @@ def test_a_warning_that_is_not_true_here(tmp_path):
         ('"HardDiskBackend" is the alias of "LocalBackend"', False),
         ('The checkpoint holds no state of the optimizer', True),
         ('the word "FileClient" will be deprecated', True),
+        ('backbone.bn.weight is skipped since its requires_grad=False', False),
+        ('the image is skipped', True),
     ],
 )
 def test_messages_about_code_of_hosts(text, told):
