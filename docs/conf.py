@@ -89,9 +89,13 @@ def read_own_modules_only():
 
 LINK = re.compile(r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)')
 CODE = re.compile(r'(?ms)^(?P<fence>`{3,}).*?^(?P=fence)[ ]*$|`[^`\n]+`')
-# A line break in a Chinese paragraph, which HTML would show as a space.
+# A line break in a Chinese paragraph, which HTML would show as a space. Only
+# between Chinese and Latin characters or code there is to be one.
 CHINESE = '\u3000-\u9fff\uff00-\uffef'
-BREAK = re.compile(rf'(?<=[{CHINESE}])\n {{0,2}}(?=[{CHINESE}\[\w]|`[^`])')
+BREAK = re.compile(
+    rf'(?<=[{CHINESE}])\n {{0,2}}(?=\[?[{CHINESE}])'
+    r'|(?<=[，。、；：（）！？])\n {0,2}(?=[\w\[]|`[^`])'
+)
 INCLUDE = re.compile(r'<!-- page: (\S+) -->')
 
 

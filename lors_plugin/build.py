@@ -12,7 +12,7 @@ from mmengine.runner.priority import get_priority
 from torch import nn
 
 from lors_plugin.adapters.hook import RepAdapterHook
-from lors_plugin.config_file import read_config
+from lors_plugin.config_file import find_config, read_config
 from lors_plugin.lors.hook import LORSHook
 from lors_plugin.registry import MODELS
 from lors_plugin.structure import StructureHook
@@ -45,13 +45,7 @@ def load_config(
         FileNotFoundError: If there is no such file.
         ValueError: If the config has no model.
     """
-    if '::' in str(path):
-        from mmengine.hub import get_config
-
-        path = get_config(str(path)).filename
-    elif not Path(path).is_file():
-        raise FileNotFoundError(f'there is no config {path}')
-    cfg = read_config(path, options)
+    cfg = read_config(find_config(path), options)
     if cfg.get('model') is None:
         raise ValueError(f'{path} has no model')
     return cfg

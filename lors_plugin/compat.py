@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from importlib import metadata
+from pathlib import Path
 
 _EXT_NAME = 'mmcv._ext'
 _NAME = 'lors_plugin'
@@ -90,6 +91,8 @@ _HARMLESS = re.compile(
     '"FileClient" will be deprecated'
     '|"HardDiskBackend" is the alias'
     '|`save_param_scheduler` is True but'
+    # Of each frozen parameter that an optimizer leaves out.
+    r'|\S+ is skipped since its requires_grad=False'
 )
 
 
@@ -99,6 +102,27 @@ def filter_warnings() -> None:
     Without faster-coco-eval, pycocotools computes the metrics.
     """
     warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')
+
+
+def drop_debug_messages() -> None:
+    """Keep DEBUG messages off the screen where there is no logger.
+
+    MMEngine prints what is logged without one, whatever its level: the forks
+    say at each import that they found no data sets of their maker.
+    """
+    from mmengine import logging as host
+
+    host_print_log = host.print_log
+    if hasattr(host_print_log, 'by_host'):
+        return
+
+    @functools.wraps(host_print_log)
+    def print_log(msg, logger=None, level=logging.INFO):
+        if logger is not None or level > logging.DEBUG:
+            host_print_log(msg, logger, level)
+
+    print_log.by_host = host_print_log
+    host.print_log = print_log
 
 
 def is_worth_telling(record: logging.LogRecord) -> bool:
@@ -134,6 +158,29 @@ def explain_import(error: Exception) -> Exception:
         'mmpretrain, which mmdet imports, does not work with transformers '
         f'{version}; pip install "transformers>=4.57,<5"'
     )
+
+
+def package_folder(package: str, kind: str) -> Path:
+    """Return the folder of the tools or configs that a package brings along.
+
+    Args:
+        package (str): An importable package, such as ``mmdet``.
+        kind (str): 'tools' or 'configs'.
+
+    Returns:
+        Path: The folder, which may not exist.
+
+    Raises:
+        FileNotFoundError: If the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin:
+        raise FileNotFoundError(f'{package} is not installed')
+    root = Path(spec.origin).parent
+    folder = root / '.mim' / kind
+    if package == _NAME and not folder.is_dir():
+        return root.parent / kind  # a checkout on the path
+    return folder
 
 
 def register_configs() -> None:

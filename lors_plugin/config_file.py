@@ -26,10 +26,15 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from lors_plugin.compat import register_configs
+from lors_plugin.compat import (
+    drop_debug_messages,
+    package_folder,
+    register_configs,
+)
 from lors_plugin.utils import few
 
 BASE = '_base_'
+OWN = 'lors_plugin'
 # Top-level entries that MMEngine or a tool reads.
 ENTRIES = frozenset(inspect.signature(Runner.__init__).parameters) | {
     'activation_checkpointing',
@@ -46,10 +51,50 @@ ENTRIES = frozenset(inspect.signature(Runner.__init__).parameters) | {
 }
 
 register_configs()
+drop_debug_messages()
 
 
 class ConfigVariableError(ValueError):
     """A variable of a config is set where that changes nothing."""
+
+
+def find_config(name: Union[str, Path]) -> Path:
+    """Find the config that a command line names.
+
+    Args:
+        name (str | Path): A file, or ``PACKAGE::FOLDER/NAME.py`` for a config
+            that an installed package brings along, as in ``_base_``.
+
+    Returns:
+        Path: The file.
+
+    Raises:
+        FileNotFoundError: If there is none. The message names similar
+            configs.
+    """
+    package, separator, inner = str(name).partition('::')
+    if not separator and Path(name).is_file():
+        return Path(name)
+    try:
+        folder = package_folder(package if separator else OWN, 'configs')
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{name}: {error}') from None
+    if separator and (folder / inner).is_file():
+        return folder / inner
+    text = f'there is no config {name}'
+    if not separator:
+        text += f' (current directory: {Path.cwd()})'
+        package, inner = OWN, Path(name).name
+    known = {
+        path.name: path.relative_to(folder).as_posix()
+        for path in folder.rglob('*.py')
+        if not path.name.startswith('_') and '_base_' not in path.parts
+    }
+    near = difflib.get_close_matches(Path(inner).name, known, 3)
+    if near:
+        names = ', '.join(f'{package}::{known[name]}' for name in near)
+        text += f'; did you mean {names}?'
+    raise FileNotFoundError(text)
 
 
 def read_config(

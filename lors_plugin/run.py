@@ -5,7 +5,8 @@
 ``python -m lors_plugin.run`` is the same. TOOL is train, test, infer, demo,
 merge, export or doctor (``lors_plugin train --help`` tells more), a file, a
 module, or a tool that a package brings along:
-``mmdet::analysis_tools/browse_dataset.py``. Before it starts,
+``mmdet::analysis_tools/browse_dataset.py``. Configs are files, or
+``lors_plugin::lors_adamixer/....py``. Before the tool starts,
 
 - MMCV becomes importable without compiled operators,
 - configs may inherit ours: ``_base_ = 'lors_plugin::lors_adamixer/....py'``,
@@ -23,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+from lors_plugin.compat import package_folder
+
 USAGE = __doc__.strip().split('\n\n')[1].strip()
 # Commands that need no checkout. A file of that name is not meant.
 COMMANDS = dict(
@@ -31,7 +34,7 @@ COMMANDS = dict(
     infer='lors_plugin::infer.py',
     demo='lors_plugin::demo.py',
     merge='lors_plugin::reparam.py',
-    export='lors_plugin::export_onnx.py',
+    export='lors_plugin::export.py',
     doctor='lors_plugin.doctor',
 )
 
@@ -53,16 +56,13 @@ def find_tool(name: str) -> tuple[str, bool]:
     name = COMMANDS.get(name, name)
     if '::' in name:
         package, _, tool = name.partition('::')
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.origin:
-            raise FileNotFoundError(f'{name}: {package} is not installed')
-        root = Path(spec.origin).parent
-        folder = root / '.mim' / 'tools'
-        if package == __package__ and not folder.is_dir():
-            folder = root.parent / 'tools'  # a checkout on the path
-        if not (folder / tool).is_file():
-            raise FileNotFoundError(f'{name}: there is no {folder / tool}')
-        return str(folder / tool), True
+        try:
+            path = package_folder(package, 'tools') / tool
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f'{name}: {error}') from None
+        if not path.is_file():
+            raise FileNotFoundError(f'{name}: there is no {path}')
+        return str(path), True
     if Path(name).is_file():
         return name, True
     try:
@@ -84,9 +84,14 @@ def prepare(trust: bool = False) -> None:
         trust (bool): Allow files to run code of their own while they are
             read. Defaults to False.
     """
-    from lors_plugin.compat import read_safely, register_configs
+    from lors_plugin.compat import (
+        drop_debug_messages,
+        read_safely,
+        register_configs,
+    )
 
     register_configs()
+    drop_debug_messages()
     read_safely(trust)
 
 

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from lors_plugin import compat
 from lors_plugin.compat import (
     MissingOpError,
+    drop_debug_messages,
     has_compiled_ops,
     install_mmcv_ext_fallback,
     is_worth_telling,
@@ -131,6 +132,8 @@ def test_a_warning_that_is_not_true_here(tmp_path):
         ('"HardDiskBackend" is the alias of "LocalBackend"', False),
         ('The checkpoint holds no state of the optimizer', True),
         ('the word "FileClient" will be deprecated', True),
+        ('backbone.bn.weight is skipped since its requires_grad=False', False),
+        ('the image is skipped', True),
     ],
 )
 def test_messages_about_code_of_hosts(text, told):
@@ -227,3 +230,17 @@ def test_nothing_else_becomes_loadable(tmp_path, name):
         torch.save(Attack(owner, name), path)
         with pytest.raises(Exception, match='not allowed|Unsupported'):
             torch.load(path, weights_only=True)
+
+
+def test_debug_messages_without_a_logger_are_not_printed(capsys):
+    drop_debug_messages()
+    drop_debug_messages()
+    from mmengine.logging import MMLogger, print_log
+
+    print_log('one', level=logging.DEBUG)
+    print_log('two')
+    print_log('three', logger='silent')
+    assert capsys.readouterr().out == 'two\n'
+    logger = MMLogger.get_instance('debugged', log_level='DEBUG')
+    print_log('four', logger=logger, level=logging.DEBUG)
+    assert 'four' in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Variables of configs: overridden wherever they are used, or refused."""
+"""Configs by name; their variables: overridden everywhere, or refused."""
+
+import re
 
 import pytest
 from mmengine.config import Config
@@ -7,6 +9,7 @@ from mmengine.logging import MMLogger
 from lors_plugin.config_file import (
     ConfigVariableError,
     check_inherited_variables,
+    find_config,
     read_config,
 )
 
@@ -146,3 +149,25 @@ def test_inherited_variables_set_in_vain(config, tmp_path, text, names):
         assert f'mine.py sets {name}, but' in str(error.value)
     assert str(error.value).count('base.py, line') == len(names)
     check_inherited_variables(path, dict.fromkeys(names))
+
+
+def test_configs_by_file_and_by_package(config):
+    name = 'lors-adamixer_r50_8xb2-1x_coco.py'
+    assert find_config(config).name == config
+    ours = find_config(f'lors_plugin::lors_adamixer/{name}')
+    assert ours.is_file() and ours.name == name
+    assert find_config(
+        'mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py'
+    ).is_file()
+    for wrong, expected in (
+        (
+            f'configs/lors_adamixer/{name}',
+            f'lors_plugin::lors_adamixer/{name}',
+        ),
+        (f'lors_plugin::{name}', f'lors_plugin::lors_adamixer/{name}'),
+        ('mmdet::yolov3_d53_8xb8-320-273e.py', 'mmdet::yolo/yolov3_d53_8xb8'),
+        ('nowhere::a.py', 'nowhere is not installed'),
+        ('no.py', 'there is no config no.py (current directory: '),
+    ):
+        with pytest.raises(FileNotFoundError, match=re.escape(expected)):
+            find_config(wrong)

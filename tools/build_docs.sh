@@ -26,7 +26,12 @@ mkdir -p "$out"
 for language in en zh_cn; do
     _lors_say "building $language"
     # Every warning is an error, a link that leads nowhere too.
-    "$PYTHON" -m sphinx -W -n --keep-going -q -c docs -t "$language" \
+    # Collecting garbage among so many nodes takes a fifth of the time.
+    "$PYTHON" -c 'import gc, sys
+from sphinx.cmd.build import main
+gc.disable()
+sys.exit(main(sys.argv[1:]))' \
+        -W -n --keep-going -q -c docs -t "$language" \
         -d "$out/.doctrees/$language" "$@" "docs/$language" "$out/$language"
 done
 rm -rf "$out/.doctrees"

@@ -86,8 +86,9 @@ def check_fits(state, path):
     from mmengine.registry import MODELS, DefaultScope
 
     from lors_plugin.checkpoints import ConversionError
+    from lors_plugin.config_file import find_config
 
-    config = Config.fromfile(path)
+    config = Config.fromfile(find_config(path))
     scope = config.get('default_scope', 'mmdet')
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(config.model)

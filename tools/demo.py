@@ -48,6 +48,13 @@ SAMPLES = 8  # of the test set, where --samples names none
 # Longer sides of pictures in pixels: what a page shows well.
 SIDES = (720, 1600)
 ALL = 'all'
+FORMATS = 'JPEG, PNG, WebP, TIFF or BMP'
+HINT = """
+A query reads the feature maps at the points shown, in each stage anew. The
+**colour** of a point is the level that counts most there, a **large** point
+is one in which that level counts nearly alone. The **dashed** box is that at
+the start of the stage, the **solid** one that at its end.
+"""
 
 
 @dataclass
@@ -110,7 +117,7 @@ class Demo:
         except (OSError, SyntaxError, ValueError):
             raise InferenceError(
                 f'{Path(path).name} is no image of a known format, or it is '
-                'damaged. Take a JPEG, PNG, WebP, TIFF or BMP file.'
+                f'damaged. Take a {FORMATS} file.'
             ) from None
         megapixels = width * height / 1e6
         if not megapixels or megapixels > self.max_megapixels:
@@ -233,8 +240,14 @@ class Demo:
         return picture
 
 
-def build_page(demo: Demo, samples: list, title: str):
+def build_page(demo: Demo, samples: list, title: str, max_upload: int = 20):
     """Build the page.
+
+    Args:
+        demo (Demo): What the page shows.
+        samples (list[str]): Photos to choose from.
+        title (str): Heading of the page.
+        max_upload (int): Size of the largest file in MB, which the page says.
 
     Returns:
         gradio.Blocks: To be launched.
@@ -242,6 +255,11 @@ def build_page(demo: Demo, samples: list, title: str):
     import gradio as gr
 
     names = list(demo.predictor.classes)
+    start = 'Upload a photo or choose a sample.'
+    limits = (
+        f'{FORMATS}, up to {max_upload} MB and {demo.max_megapixels:g} '
+        'million pixels; uploads are deleted after an hour.'
+    )
     # No button that sends the picture elsewhere.
     drawn = dict(
         format='jpeg', interactive=False, buttons=['download', 'fullscreen']
@@ -282,9 +300,7 @@ def build_page(demo: Demo, samples: list, title: str):
                     visible=len(names) > 1,
                 )
             with gr.Column(scale=3):
-                text = gr.Markdown(
-                    'Upload a photo or choose a sample.', elem_id='text'
-                )
+                text = gr.Markdown(f'{start} {limits}', elem_id='text')
                 picture = gr.Image(
                     label='Adapters on' if demo.adapters else 'Predictions',
                     **drawn,
@@ -317,6 +333,7 @@ def build_page(demo: Demo, samples: list, title: str):
                 group = gr.Dropdown(
                     [ALL, *groups_of(demo)], value=ALL, label='Group'
                 )
+                gr.Markdown(HINT)
             with gr.Column(scale=3):
                 sampled = gr.Image(
                     label='Boxes and sampling points',
@@ -332,7 +349,7 @@ def build_page(demo: Demo, samples: list, title: str):
         def run(path):
             """Compute; a mistake leaves a sentence and an empty page."""
             if path is None:
-                return None, 'Upload a photo or choose a sample.'
+                return None, f'{start} {limits}'
             try:
                 return demo.look(path), 'Drawing ...'
             except (InferenceError, RuntimeError) as error:
@@ -460,7 +477,7 @@ def prepare(argv=None):
         samples = find_samples(predictor.cfg, args.samples)
     # Of Gradio about what it is built on.
     warnings.filterwarnings('ignore', module=r'gradio\.')
-    page = build_page(demo, samples, Path(args.config).stem)
+    page = build_page(demo, samples, Path(args.config).stem, args.max_upload)
     # Fonts of the system: Gradio's own are fetched from the internet.
     theme = gr.themes.Default(
         font=['system-ui', 'sans-serif'], font_mono=['monospace']
@@ -470,6 +487,8 @@ def prepare(argv=None):
         server_port=args.port,
         max_file_size=f'{args.max_upload}mb',
         theme=theme,
+        css='h2 {overflow-wrap: anywhere}',  # names of configs on phones
+        footer_links=['gradio', 'settings'],  # there is no API
         ssr_mode=False,
         share=False,
         quiet=True,

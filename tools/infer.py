@@ -3,8 +3,8 @@
     python tools/infer.py CONFIG CHECKPOINT INPUT ... --out-dir DIR
 
 INPUT is an image, a folder, a pattern in quotes ('photos/**/*.jpg'), a video,
-the number of a webcam or a COCO file. CHECKPOINT may be a file of
-tools/export_onnx.py (NAME.onnx), which runs in ONNX Runtime. DIR/pictures has
+the number of a webcam or a COCO file. CHECKPOINT holds a whole model or
+adapters alone, or is an ONNX file of tools/export.py. DIR/pictures has
 drawings and annotated videos. docs/en/user_guides/inference.md tells more.
 
 Exit code 1 means that some inputs could not be read, and 2 a mistake in the
@@ -18,6 +18,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import cv2
 import torch
 from mmengine.config import DictAction
 from tool_utils import user_errors
@@ -47,7 +48,16 @@ def add_model_arguments(parser):
     """Add what loads a model; tools/demo.py has the same."""
     add = parser.add_argument
     add('config', help='config of the training, or of the merged model')
-    add('checkpoint', help='weights, or a file of tools/export_onnx.py')
+    add(
+        'checkpoint',
+        help='weights, an adapter file, or NAME.onnx of tools/export.py',
+    )
+    add(
+        '--base',
+        metavar='FILE',
+        help='weights that the adapters of an adapter file were trained on '
+        '(default: those that the config or the file names)',
+    )
     add(
         '--score-thr',
         type=float,
@@ -163,13 +173,14 @@ def check_numbers(parser, args, *names):
 def load(args):
     """Load the model as the command line says; tools/demo.py does too."""
     filter_warnings()
+    cv2.setLogLevel(0)  # what cannot be read is named at the end
     cfg = load_config(args.config, args.cfg_options)
     read_safely(args.trust)
     onnx = Path(args.checkpoint).suffix.lower() == ONNX
     cuda = torch.cuda.is_available() and not onnx
     device = args.device or ('cuda' if cuda else 'cpu')
     predictor = load_predictor(
-        cfg, args.checkpoint, device, args.trust, args.amp
+        cfg, args.checkpoint, device, args.trust, args.amp, args.base
     )
     if args.score_thr is None:
         args.score_thr = 0.3 if predictor.detects else 0.0
@@ -276,7 +287,8 @@ def infer(args):
     for path in files:
         print(f'  {path}')
     if errors:
-        sys.stderr.write(f'{len(errors)} inputs failed:\n')
+        plural = 's' * (len(errors) != 1)
+        sys.stderr.write(f'{len(errors)} input{plural} failed:\n')
         sys.stderr.writelines(f'  {error}\n' for error in errors)
         code = EXIT_FAILURES
     return code

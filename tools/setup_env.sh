@@ -97,10 +97,11 @@ sys.exit(not (conda or sys.prefix != sys.base_prefix))'; then
 }
 
 # pip with its own progress on a terminal and a line per package elsewhere.
+# Python compiles what is imported; all of it would take more than a minute.
 _lors_pip() {
     local log="$_lors_prefix/lors_plugin-setup.log" code=0 beat
     if [ -t 1 ]; then
-        "$PYTHON" -m pip install "$@" && return 0
+        "$PYTHON" -m pip install --no-compile "$@" && return 0
     else
         local parent=$BASHPID
         while sleep 30 >/dev/null 2>&1 && kill -0 "$parent" 2>/dev/null; do
@@ -109,7 +110,7 @@ _lors_pip() {
         beat=$!
         (
             set -o pipefail
-            "$PYTHON" -m pip install --progress-bar off "$@" 2>&1 |
+            "$PYTHON" -m pip install --no-compile --progress-bar off "$@" 2>&1 |
                 tee "$log" | awk '
                     /^ *(Collecting|Processing|Building wheel|Installing)/ ||
                     /^ *Downloading .* MB\)/ {

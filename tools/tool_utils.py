@@ -6,7 +6,6 @@ import datetime
 import os
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 from mmengine.config import ConfigDict, DictAction
@@ -18,6 +17,7 @@ from lors_plugin.compat import is_worth_telling, read_safely
 from lors_plugin.config_file import (
     ConfigVariableError,
     check_inherited_variables,
+    find_config,
     read_config,
 )
 from lors_plugin.engine.data_check import check_data
@@ -121,23 +121,19 @@ def load_config(args):
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     with user_errors('', args.debug):
-        if not Path(args.config).is_file():
-            raise FileNotFoundError(
-                f'the config file {args.config} does not exist (current '
-                f'directory: {Path.cwd()})'
-            )
+        path = find_config(args.config)
     with (
         user_errors(f'{args.config} cannot be read', args.debug, (Exception,)),
         user_errors('', args.debug, (ConfigVariableError,)),
     ):
-        cfg = read_config(args.config, args.cfg_options)
+        cfg = read_config(path, args.cfg_options)
         if not args.no_checks:
-            check_inherited_variables(args.config, args.cfg_options)
+            check_inherited_variables(path, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = f'./work_dirs/{Path(args.config).stem}'
+        cfg.work_dir = f'./work_dirs/{path.stem}'
     read_safely(args.trust)  # where the Runner reads files
     set_host_defaults(cfg)
     return cfg

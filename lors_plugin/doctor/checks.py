@@ -13,7 +13,13 @@ Capability = tuple[int, int]
 
 DISTRIBUTIONS = {
     'mmengine': ('onedl-mmengine', 'mmengine', 'mmengine-lite'),
-    'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite', 'mmcv-full'),
+    'mmcv': (
+        'onedl-mmcv',
+        'onedl-mmcv-cu128-torch2-8',
+        'mmcv',
+        'mmcv-lite',
+        'mmcv-full',
+    ),
     'mmdet': ('onedl-mmdetection', 'mmdet'),
     'mmpretrain': ('onedl-mmpretrain', 'mmpretrain'),
 }
@@ -159,6 +165,9 @@ def check_mmcv_ops(compiled: bool, error: str, gpus: Sequence[Gpu]) -> Check:
             'mmcv has no compiled operators: all of this package works; a '
             'stock model that calls one (RoIAlign, deformable convolution) '
             'raises an error that names it',
+            'for such a model, with torch 2.8 and CUDA 12.8: pip install '
+            'onedl-mmcv-cu128-torch2-8 in place of onedl-mmcv; for others '
+            'see docs/en/user_guides/gpu.md',
         )
     if error:
         return Check(

@@ -226,8 +226,8 @@ def _read_video(source: Source, max_frames: Optional[int]) -> Iterator[Frame]:
     finally:
         capture.release()
     if not index:
-        what = 'webcam' if webcam else 'video'
-        yield Frame(source, error=f'the {what} {name} cannot be read')
+        what = f'webcam {opened}' if webcam else f'the video {name}'
+        yield Frame(source, error=f'{what} cannot be read')
     elif index != max_frames and index < ENOUGH_FRAMES * promised:
         yield Frame(
             source,

@@ -1,6 +1,6 @@
 """Trained models as functions from images to predictions.
 
-A checkpoint runs in PyTorch, a file of ``tools/export_onnx.py`` in ONNX
+A checkpoint runs in PyTorch, a file of ``tools/export.py`` in ONNX
 Runtime. Both read and resize images by the test pipeline of the config, so
 that they see the same pixels as in ``tools/test.py``.
 """
@@ -8,6 +8,7 @@ that they see the same pixels as in ``tools/test.py``.
 import abc
 import contextlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -16,17 +17,34 @@ import numpy as np
 import torch
 from mmcv.transforms import Compose
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 from torch import Tensor, nn
 
-from lors_plugin.adapters import adapters_of, is_adapter_checkpoint
+from lors_plugin.adapters import (
+    AdapterFileError,
+    adapters_of,
+    is_adapter_checkpoint,
+    load_adapter_checkpoint,
+)
+from lors_plugin.adapters.checkpoint import META
+from lors_plugin.adapters.hook import RepAdapterHook
 from lors_plugin.build import is_detector, test_pipeline
-from lors_plugin.checkpoints import load_checkpoint_file, weights_of
+from lors_plugin.checkpoints import (
+    load_checkpoint_file,
+    read_weights,
+    weights_of,
+)
 from lors_plugin.engine.checkpoint_fit import check_weights
 from lors_plugin.engine.hooks.finite_predictions_hook import not_finite
 from lors_plugin.export.onnx_file import ExportError, new_session
-from lors_plugin.reparam.structure import adapt, build_base, has_adapters
+from lors_plugin.reparam.structure import (
+    adapt,
+    build_base,
+    has_adapters,
+    load_base,
+)
 from lors_plugin.utils import type_name
 
 from .errors import InferenceError
@@ -41,18 +59,23 @@ def load_predictor(
     device: str = 'cpu',
     trust: bool = False,
     amp: bool = False,
+    base: Optional[Union[str, Path]] = None,
 ) -> 'Predictor':
     """Load a trained detector or classifier.
 
     Args:
         cfg (Config): The config of the training, or of the merged model.
-        checkpoint (str | Path): Weights, all of them, or a file of
-            ``tools/export_onnx.py``, for which no model is built.
+        checkpoint (str | Path): Weights of the whole model, an adapter file
+            (``adapter_only``), or an ONNX file of ``tools/export.py``, for
+            which no model is built.
         device (str): Where PyTorch runs. Defaults to 'cpu'.
         trust (bool): Allow the file to run code of its own while it is
             read. Defaults to False.
         amp (bool): Whether PyTorch computes in mixed precision. Defaults to
             False.
+        base (str | Path, optional): Weights that the adapters of an adapter
+            file were trained on, of the whole model or its backbone. Defaults
+            to what the config or the file names, as in ``tools/test.py``.
 
     Returns:
         Predictor: Call it with a list of images.
@@ -70,11 +93,11 @@ def load_predictor(
     if kind == 'cuda' and not torch.cuda.is_available():
         raise InferenceError(f'device {device}: PyTorch finds no CUDA GPU')
     if Path(checkpoint).suffix.lower() != ONNX:
-        return TorchPredictor(cfg, checkpoint, device, trust, amp)
-    if amp or kind != 'cpu':
+        return TorchPredictor(cfg, checkpoint, device, trust, amp, base)
+    if amp or base or kind != 'cpu':
         raise InferenceError(
             f'{checkpoint} runs in ONNX Runtime on the CPU: leave out '
-            'device and mixed precision'
+            'device, mixed precision and base'
         )
     return OnnxPredictor(cfg, checkpoint)
 
@@ -231,11 +254,13 @@ class TorchPredictor(Predictor):
         device: str = 'cpu',
         trust: bool = False,
         amp: bool = False,
+        base: Optional[Union[str, Path]] = None,
     ) -> None:
         content = load_checkpoint_file(checkpoint, trust)
         super().__init__(cfg)
         with self._scope():
-            self.model = load_model(cfg, content, checkpoint).to(device)
+            model = load_model(cfg, content, checkpoint, base, trust)
+            self.model = model.to(device)
             names = _classes_in(content.get('meta') or {}, checkpoint)
             self.classes = names or config_classes(cfg)
         self.detects = is_detector(self.model)
@@ -281,7 +306,13 @@ class TorchPredictor(Predictor):
         return found.inside(*sample.ori_shape[:2])
 
 
-def load_model(cfg: Config, content: dict, path: Any) -> nn.Module:
+def load_model(
+    cfg: Config,
+    content: dict,
+    path: Any,
+    base: Optional[Union[str, Path]] = None,
+    trust: bool = False,
+) -> nn.Module:
     """Build a model with its adapters and load its weights, all of them.
 
     Args:
@@ -289,24 +320,85 @@ def load_model(cfg: Config, content: dict, path: Any) -> nn.Module:
             are followed.
         content (dict): The checkpoint.
         path (Any): Its file, for messages.
+        base (str | Path, optional): See :func:`load_predictor`.
+        trust (bool): Whether the base may run code while it is read. Defaults
+            to False.
 
     Returns:
         nn.Module: In evaluation mode, on the CPU.
     """
     if cfg.get('model') is None:
         raise InferenceError(f'{cfg.filename} has no model')
-    if is_adapter_checkpoint(content):
-        raise InferenceError(
-            f'{path} holds adapters without their base; merge them first '
-            '(tools/reparam.py)'
-        )
     state = weights_of(content, path=path)
     model = build_base(cfg)
-    if has_adapters(state):
-        adapt(model, cfg, state)
-    check_weights(model, state, str(path))
-    model.load_state_dict(state, strict=False)
+    if is_adapter_checkpoint(content):
+        content = dict(content, state_dict=state)
+        _load_adapters(model, cfg, content, path, base, trust)
+    elif base is not None:
+        raise InferenceError(
+            f'{path} holds more than adapters: leave out the base {base}'
+        )
+    else:
+        if has_adapters(state):
+            adapt(model, cfg, state)
+        check_weights(model, state, str(path))
+        model.load_state_dict(state, strict=False)
     return revert_sync_batchnorm(model).eval()
+
+
+def _load_adapters(
+    model: nn.Module,
+    cfg: Config,
+    content: dict,
+    path: Any,
+    base: Optional[Union[str, Path]],
+    trust: bool,
+) -> None:
+    """Load an adapter file and the base that it was trained on.
+
+    Without ``base``, the pretrained files of the config, the base of its
+    ``RepAdapterHook`` and the one that the adapter file names are tried in
+    turn, as in a test by a runner.
+    """
+    named = [
+        hook.get('base')
+        for hook in cfg.get('custom_hooks') or ()
+        if type_name(hook['type']) == RepAdapterHook.__name__
+    ]
+    named.append(content['meta'][META].get('source'))
+    bases = [base] if base else [None, *filter(None, named)]
+    trained = list(content['state_dict'])
+    for file in bases:
+        if file is None:
+            with _without_init_report():
+                model.init_weights()
+        elif '://' in str(file) or not Path(file).is_file():
+            error = f'its base {file} is not there'
+            continue
+        else:
+            load_base(model, read_weights(file, trust), trained, file)
+        try:
+            load_adapter_checkpoint(model, content)
+        except AdapterFileError as problem:
+            error = str(problem)
+        else:
+            return
+    raise InferenceError(
+        f'{path}: {error}. --base names the weights that the adapters were '
+        'trained on'
+    )
+
+
+@contextlib.contextmanager
+def _without_init_report() -> Iterator[None]:
+    """Keep MMEngine from telling how each parameter was initialised."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def config_classes(cfg: Config) -> tuple[str, ...]:
@@ -383,7 +475,7 @@ class OnnxPredictor(Predictor):
         said = self.session.get_modelmeta().custom_metadata_map
         if 'input' not in said or 'size_divisor' not in said:
             raise InferenceError(
-                f'{path} was not written by tools/export_onnx.py: its '
+                f'{path} was not written by tools/export.py: its '
                 'metadata do not say what images it takes'
             )
         self.kind = said['input']

@@ -5,7 +5,12 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 
-from lors_plugin.adapters import adapters_of
+from lors_plugin.adapters import (
+    adapter_checkpoint,
+    adapters_of,
+    remove_adapters,
+)
+from lors_plugin.adapters.checkpoint import META
 from lors_plugin.build import build_model
 from lors_plugin.inference import (
     InferenceError,
@@ -89,13 +94,13 @@ def test_onnx_files_predict_as_pytorch(
 ):
     pytest.importorskip('onnxruntime')
     monkeypatch.syspath_prepend(str(root / 'tools'))
-    import export_onnx
+    import export
 
     cfg = new_config(kind)
     (tmp_path / 'config.py').write_text(cfg.pretty_text)
     path = tmp_path / 'model.onnx'
     argv = [str(tmp_path / 'config.py'), str(weights[kind]), str(path)]
-    assert export_onnx.main([*argv, '--no-check', *options]) == 0
+    assert export.main([*argv, '--no-check', *options]) == 0
     found = load_predictor(cfg, path)
     assert found.detects == (kind == 'detector')
     assert found.classes == CLASSES
@@ -140,6 +145,83 @@ def test_adapters_are_off_within_a_block_only(photo, tmp_path, new_config):
     np.testing.assert_array_equal(off, plain(images)[0].scores)
     np.testing.assert_array_equal(found(images)[0].scores, before)
     assert np.abs(before - off).max() > 1e-4
+
+
+@pytest.fixture
+def adapter_file(tmp_path, new_config):
+    """A config with adapters, and where its files are.
+
+    Returns:
+        tuple: The config, the whole model, and a function that writes the
+        adapter file with the name of its base.
+    """
+    hook = dict(type='lors_plugin.RepAdapterHook', hidden_dims=4)
+    cfg = new_config('classifier', custom_hooks=[hook])
+    model = randomize(build_model(cfg), 0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_('adapter' in name or 'head' in name)
+    whole, path, base = (
+        tmp_path / name for name in ('whole.pth', 'adapter.pth', 'base.pth')
+    )
+    torch.save(dict(state_dict=model.state_dict()), whole)
+    content = adapter_checkpoint(model, hook)
+    remove_adapters(model)
+    torch.save(dict(state_dict=model.state_dict()), base)
+    backbone = model.backbone.state_dict()
+    torch.save(dict(state_dict=backbone), tmp_path / 'backbone.pth')
+
+    def write(source=None):
+        content['meta'][META]['source'] = source
+        torch.save(content, path)
+        return path
+
+    return cfg, whole, write
+
+
+@pytest.mark.parametrize(
+    'base_from', ['init_cfg', 'hook', 'file', 'base', 'backbone']
+)
+def test_adapter_files_find_their_base(
+    adapter_file, photo, tmp_path, base_from
+):
+    cfg, whole, write = adapter_file
+    base = str(tmp_path / 'base.pth')
+    path = write(base if base_from == 'file' else None)
+    expected = load_predictor(cfg, whole)
+    given = {}
+    if base_from == 'init_cfg':
+        cfg.model.backbone.init_cfg = dict(
+            type='Pretrained', checkpoint=str(tmp_path / 'backbone.pth')
+        )
+    elif base_from == 'hook':
+        cfg.custom_hooks[0]['base'] = base
+    elif base_from != 'file':
+        given = dict(base=tmp_path / f'{base_from}.pth')
+    found = load_predictor(cfg, path, **given)
+    images = [found.read(photo)]
+    assert adapters_of(found.model).keys() == (
+        adapters_of(expected.model).keys()
+    )
+    np.testing.assert_array_equal(
+        found(images)[0].scores, expected(images)[0].scores
+    )
+
+
+def test_adapter_files_without_their_base(adapter_file, tmp_path):
+    cfg, whole, write = adapter_file
+    other = torch.load(tmp_path / 'base.pth')
+    other['state_dict']['backbone.cls_token'] += 1
+    torch.save(other, tmp_path / 'other.pth')
+    for source, base, expected in (
+        (None, None, 'adapter.pth: .*--base names'),
+        ('gone.pth', None, 'adapter.pth: its base gone.pth is not there'),
+        (None, 'other.pth', 'adapter.pth: .*cls_token'),
+    ):
+        path = write(source)
+        with pytest.raises(InferenceError, match=f'(?s){expected}'):
+            load_predictor(cfg, path, base=base and tmp_path / base)
+    with pytest.raises(InferenceError, match='leave out the base'):
+        load_predictor(cfg, whole, base=tmp_path / 'base.pth')
 
 
 @pytest.mark.parametrize('content', [None, b'', b'no image'])

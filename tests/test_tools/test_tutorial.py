@@ -36,10 +36,19 @@ def test_nothing_of_a_run_is_kept():
         compile(source, cell['id'], 'exec')
 
 
+def test_colab_badge_and_where_the_repository_is_set():
+    text = NOTEBOOK.read_text(encoding='utf-8')
+    assert 'colab-badge.svg)](https://colab.research.google.com/' in text
+    (start,) = [
+        s for c, s in code_cells() if c['metadata'].get('tags') == ['install']
+    ]
+    assert "REPOSITORY = ''" in start
+
+
 def test_commands_have_tools_and_configs():
     text = '\n'.join(source for _, source in code_cells())
     names = set(re.findall(r'(?:tools|configs)/[\w/.-]+\.py', text))
-    for name in ('train', 'infer', 'reparam', 'export_onnx'):
+    for name in ('train', 'infer', 'reparam', 'export'):
         assert f'tools/{name}.py' in names
     assert [name for name in names if not (ROOT / name).is_file()] == []
 

@@ -12,6 +12,8 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from lors_plugin.config_file import find_config
+
 __all__ = ['DrawError', 'logger', 'read_config', 'run_tool']
 
 logger = logging.getLogger('draw')
@@ -31,7 +33,7 @@ def run_tool(work: Callable[..., None], *args: object) -> int:
 def read_config(path: str, trust: bool = False) -> Config:
     """Read a config of MMDetection, and files afterwards as ``trust`` says."""
     register_all_modules(init_default_scope=False)
-    cfg = Config.fromfile(path)
+    cfg = Config.fromfile(find_config(path))
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     read_safely(trust)
     return cfg

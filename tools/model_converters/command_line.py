@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from lors_plugin.checkpoints import ConversionError
+from lors_plugin.compat import drop_debug_messages
 
 logger = logging.getLogger('model_converters')
 
@@ -32,6 +33,7 @@ def run(
     parser.add_argument('dst', help='checkpoint to write')
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s')
+    drop_debug_messages()
     try:
         convert(args.src, args.dst)
     except (ConversionError, OSError) as error:
