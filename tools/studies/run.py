@@ -27,7 +27,8 @@ from training import EXIT_STOPPED, Job, StoppedError, run_jobs
 
 HERE = Path(__file__).resolve().parent
 STUDIES = (
-    'bccd', 'rep_adapter', 'rep_adapter_scale', 'parameternet', 'llama_moe'
+    'bccd', 'rep_adapter', 'rep_adapter_scale', 'tuning', 'parameternet',
+    'llama_moe',
 )  # fmt: skip
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 
