@@ -55,7 +55,13 @@ test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=1e-4),
-    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.01))),
+    paramwise_cfg=dict(
+        custom_keys=dict(
+            backbone=dict(lr_mult=0.01),
+            # Chosen on the frozen backbone.
+            decode_head=dict(lr_mult=3.0),
+        )
+    ),
     clip_grad=dict(max_norm=1.0, norm_type=2),
 )
 param_scheduler = [

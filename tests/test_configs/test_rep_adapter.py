@@ -6,7 +6,6 @@ import pytest
 import torch
 import yaml
 
-from lors_plugin.adapters import adapters_of
 from lors_plugin.analysis.weightless import EmptyWeights
 from lors_plugin.build import build_model
 from lors_plugin.compat import MissingOpError
@@ -16,10 +15,19 @@ NAMES = [
     'cascade-mask-rcnn_swin-t-p4-w7-rep-adapter_fpn_1x_coco',
     'clip-vit-base-p16_rep-adapter_1xb64-100e_vtab-1k',
     'convnext-base_rep-adapter_1xb64-100e_vtab-1k',
+    'lors-adamixer_mobilenetv2-bitfit_49-queries_bccd',
     'lors-adamixer_mobilenetv2-frozen_49-queries_bccd',
     'lors-adamixer_mobilenetv2-full_49-queries_bccd',
+    'lors-adamixer_mobilenetv2-lora_49-queries_bccd',
+    'lors-adamixer_mobilenetv2-norm_49-queries_bccd',
     'lors-adamixer_mobilenetv2-rep-adapter_49-queries_bccd',
     'lors-adamixer_swin-t-p4-w7-rep-adapter_8xb2-1x_coco',
+    'lors-adamixer_vit-small-p14-full_49-queries_bccd-168x126',
+    'lors-adamixer_vit-small-p14-rep-adapter_49-queries_bccd-168x126',
+    'retinanet_vit-small-p14-rep-adapter_bccd-168x126',
+    'setr_vit-small-p14-frozen_camvid-168x126',
+    'setr_vit-small-p14-full_camvid-168x126',
+    'setr_vit-small-p14-rep-adapter_camvid-168x126',
     'swin-base-p4-w7_rep-adapter_1xb64-100e_vtab-1k',
     'vit-base-p16_full_1xb64-100e_vtab-1k',
     'vit-base-p16_linear-probe_1xb64-100e_vtab-1k',
@@ -32,6 +40,16 @@ NAMES = [
     'vit-small-p14_rep-adapter_elpv-70px',
 ]
 SIZE = 56  # a multiple of all patches, and more than one window
+# What is trained of the backbone, by a word of the name.
+TRAINED = {
+    'full': r'.*',
+    'frozen': r'(?!)',
+    'linear-probe': r'(?!)',
+    'rep-adapter': r'.*\.rep_adapter\.\w+',
+    'lora': r'.*\.lora(_\w+)?\.\w+',
+    'bitfit': r'.*\.bias',
+    'norm': r'.*\.bn\.\w+',
+}
 
 
 def pytest_generate_tests(metafunc):
@@ -62,7 +80,7 @@ def shrink(config):
     """Few channels and layers; kinds and places of layers stay."""
     backbone = config.model.backbone
     backbone = backbone.get('module', backbone)
-    if backbone.type == 'VisionTransformer':
+    if backbone.type.endswith('VisionTransformer'):
         backbone.img_size = SIZE
         backbone.arch = dict(
             embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=48
@@ -84,6 +102,12 @@ def shrink(config):
         assert backbone.type == 'MobileNetV2'
     if 'head' in config.model:
         config.model.head.in_channels = width
+    if 'decode_head' in config.model:
+        config.model.decode_head.in_channels = width
+        config.model.data_preprocessor.size = (SIZE, SIZE)
+    if backbone.type == 'mmpretrain.VisionTransformer':
+        neck = config.model.get('neck') or [dict()]
+        (neck[0] if isinstance(neck, list) else neck)['in_channels'] = width
 
 
 def test_all_are_there(root):
@@ -101,6 +125,8 @@ def test_trains_a_step(name, config, make_samples):
         from mmpretrain.structures import DataSample
 
         samples = [DataSample().set_gt_label(i) for i in range(2)]
+    elif 'decode_head' in config.model:
+        samples = [segmented(classes=12) for _ in inputs]
     else:
         classes = 3 if 'bccd' in name else 80
         samples = make_samples((2, 1), classes, (SIZE, SIZE))
@@ -119,19 +145,25 @@ def test_trains_a_step(name, config, make_samples):
     trained = {k for k, p in model.named_parameters() if p.requires_grad}
     reached = {k for k, p in model.named_parameters() if p.grad is not None}
     assert trained == reached
-    backbone = {k for k in trained if k.startswith('backbone.')}
-    adapters = adapters_of(model)
-    assert bool(adapters) == ('rep-adapter' in name)
-    if 'linear-probe' in name or 'frozen' in name:
-        assert not backbone
-    elif 'lora' in name:
-        assert backbone and all('.lora_' in key for key in backbone)
-    elif adapters:
-        own = [k for k in backbone if '.rep_adapter.' not in k]
-        assert all(re.fullmatch(r'backbone\.norm\d\.\w+', k) for k in own)
-        assert bool(own) == ('_coco' in name)
-    else:
-        assert len(backbone) == len(list(model.backbone.parameters()))
+    (word,) = (word for word in TRAINED if re.search(f'[-_]{word}_', name))
+    pattern = TRAINED[word]
+    if '_coco' in name:
+        # Of the outputs; in no classifier, so they begin untrained.
+        pattern += r'|norm\d\.\w+'
+    own = {k for k, _ in model.backbone.named_parameters()}
+    backbone = {k for k in own if f'backbone.{k}' in trained}
+    assert backbone == {k for k in own if re.fullmatch(pattern, k)}
+    assert bool(backbone) == (pattern != TRAINED['frozen'])
+
+
+def segmented(classes):
+    """A sample with a label for each pixel."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    labels = torch.randint(classes, (1, SIZE, SIZE))
+    sample = SegDataSample(metainfo=dict(img_shape=(SIZE, SIZE)))
+    return sample.set_data(dict(gt_sem_seg=PixelData(data=labels))) or sample
 
 
 def add_masks(samples):
@@ -146,7 +178,7 @@ def add_masks(samples):
 
 def test_counts(name, config, root):
     """Metafile and table tell the truth."""
-    if 'lora' in name:
+    if config.model.backbone.type == 'LoRAModel':
         pytest.skip('LoRAModel initialises weights while it is built')
     with EmptyWeights():
         model = build_frozen(config)
