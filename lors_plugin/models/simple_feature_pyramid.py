@@ -1,5 +1,6 @@
 """ViTDet's neck: feature levels from the one map of a plain ViT."""
 
+import math
 from collections.abc import Sequence
 from typing import Optional
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lors_plugin.registry import MODELS
-from lors_plugin.utils import check_at_least, check_choice
+from lors_plugin.utils import check_at_least, check_choice, check_divisible
 
 SCALES = (4, 2, 1, 0.5)
 
@@ -23,7 +24,8 @@ class SimpleFeaturePyramid(BaseModule):
     a 1x1 and a 3x3 convolution follow, each with a norm, at every level.
 
     Args:
-        in_channels (int): Channels ``C`` of the map; a multiple of 4.
+        in_channels (int): Channels ``C`` of the map; a multiple of the
+            largest scale.
         out_channels (int): Channels of every output level. Defaults to 256.
         scales (Sequence[float]): Size of each level relative to the map,
             some of 4, 2, 1, 0.5. The backbone's stride divided by a scale is
@@ -59,9 +61,12 @@ class SimpleFeaturePyramid(BaseModule):
         self.num_outs = len(scales) if num_outs is None else num_outs
         check_at_least('num_outs', self.num_outs, len(scales))
         self.in_channels = check_at_least('in_channels', in_channels)
-        self.levels = nn.ModuleList()
         for scale in scales:
             check_choice('scales', scale, SCALES)
+        largest = math.ceil(max(scales))
+        check_divisible('in_channels', in_channels, 'max(scales)', largest)
+        self.levels = nn.ModuleList()
+        for scale in scales:
             resize, channels = _resize(in_channels, scale, norm_cfg)
             options = dict(norm_cfg=norm_cfg, act_cfg=None)
             self.levels.append(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from lors_plugin.adapters import adapters_of, inject_adapters
 from lors_plugin.models import SimpleFeaturePyramid
 from lors_plugin.testing import randomize
 
@@ -64,6 +65,7 @@ def test_coarser_levels_take_every_other_cell():
     'options, field',
     [
         (dict(in_channels=0), 'in_channels=0'),
+        (dict(in_channels=6), 'in_channels=6'),
         (dict(out_channels=1.5), 'out_channels=1.5'),
         (dict(scales=[]), 'scales=[]'),
         (dict(scales=2), 'scales=2'),
@@ -80,3 +82,44 @@ def test_bad_options_are_named(options, field):
 def test_what_is_no_such_map_is_refused(shape):
     with pytest.raises(ValueError, match=r'\(B, 8, H, W\)'):
         SimpleFeaturePyramid(8)([torch.randn(shape)])
+
+
+ARCH = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=48)
+VITS = {
+    'vit': dict(
+        type='VisionTransformer', arch=ARCH, img_size=64, out_type='featmap'
+    ),
+    # Windows of 2x2 tokens in the first layer, all tokens in the second.
+    'windowed': dict(
+        type='ViTSAM',
+        arch=dict(ARCH, global_attn_indexes=[1]),
+        img_size=64,
+        window_size=2,
+        out_channels=0,
+    ),
+    'dinov3': dict(
+        type='TIMMBackbone',
+        model_name='vit_small_patch16_dinov3',
+        features_only=True,
+        out_indices=[-1],
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+    ),
+}
+
+
+@pytest.mark.parametrize('name', VITS)
+def test_adapters_of_a_plain_vit_learn_through_it(name, build):
+    neck = dict(type='lors_plugin.SimpleFeaturePyramid', in_channels=32)
+    parts = build([dict(VITS[name], _scope_='mmpretrain'), neck])
+    layers = '.*(ffn.layers.0.0|mlp.fc1)'
+    inject_adapters(parts, module='0', targets=layers, hidden_dims=4)
+    levels = parts(torch.randn(2, 3, 64, 96))
+    assert [level.shape[2:] for level in levels] == [
+        (4 * s, 6 * s) for s in (4, 2, 1)
+    ] + [(2, 3)]
+    sum(level.square().sum() for level in levels).backward()
+    missing = {k for k, p in parts.named_parameters() if p.grad is None}
+    frozen = {k for k, p in parts.named_parameters() if not p.requires_grad}
+    assert missing == frozen and len(adapters_of(parts)) == 2
