@@ -2,13 +2,18 @@
 
 import re
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 import yaml
+from mmengine.registry import DATASETS, METRICS, DefaultScope
 
 from lors_plugin.analysis.weightless import EmptyWeights
 from lors_plugin.build import build_model
 from lors_plugin.compat import MissingOpError
+from lors_plugin.reparam.deploy import deploy
+from lors_plugin.testing import randomize
 
 FOLDER = 'configs/rep_adapter'
 NAMES = [
@@ -211,3 +216,58 @@ def test_published_recipe(load_config):
     assert (warmup.end, cosine.begin, cosine.end) == (10, 10, 100)
     kinds = [step.type for step in config.train_pipeline]
     assert kinds == ['LoadImageFromFile', 'Resize', 'PackInputs']
+
+
+SETR = f'{FOLDER}/setr_vit-small-p14-rep-adapter_camvid-168x126.py'
+
+
+def test_merged_segmentor_needs_its_host_alone(load_config):
+    """Nothing of this package is left, and it computes the same."""
+    config = load_config(SETR)
+    shrink(config)
+    model = randomize(build_model(config)).eval()
+    deployed = deploy(model, config)
+    assert deployed.merged == 4
+    assert 'lors_plugin' not in deployed.cfg.pretty_text
+    image = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        before, after = model(image), deployed.model(image)
+    torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)
+
+
+def test_road_scenes(read_config, tmp_path):
+    """Photos get small, labels for evaluation do not, and what is unlabelled
+    counts neither way."""
+    config = read_config(SETR)
+    labels = np.arange(360 * 480).reshape(360, 480).astype(np.uint8) % 12
+    for part in ('train', 'val'):
+        for kind, value, end in (
+            ('images', np.stack([labels * 20] * 3, -1), 'jpg'),
+            ('labels', labels, 'png'),
+        ):
+            mmcv.imwrite(value, str(tmp_path / kind / part / f'a.{end}'))
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        samples = {}
+        for part in ('train', 'val'):
+            dataset = config[f'{part}_dataloader'].dataset
+            dataset.data_root = str(tmp_path)
+            samples[part] = DATASETS.build(dataset)[0]
+        metric = METRICS.build(config.val_evaluator)
+    sizes = dict(train=(126, 168), val=(360, 480))
+    for part, sample in samples.items():
+        assert sample['inputs'].shape == (3, 126, 168)
+        truth = sample['data_samples'].gt_sem_seg.data[0]
+        assert truth.shape == sizes[part]
+    truth = truth.long()
+    metric.dataset_meta = config.metainfo
+    for wrong, expected in (((), 100), ((0, 1), 9 / 11 * 100)):
+        guess = torch.where(truth == 11, 3, truth)
+        for label in wrong:
+            guess[truth == label] = 1 - label
+        sample = dict(
+            pred_sem_seg=dict(data=guess[None]),
+            gt_sem_seg=dict(data=truth[None]),
+        )
+        metric.process({}, [sample])
+        result = metric.evaluate(1)
+        assert result['mIoU'] == pytest.approx(expected, abs=0.01)
