@@ -11,7 +11,7 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    # A resumed training goes on exactly as if it had not stopped.
+    # A resumed training goes on with the photos that are next.
     epoch_seed=dict(type='lors_plugin.EpochSeedHook'),
     # Neither a kill nor a full disk loses a run.
     checkpoint=dict(
