@@ -118,6 +118,12 @@ class Predictor(abc.ABC):
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
+        if cfg.get('default_scope') == 'mmseg':
+            raise InferenceError(
+                f'{cfg.filename} is of MMSegmentation; detectors and '
+                'classifiers predict here. Merge the model by '
+                'tools/reparam.py and use mmseg.apis.MMSegInferencer'
+            )
         steps = [
             step
             for step in test_pipeline(cfg)

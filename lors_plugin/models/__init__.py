@@ -21,6 +21,8 @@ from lors_plugin.parameternet import (
     dynamic_swin_transformer,
 )
 
+from .simple_feature_pyramid import SimpleFeaturePyramid
+
 try:
     from lors_plugin.adamixer import (
         AdaMixer,
@@ -67,4 +69,5 @@ __all__ = [
     'ParameterNet',
     'RepConv2d',
     'SharedNormChannelMapping',
+    'SimpleFeaturePyramid',
 ]

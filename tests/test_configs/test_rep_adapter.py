@@ -2,24 +2,37 @@
 
 import re
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 import yaml
+from mmengine.registry import DATASETS, METRICS, DefaultScope
 
-from lors_plugin.adapters import adapters_of
 from lors_plugin.analysis.weightless import EmptyWeights
 from lors_plugin.build import build_model
 from lors_plugin.compat import MissingOpError
+from lors_plugin.reparam.deploy import deploy
+from lors_plugin.testing import randomize
 
 FOLDER = 'configs/rep_adapter'
 NAMES = [
     'cascade-mask-rcnn_swin-t-p4-w7-rep-adapter_fpn_1x_coco',
     'clip-vit-base-p16_rep-adapter_1xb64-100e_vtab-1k',
     'convnext-base_rep-adapter_1xb64-100e_vtab-1k',
+    'lors-adamixer_mobilenetv2-bitfit_49-queries_bccd',
     'lors-adamixer_mobilenetv2-frozen_49-queries_bccd',
     'lors-adamixer_mobilenetv2-full_49-queries_bccd',
+    'lors-adamixer_mobilenetv2-lora_49-queries_bccd',
+    'lors-adamixer_mobilenetv2-norm_49-queries_bccd',
     'lors-adamixer_mobilenetv2-rep-adapter_49-queries_bccd',
     'lors-adamixer_swin-t-p4-w7-rep-adapter_8xb2-1x_coco',
+    'lors-adamixer_vit-small-p14-full_49-queries_bccd-168x126',
+    'lors-adamixer_vit-small-p14-rep-adapter_49-queries_bccd-168x126',
+    'retinanet_vit-small-p14-rep-adapter_bccd-168x126',
+    'setr_vit-small-p14-frozen_camvid-168x126',
+    'setr_vit-small-p14-full_camvid-168x126',
+    'setr_vit-small-p14-rep-adapter_camvid-168x126',
     'swin-base-p4-w7_rep-adapter_1xb64-100e_vtab-1k',
     'vit-base-p16_full_1xb64-100e_vtab-1k',
     'vit-base-p16_linear-probe_1xb64-100e_vtab-1k',
@@ -40,6 +53,16 @@ COUNTED = [
     'segformer_mit-b0-rep-adapter_8xb2-160k_ade20k-512x512',
 ]
 SIZE = 56  # a multiple of all patches, and more than one window
+# What is trained of the backbone, by a word of the name.
+TRAINED = {
+    'full': r'.*',
+    'frozen': r'(?!)',
+    'linear-probe': r'(?!)',
+    'rep-adapter': r'.*\.rep_adapter\.\w+',
+    'lora': r'.*\.lora(_\w+)?\.\w+',
+    'bitfit': r'.*\.bias',
+    'norm': r'.*\.bn\.\w+',
+}
 
 
 def pytest_generate_tests(metafunc):
@@ -70,7 +93,7 @@ def shrink(config):
     """Few channels and layers; kinds and places of layers stay."""
     backbone = config.model.backbone
     backbone = backbone.get('module', backbone)
-    if backbone.type == 'VisionTransformer':
+    if backbone.type.endswith('VisionTransformer'):
         backbone.img_size = SIZE
         backbone.arch = dict(
             embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=48
@@ -92,6 +115,12 @@ def shrink(config):
         assert backbone.type == 'MobileNetV2'
     if 'head' in config.model:
         config.model.head.in_channels = width
+    if 'decode_head' in config.model:
+        config.model.decode_head.in_channels = width
+        config.model.data_preprocessor.size = (SIZE, SIZE)
+    if backbone.type == 'mmpretrain.VisionTransformer':
+        neck = config.model.get('neck') or [dict()]
+        (neck[0] if isinstance(neck, list) else neck)['in_channels'] = width
 
 
 def rows_of_hosts(root):
@@ -148,6 +177,8 @@ def test_trains_a_step(name, config, make_samples):
         from mmpretrain.structures import DataSample
 
         samples = [DataSample().set_gt_label(i) for i in range(2)]
+    elif 'decode_head' in config.model:
+        samples = [segmented(classes=12) for _ in inputs]
     else:
         classes = 3 if 'bccd' in name else 80
         samples = make_samples((2, 1), classes, (SIZE, SIZE))
@@ -166,19 +197,25 @@ def test_trains_a_step(name, config, make_samples):
     trained = {k for k, p in model.named_parameters() if p.requires_grad}
     reached = {k for k, p in model.named_parameters() if p.grad is not None}
     assert trained == reached
-    backbone = {k for k in trained if k.startswith('backbone.')}
-    adapters = adapters_of(model)
-    assert bool(adapters) == ('rep-adapter' in name)
-    if 'linear-probe' in name or 'frozen' in name:
-        assert not backbone
-    elif 'lora' in name:
-        assert backbone and all('.lora_' in key for key in backbone)
-    elif adapters:
-        own = [k for k in backbone if '.rep_adapter.' not in k]
-        assert all(re.fullmatch(r'backbone\.norm\d\.\w+', k) for k in own)
-        assert bool(own) == ('_coco' in name)
-    else:
-        assert len(backbone) == len(list(model.backbone.parameters()))
+    (word,) = (word for word in TRAINED if re.search(f'[-_]{word}_', name))
+    pattern = TRAINED[word]
+    if '_coco' in name:
+        # Of the outputs; in no classifier, so they begin untrained.
+        pattern += r'|norm\d\.\w+'
+    own = {k for k, _ in model.backbone.named_parameters()}
+    backbone = {k for k in own if f'backbone.{k}' in trained}
+    assert backbone == {k for k in own if re.fullmatch(pattern, k)}
+    assert bool(backbone) == (pattern != TRAINED['frozen'])
+
+
+def segmented(classes):
+    """A sample with a label for each pixel."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    labels = torch.randint(classes, (1, SIZE, SIZE))
+    sample = SegDataSample(metainfo=dict(img_shape=(SIZE, SIZE)))
+    return sample.set_data(dict(gt_sem_seg=PixelData(data=labels))) or sample
 
 
 def add_masks(samples):
@@ -193,7 +230,7 @@ def add_masks(samples):
 
 def test_counts(name, config, root):
     """Metafile and table tell the truth."""
-    if 'lora' in name:
+    if config.model.backbone.type == 'LoRAModel':
         pytest.skip('LoRAModel initialises weights while it is built')
     with EmptyWeights():
         model = build_frozen(config)
@@ -224,3 +261,58 @@ def test_published_recipe(load_config):
     assert (warmup.end, cosine.begin, cosine.end) == (10, 10, 100)
     kinds = [step.type for step in config.train_pipeline]
     assert kinds == ['LoadImageFromFile', 'Resize', 'PackInputs']
+
+
+SETR = f'{FOLDER}/setr_vit-small-p14-rep-adapter_camvid-168x126.py'
+
+
+def test_merged_segmentor_needs_its_host_alone(load_config):
+    """Nothing of this package is left, and it computes the same."""
+    config = load_config(SETR)
+    shrink(config)
+    model = randomize(build_model(config)).eval()
+    deployed = deploy(model, config)
+    assert deployed.merged == 4
+    assert 'lors_plugin' not in deployed.cfg.pretty_text
+    image = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        before, after = model(image), deployed.model(image)
+    torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)
+
+
+def test_road_scenes(read_config, tmp_path):
+    """Photos get small, labels for evaluation do not, and what is unlabelled
+    counts neither way."""
+    config = read_config(SETR)
+    labels = np.arange(360 * 480).reshape(360, 480).astype(np.uint8) % 12
+    for part in ('train', 'val'):
+        for kind, value, end in (
+            ('images', np.stack([labels * 20] * 3, -1), 'jpg'),
+            ('labels', labels, 'png'),
+        ):
+            mmcv.imwrite(value, str(tmp_path / kind / part / f'a.{end}'))
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        samples = {}
+        for part in ('train', 'val'):
+            dataset = config[f'{part}_dataloader'].dataset
+            dataset.data_root = str(tmp_path)
+            samples[part] = DATASETS.build(dataset)[0]
+        metric = METRICS.build(config.val_evaluator)
+    sizes = dict(train=(126, 168), val=(360, 480))
+    for part, sample in samples.items():
+        assert sample['inputs'].shape == (3, 126, 168)
+        truth = sample['data_samples'].gt_sem_seg.data[0]
+        assert truth.shape == sizes[part]
+    truth = truth.long()
+    metric.dataset_meta = config.metainfo
+    for wrong, expected in (((), 100), ((0, 1), 9 / 11 * 100)):
+        guess = torch.where(truth == 11, 3, truth)
+        for label in wrong:
+            guess[truth == label] = 1 - label
+        sample = dict(
+            pred_sem_seg=dict(data=guess[None]),
+            gt_sem_seg=dict(data=truth[None]),
+        )
+        metric.process({}, [sample])
+        result = metric.evaluate(1)
+        assert result['mIoU'] == pytest.approx(expected, abs=0.01)

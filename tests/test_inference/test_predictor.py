@@ -261,6 +261,7 @@ def test_classes_by_name_or_number(predictor):
     [
         (lambda cfg: cfg.pop('test_dataloader'), 'no test pipeline'),
         (lambda cfg: cfg.pop('model'), 'has no model'),
+        (lambda cfg: cfg.update(default_scope='mmseg'), 'MMSegInferencer'),
     ],
 )
 def test_configs_that_lack_something(weights, change, expected, new_config):

@@ -296,13 +296,13 @@ def test_list(run):
     """Every run of every study has a config that exists."""
     out, _ = run('--list')
     assert re.findall(r'^(\w+): ', out, re.M) == [
-        'bccd', 'rep_adapter', 'rep_adapter_scale', 'parameternet',
-        'llama_moe',
+        'bccd', 'rep_adapter', 'rep_adapter_scale', 'tuning',
+        'parameternet', 'llama_moe',
     ]  # fmt: skip
     pages = re.findall(r'\((docs/\S+)\)$', out, re.M)
-    assert len(pages) == 5 and all((ROOT / page).is_file() for page in pages)
+    assert len(pages) == 6 and all((ROOT / page).is_file() for page in pages)
     configs = re.findall(r' (configs/\S+\.py)', out)
-    assert len(configs) == 4 + 8 + 3 + 5 + 3 * 8
+    assert len(configs) == 4 + (8 + 3 + 3) + 5 + (6 + 2 + 6) + 3 * 8
     assert all((ROOT / config).is_file() for config in configs)
 
 

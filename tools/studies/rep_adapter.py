@@ -1,13 +1,14 @@
 """Adapters against other ways to adapt a model.
 
-A ViT-S/14 learns to classify solar cells (ELPV), a MobileNetV2 to detect blood
-cells (BCCD).
+A ViT-S/14 learns to classify solar cells (ELPV) and to segment road scenes
+(CamVid), a MobileNetV2 to detect blood cells (BCCD).
 """
 
 from study import RESUMABLE, Run, Study
 
 CELLS = 'configs/rep_adapter/vit-small-p14_{}_elpv-70px.py'
 BLOOD = 'configs/rep_adapter/lors-adamixer_mobilenetv2-{}_49-queries_bccd.py'
+SCENES = 'configs/rep_adapter/setr_vit-small-p14-{}_camvid-168x126.py'
 PROBE = 'cells/linear-probe'
 
 
@@ -48,6 +49,15 @@ STUDY = Study(
             )
             for name in ('frozen', 'full', 'rep-adapter')
         ),
+        *(
+            Run(
+                f'scenes/{name}',
+                SCENES.format(name),
+                {'default_hooks.checkpoint.save_optimizer': True},
+                against=None if name == 'frozen' else 'scenes/frozen',
+            )
+            for name in ('frozen', 'rep-adapter', 'full')
+        ),
     ],
     metrics=dict(
         test=('test/accuracy/top1', 1),
@@ -55,6 +65,8 @@ STUDY = Study(
         AP=('val/coco/bbox_mAP', 100),
         AP50=('val/coco/bbox_mAP_50', 100),
         AP75=('val/coco/bbox_mAP_75', 100),
+        mIoU=('val/mIoU', 1),
+        accuracy=('val/aAcc', 1),
     ),
     parts=dict(backbone='backbone'),
 )

@@ -33,6 +33,7 @@ STUDIES = (
     'lors_vit',
     'rep_adapter',
     'rep_adapter_scale',
+    'tuning',
     'vtab',
     'parameternet',
     'llama_moe',
