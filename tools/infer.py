@@ -163,8 +163,8 @@ def check_numbers(parser, args, *names):
 def load(args):
     """Load the model as the command line says; tools/demo.py does too."""
     filter_warnings()
-    cfg = load_config(args.config, args.cfg_options)
     read_safely(args.trust)
+    cfg = load_config(args.config, args.cfg_options)
     onnx = Path(args.checkpoint).suffix.lower() == ONNX
     cuda = torch.cuda.is_available() and not onnx
     device = args.device or ('cuda' if cuda else 'cpu')

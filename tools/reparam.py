@@ -435,9 +435,9 @@ def main(argv=None):
             config = Path(args.out_config or out.with_suffix('.py'))
             jobs = [Job(args.checkpoint, out, config)]
         check_paths(jobs, args.config, args.base, args.force)
+    read_safely(args.trust)
     with user_errors('the config cannot be read', args.debug, (Exception,)):
         cfg = load_config(args.config, args.cfg_options)
-    read_safely(args.trust)
     with user_errors('the model cannot be built', args.debug, BUILDING):
         base = build_base(cfg)
     with user_errors('', args.debug, RUNNING):

@@ -119,6 +119,7 @@ def load_config(args):
         :obj:`Config`: The config with launcher and working directory.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    read_safely(args.trust)  # configs may be YAML
     with user_errors('', args.debug):
         if not Path(args.config).is_file():
             raise FileNotFoundError(
@@ -137,7 +138,6 @@ def load_config(args):
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = f'./work_dirs/{Path(args.config).stem}'
-    read_safely(args.trust)  # where the Runner reads files
     set_host_defaults(cfg)
     return cfg
 
