@@ -223,6 +223,7 @@ def finish_distributed():
 def build_runner(cfg, debug=False):
     """Build the runner and with it the model."""
     kinds = (ValueError, TypeError, KeyError, AssertionError, ImportError)
+    kinds += (OSError,)  # of the work directory, too
     with user_errors('cannot build what the config describes', debug, kinds):
         custom = 'runner_type' in cfg
         runner = RUNNERS.build(cfg) if custom else Runner.from_cfg(cfg)
