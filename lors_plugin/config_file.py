@@ -172,6 +172,7 @@ class _Source(NamedTuple):
     tree: Optional[ast.Module]
     # By the names that the file has for them.
     bases: dict[str, '_Source']
+    names: '_Names'
     # Why it cannot be evaluated anew, '' if it can.
     fixed: str
 
@@ -185,18 +186,18 @@ class _Source(NamedTuple):
 def _read_source(path: Path, fixed: str = '') -> _Source:
     path = Path(os.path.abspath(path))
     text = path.read_text(encoding='utf-8')
-    tree, names = None, []
+    tree, inherited = None, []
     if path.suffix == '.py':
         try:
             tree = ast.parse(text)
-            names, new_style = _base_names(tree)
+            inherited, new_style = _base_names(tree)
         except (SyntaxError, ValueError):
             fixed = fixed or 'it cannot be read without MMEngine'
         else:
             if new_style:
                 fixed = fixed or 'it inherits in the new style (read_base)'
     bases = {}
-    for name in names:
+    for name in inherited:
         if '::' in name:
             from mmengine.hub import get_config
 
@@ -205,7 +206,7 @@ def _read_source(path: Path, fixed: str = '') -> _Source:
             bases[name] = _read_source(base, f'it belongs to {package}')
         elif (path.parent / name).is_file():
             bases[name] = _read_source(path.parent / name, fixed)
-    return _Source(path, tree, bases, fixed)
+    return _Source(path, tree, bases, _Names(tree), fixed)
 
 
 def _base_names(tree: ast.Module) -> tuple[list[str], bool]:
@@ -233,13 +234,14 @@ def _base_names(tree: ast.Module) -> tuple[list[str], bool]:
 class _Names(ast.NodeVisitor):
     """Collect where a module reads names, and which ones it assigns."""
 
-    def __init__(self, tree: ast.Module) -> None:
+    def __init__(self, tree: Optional[ast.Module]) -> None:
         self.reads: dict[str, int] = {}
         self.assigned: set[str] = set()
         # By a loop or `with`, after which no value can be put.
         self.bound: set[str] = set()
         self._depth = 0
-        self.visit(tree)
+        if tree is not None:
+            self.visit(tree)
 
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
@@ -293,7 +295,7 @@ def _is_used_variable(key: str, root: _Source) -> bool:
     name, _, inner = key.partition('.')
     if inner and name in ENTRIES:
         return False  # an entry of its own, as for MMEngine
-    known = [_Names(s.tree) for s in root.walk() if s.tree is not None]
+    known = [source.names for source in root.walk()]
     return any(name in n.assigned | n.bound for n in known) and any(
         name in n.reads for n in known
     )
@@ -313,10 +315,10 @@ def _evaluate_with(
             ast.parse(_assignment(name, inner, value)).body
         )
     for source in root.walk():
-        names = _Names(source.tree) if source.tree is not None else None
+        names = source.names
         for name in statements:
             fixed = source.fixed
-            if names is None or name not in names.assigned | names.bound:
+            if name not in names.assigned | names.bound:
                 continue
             if name in names.bound:
                 fixed = fixed or 'it is set by a loop or by `with`'
@@ -359,9 +361,8 @@ def _assignment(name: str, inner: list[str], value: Any) -> str:
 def _where_read(name: str, root: _Source) -> str:
     found = []
     for source in root.walk():
-        if source.tree is not None:
-            line = _Names(source.tree).reads.get(name)
-            found += [f'{source.path.name}, line {line}'] if line else []
+        line = source.names.reads.get(name)
+        found += [f'{source.path.name}, line {line}'] if line else []
     return few(found)
 
 
@@ -468,11 +469,10 @@ def _set_in_vain(
     Yields:
         tuple: The name, the file that sets it, and the one that used it.
     """
-    if source.tree is not None and source.bases:
-        names = [_Names(user.tree) for user in (*users, source) if user.tree]
-        read = set().union(*(found.reads for found in names))
+    if source.bases:
+        read = set().union(*(s.names.reads for s in (*users, source)))
         left_out = {*read, *ENTRIES, *options, BASE}
-        for name in sorted(names[-1].assigned - left_out):
+        for name in sorted(source.names.assigned - left_out):
             for base in source.bases.values():
                 if _is_set_in_vain(name, source, base):
                     yield name, source, base
@@ -481,7 +481,7 @@ def _set_in_vain(
 
 
 def _is_set_in_vain(name: str, source: _Source, base: _Source) -> bool:
-    known = [_Names(s.tree) for s in base.walk() if s.tree is not None]
+    known = [s.names for s in base.walk()]
     if not any(name in n.assigned for n in known) or not any(
         name in n.reads for n in known
     ):

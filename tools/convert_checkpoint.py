@@ -246,8 +246,10 @@ def convert(args):
 
 def main(argv=None):
     """Convert one file."""
-    args = parse_args(argv)
+    from lors_plugin.compat import read_safely
 
+    args = parse_args(argv)
+    read_safely(args.trust)
     try:
         print(convert(args))
     except (ValueError, OSError) as error:

@@ -357,8 +357,8 @@ def make_cases(make_case, cfg, model, shape, args):
 
 def export(args):
     """Export as the arguments say; return a sentence about it."""
-    cfg = load_config(args.config, args.cfg_options)
     read_safely(args.trust)
+    cfg = load_config(args.config, args.cfg_options)
     model, meta = load_model(cfg, args)
     one_size = takes_one_size(model)
     args.fixed_size |= args.static or one_size

@@ -174,8 +174,8 @@ def load(args):
     """Load the model as the command line says; tools/demo.py does too."""
     filter_warnings()
     cv2.setLogLevel(0)  # what cannot be read is named at the end
-    cfg = load_config(args.config, args.cfg_options)
     read_safely(args.trust)
+    cfg = load_config(args.config, args.cfg_options)
     onnx = Path(args.checkpoint).suffix.lower() == ONNX
     cuda = torch.cuda.is_available() and not onnx
     device = args.device or ('cuda' if cuda else 'cpu')

@@ -561,9 +561,9 @@ def main(argv=None):
     with user_errors('', args.debug, MISTAKES):
         jobs = list_jobs(args)
         check_paths(jobs, args.config, args.base, args.force)
+    read_safely(args.trust)
     with user_errors('the config cannot be read', args.debug, (Exception,)):
         cfg = load_config(args.config, args.cfg_options)
-    read_safely(args.trust)
     with user_errors('the model cannot be built', args.debug, BUILDING):
         base = build_base(cfg)
     with user_errors('', args.debug, RUNNING):

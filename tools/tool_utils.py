@@ -120,6 +120,7 @@ def load_config(args):
         :obj:`Config`: The config with launcher and working directory.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    read_safely(args.trust)  # configs may be YAML
     with user_errors('', args.debug):
         path = find_config(args.config)
     with (
@@ -134,7 +135,6 @@ def load_config(args):
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = f'./work_dirs/{path.stem}'
-    read_safely(args.trust)  # where the Runner reads files
     set_host_defaults(cfg)
     return cfg
 
@@ -232,6 +232,7 @@ def finish_distributed():
 def build_runner(cfg, debug=False):
     """Build the runner and with it the model."""
     kinds = (ValueError, TypeError, KeyError, AssertionError, ImportError)
+    kinds += (OSError,)  # of the work directory, too
     with user_errors('cannot build what the config describes', debug, kinds):
         custom = 'runner_type' in cfg
         runner = RUNNERS.build(cfg) if custom else Runner.from_cfg(cfg)

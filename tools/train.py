@@ -14,6 +14,8 @@ import os
 import sys
 
 import torch
+from mmengine.config import ConfigDict
+from mmengine.hooks import CheckpointHook as HostCheckpointHook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from tool_utils import (
@@ -42,9 +44,10 @@ from lors_plugin.engine.hooks.checkpoint_hook import (
 from lors_plugin.engine.image_errors import ImageError
 from lors_plugin.engine.preflight import type_name
 from lors_plugin.engine.resume import ResumeHook, checkpoint_to_resume
-from lors_plugin.engine.run_lock import WorkDirInUseError, run_lock
+from lors_plugin.engine.run_lock import WorkDirError, run_lock
 
 AUTOCAST = 'lors_plugin.AutocastOptimWrapper'
+CHECKPOINT_HOOK = 'lors_plugin.CheckpointHook'
 
 
 def parse_args(argv=None):
@@ -125,8 +128,30 @@ def apply_auto_scale_lr(cfg):
     cfg.auto_scale_lr.enable = True
 
 
+def use_checkpoint_hook(cfg):
+    """Replace MMEngine's checkpoint hook, by which a kill may lose a run.
+
+    Ours takes the same options. Runners for other strategies keep theirs.
+    """
+    if 'runner_type' in cfg:
+        return
+    hooks = cfg.get('default_hooks') or ConfigDict()
+    hook = hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook'))
+    hosts = ('CheckpointHook', 'mmengine.CheckpointHook', HostCheckpointHook)
+    if hook and hook.get('type') in hosts:
+        hook.type = CHECKPOINT_HOOK
+        print_log(
+            f'default_hooks.checkpoint: {CHECKPOINT_HOOK} in place of '
+            "MMEngine's, so that neither a kill nor a full disk loses the "
+            'training',
+            logger='current',
+        )
+    cfg.default_hooks = hooks
+
+
 def apply_args(cfg, args):
     """Apply the arguments that only training has."""
+    use_checkpoint_hook(cfg)
     if args.amp is not None:
         apply_amp(cfg, args.amp)
     if args.auto_scale_lr:
@@ -182,7 +207,7 @@ def main(argv=None):
         apply_args(cfg, args)
     phases = ['train', 'val'] if cfg.get('val_cfg') is not None else ['train']
     check_config(cfg, phases, args)
-    with user_errors('', args.debug, (WorkDirInUseError,)), lock(cfg, args):
+    with user_errors('', args.debug, (WorkDirError,)), lock(cfg, args):
         train(cfg, args)
     return 0
 

@@ -12,7 +12,9 @@ import logging
 import os
 import pickle
 import re
+import stat
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +32,10 @@ SAFETENSORS = '.safetensors'
 _META = 'meta'
 _FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 _FORCE_NOT = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+# Elements of a buffer that may repeat one value, such as a mask.
+_EXPANDED = 2**24
+# The policy is one for all threads: only one may change it at a time.
+_POLICY = threading.RLock()
 
 
 class MissingCheckpointError(ConversionError, FileNotFoundError):
@@ -62,8 +68,8 @@ def load_checkpoint_file(
             message is one line with the path in it.
     """
     address = '://' in str(path)
-    if not address and not Path(path).is_file():
-        raise MissingCheckpointError(f'the checkpoint {path} does not exist')
+    if not address:
+        check_is_file(path)
     try:
         if address:
             content = _read_address(str(path), trust)
@@ -77,6 +83,35 @@ def load_checkpoint_file(
         # Unpickling a damaged file may raise anything.
         raise ConversionError(_why_unreadable(path, error, trust)) from error
     return check_content(content, path)
+
+
+def check_is_file(
+    path: Union[str, Path], what: str = 'the checkpoint file'
+) -> None:
+    """Check that there is a file at a local path.
+
+    Args:
+        path (str | Path): The path.
+        what (str): What the message calls it. Defaults to 'the checkpoint
+            file'.
+
+    Raises:
+        MissingCheckpointError: If there is none, or something else, such as
+            a directory or a named pipe, which would be waited for.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        problem = f'does not exist (current directory: {Path.cwd()})'
+    except OSError as error:
+        problem = f'cannot be read: {error.strerror}'
+    else:
+        if stat.S_ISREG(mode):
+            return
+        problem = 'is no file'
+        if stat.S_ISDIR(mode):
+            problem = 'is a directory; name a file in it'
+    raise MissingCheckpointError(f'{what} {path} {problem}')
 
 
 def read_weights(
@@ -193,6 +228,8 @@ def _check_values(weights: dict, path: Any) -> None:
             odd.append(f'{key} ({value.layout} on {value.device})')
         elif value.is_quantized:
             odd.append(f'{key} ({value.dtype})')
+        elif _claims_more(value):
+            odd.append(f'{key} {tuple(value.shape)} of fewer values')
         elif value.is_floating_point() or value.is_complex():
             # There is no test for types of one byte.
             value = value.float() if value.element_size() == 1 else value
@@ -218,6 +255,16 @@ def _check_values(weights: dict, path: Any) -> None:
         )
 
 
+def _claims_more(value: Tensor) -> bool:
+    """Return whether a tensor has more elements than its memory.
+
+    Strides of 0 make terabytes of a single value; whoever computes with them
+    needs the memory.
+    """
+    held = value.untyped_storage().nbytes() // value.element_size()
+    return value.numel() > max(held, _EXPANDED)
+
+
 def set_torch_policy(trust: bool) -> None:
     """Tell each later ``torch.load`` whether files may run code.
 
@@ -235,16 +282,17 @@ def set_torch_policy(trust: bool) -> None:
 
 @contextlib.contextmanager
 def torch_policy(trust: bool) -> Iterator[None]:
-    """Apply :func:`set_torch_policy` to a block."""
-    before = {name: os.environ.get(name) for name in (_FORCE, _FORCE_NOT)}
-    set_torch_policy(trust)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    """Apply :func:`set_torch_policy` to a block, in one thread at a time."""
+    with _POLICY:
+        before = {name: os.environ.get(name) for name in (_FORCE, _FORCE_NOT)}
+        set_torch_policy(trust)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -378,10 +426,22 @@ def _read_torch(path: Union[str, Path], trust: bool, map_location: Any) -> Any:
 
 
 def _check_sums(path: Union[str, Path]) -> None:
-    """Compare the checksums of an archive, which PyTorch does not."""
+    """Compare the checksums of an archive, which PyTorch does not.
+
+    PyTorch reads compressed archives too, but writes none. A small one may
+    hold more than any memory.
+    """
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as file:
+        unpacked = sum(part.file_size for part in file.infolist())
+        packed = os.path.getsize(path)
+        if unpacked > packed:
+            raise ConversionError(
+                f'{path} has {packed} bytes and would unpack to {unpacked}: '
+                'it is no checkpoint of PyTorch, or compressed; unpack it by '
+                'other means if you trust where it comes from'
+            )
         damaged = file.testzip()
     if damaged is not None:
         raise ConversionError(

@@ -17,6 +17,7 @@ import yaml
 from mmengine.fileio import PickleHandler, YamlHandler
 
 from .convert import ConversionError
+from .files import check_is_file
 
 
 def load_pickle_file(path: Union[str, Path], trust: bool = False) -> Any:
@@ -35,6 +36,7 @@ def load_pickle_file(path: Union[str, Path], trust: bool = False) -> Any:
         ConversionError: If it is damaged, or needs ``trust``. The message is
             one line with the path in it.
     """
+    check_is_file(path, 'the pickle')
     with Path(path).open('rb') as file:
         try:
             return pickle.load(file) if trust else load_plain_pickle(file)

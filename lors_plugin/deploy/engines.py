@@ -214,7 +214,7 @@ def read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     found = dict(metadata)
     for key in JSON_KEYS:
         # A pipeline that is not known here is a sentence about it.
-        with contextlib.suppress(KeyError, ValueError):
+        with contextlib.suppress(KeyError, ValueError, RecursionError):
             found[key] = json.loads(metadata[key])
     return found
 

@@ -85,7 +85,7 @@ def image_size(content: bytes) -> tuple[int, int]:
             return PIL.Image.open(io.BytesIO(content)).size
     except PIL.UnidentifiedImageError:
         raise ImageError(f'{len(content)} bytes: not an image') from None
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever Pillow makes of a damaged file
         raise ImageError(f'{len(content)} bytes: {error}') from error
 
 
@@ -131,7 +131,9 @@ def _decode_by_pillow(
         if gray:
             return np.asarray(image.convert('L'))
         return np.asarray(image)[..., ::-1]
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except ImageError:
+        raise
+    except Exception as error:  # whatever Pillow makes of a damaged file
         raise ImageError(f'{name}: {error}') from error
 
 

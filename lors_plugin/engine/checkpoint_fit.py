@@ -7,7 +7,6 @@ the weights of another architecture runs, and its results look like a bug.
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -28,6 +27,7 @@ from lors_plugin.checkpoints import (
     load_checkpoint_file,
     weights_of,
 )
+from lors_plugin.checkpoints.files import check_is_file
 from lors_plugin.lors.plain_weights import read_plain_weights
 from lors_plugin.utils import few, unwrapped
 
@@ -39,7 +39,8 @@ class CheckpointFit:
     Args:
         missing (list[str]): Entries of the model that the file lacks.
         unexpected (list[str]): Entries of the file unknown to the model.
-        mismatched (list[str]): Entries of another shape, with both shapes.
+        mismatched (list[str]): Entries of another shape, with both shapes,
+            or integers for a floating-point weight.
         total (int): Number of entries of the model.
         unmatched_share (float): Share of the model's numbers, by count,
             that would not be loaded.
@@ -61,12 +62,12 @@ class CheckpointFit:
         lines = [
             f'of {self.total} entries of the model {len(self.missing)} are '
             f'missing in the file and {len(self.mismatched)} have another '
-            f'shape there; {len(self.unexpected)} of the file are unknown '
-            'to the model'
+            f'shape or type there; {len(self.unexpected)} of the file are '
+            'unknown to the model'
         ]
         for title, names in (
             ('missing', self.missing),
-            ('another shape', self.mismatched),
+            ('another shape or type', self.mismatched),
             ('unknown', self.unexpected),
         ):
             if names:
@@ -77,7 +78,7 @@ class CheckpointFit:
 def compare(
     model: dict[str, Tensor], file: dict[str, Tensor]
 ) -> CheckpointFit:
-    """Compare two state dicts by name and shape.
+    """Compare two state dicts by name, shape and kind of values.
 
     Args:
         model (dict[str, Tensor]): The model's.
@@ -99,6 +100,11 @@ def compare(
             shapes = f'file {tuple(file[name].shape)}'
             shapes += f', model {tuple(value.shape)}'
             mismatched.append(f'{name} ({shapes})')
+            lost += size
+        elif value.is_floating_point() > file[name].is_floating_point():
+            # Quantized weights, for example: they need their scales.
+            types = f'file {file[name].dtype}, model {value.dtype}'
+            mismatched.append(f'{name} ({types})')
             lost += size
     unexpected = [name for name in file if name not in model]
     return CheckpointFit(
@@ -131,13 +137,14 @@ def check_checkpoint_path(path: str, field: str) -> None:
         field (str): What the message calls it.
 
     Raises:
-        FileNotFoundError: If it is a local path without a file.
+        FileNotFoundError: If it is a local path and no file.
     """
-    if '://' not in path and not Path(path).is_file():
-        raise FileNotFoundError(
-            f'{field}: the checkpoint file {path} does not exist (current '
-            f'directory: {Path.cwd()})'
-        )
+    if '://' in path:
+        return
+    try:
+        check_is_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{field}: {error}') from error
 
 
 def check_checkpoint(

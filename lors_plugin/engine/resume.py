@@ -93,8 +93,6 @@ def _problem(path: Union[str, Path], trust: bool) -> Optional[str]:
         return 'it is empty'
     try:
         content = load_checkpoint_file(path, trust)
-    except FileNotFoundError:
-        return f'the checkpoint file {path} does not exist'
     except ValueError as error:
         return str(error)
     meta = content.get('meta')

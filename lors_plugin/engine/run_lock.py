@@ -19,8 +19,8 @@ except ImportError:  # Windows
 NAME = '.lock'
 
 
-class WorkDirInUseError(ValueError):
-    """Another process trains in the same work directory."""
+class WorkDirError(ValueError):
+    """Another process trains in a work directory, or none can."""
 
 
 @contextlib.contextmanager
@@ -37,11 +37,19 @@ def run_lock(
         ignore (bool): Go on although another process holds the lock.
 
     Raises:
-        WorkDirInUseError: If another process holds it; the message names it.
+        WorkDirError: If another process holds it, which the message names,
+            or if the directory cannot be made or written to.
     """
     path = Path(work_dir) / NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a+') as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, 'a+')  # noqa: SIM115
+    except OSError as error:
+        raise WorkDirError(
+            f'the work directory {work_dir} cannot be written to '
+            f'({error.strerror}); choose another --work-dir'
+        ) from error
+    with file:
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,7 +57,7 @@ def run_lock(
             file.seek(0)
             problem = f'{work_dir} is in use by {file.read().strip()}'
             if not ignore:
-                raise WorkDirInUseError(
+                raise WorkDirError(
                     f'{problem}. Two runs would overwrite the checkpoints of '
                     'each other: wait for it, end it, or choose another '
                     '--work-dir. --ignore-lock starts all the same'

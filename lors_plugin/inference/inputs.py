@@ -162,7 +162,7 @@ def read_coco(path: Path) -> dict:
                 for c in content.get('categories') or ()
             ],
         }
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InferenceError(
             f'{path} is no COCO file: it needs a list `images` whose entries '
             f'have id and file_name ({type(error).__name__}: {error})'

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import tarfile
+import threading
 import zipfile
 from collections import OrderedDict
 
@@ -20,6 +21,7 @@ from lors_plugin.checkpoints import (
     save_checkpoint_file,
     weights_of,
 )
+from lors_plugin.checkpoints.files import set_torch_policy, torch_policy
 from lors_plugin.checkpoints.for_host import content_for_host
 
 STATE = {'a.weight': torch.tensor([1.0]), 'a.bias': torch.tensor([2.0])}
@@ -111,6 +113,7 @@ ODD = dict(
     complex=(torch.tensor([complex(0, NAN)]), 'hold NaN'),
     meta=(torch.empty(2, device='meta'), r'no plain values.*: w \(.*meta'),
     sparse=(torch.eye(2).to_sparse(), r'no plain values.*w \(torch.sparse'),
+    repeated=(torch.zeros(1).expand(2**40), r'w \(.*of fewer values'),
     csr=(torch.eye(2).to_sparse_csr(), 'no plain values'),
     quantized=(
         torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
@@ -191,10 +194,57 @@ def test_other_contents(tmp_path):
         load_checkpoint_file(path)
 
 
-@pytest.mark.parametrize('name', ['none.pth', ''])
-def test_no_file(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match='does not exist'):
-        load_checkpoint_file(tmp_path / name)
+@pytest.mark.parametrize(
+    ('name', 'why'),
+    [
+        ('none.pth', 'none.pth does not exist'),
+        ('', 'is a directory'),
+        ('pipe.pth', 'is no file'),
+        ('pipe.safetensors', 'is no file'),
+        ('circle.pth', 'cannot be read: Too many levels'),
+    ],
+)
+def test_no_file(tmp_path, name, why):
+    path = tmp_path / name
+    if path.stem == 'pipe':
+        os.mkfifo(path)
+    elif path.stem == 'circle':
+        path.symlink_to(path)
+    with pytest.raises(FileNotFoundError, match=why):
+        load_checkpoint_file(path)
+
+
+@pytest.mark.parametrize('trust', [False, True])
+def test_archive_that_would_fill_the_memory(tmp_path, trust):
+    whole, path = tmp_path / 'whole.pth', tmp_path / 'a.pth'
+    torch.save(dict(w=torch.zeros(2**16)), whole)
+    packed = zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, 'w') as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name), packed)
+    assert 'w' in torch.load(path, weights_only=True)
+    with pytest.raises(ConversionError, match='would unpack to'):
+        load_checkpoint_file(path, trust)
+
+
+def test_threads_do_not_mix_up_whether_files_are_trusted():
+    """One would restore what another one had set for its own file."""
+    set_torch_policy(False)
+    before = dict(os.environ)
+    entered, leave = threading.Event(), threading.Event()
+
+    def second():
+        with torch_policy(True):
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=second)
+    with torch_policy(True):
+        thread.start()
+        assert not entered.wait(0.2)
+    leave.set()
+    thread.join()
+    assert os.environ == before
 
 
 @pytest.mark.parametrize('kind', [OSError, RuntimeError])

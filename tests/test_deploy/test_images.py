@@ -12,6 +12,8 @@ from lors_plugin.deploy import images
 from lors_plugin.deploy.images import ImageError, Pipeline, read_image
 from lors_plugin.export.metadata import describe_pipeline
 
+PNG = b'\x89PNG\r\n\x1a\n'  # how each begins
+
 
 def picture(height, width, *channels):
     rng = np.random.default_rng(height)
@@ -166,7 +168,10 @@ def test_sixteen_bits(tmp_path):
 
 
 @pytest.mark.parametrize('backend', ['cv2', 'pillow'])
-@pytest.mark.parametrize('content', [b'', b'text', b'\x89PNG\r\n\x1a\n\x00'])
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'text', PNG + b'\x00', PNG + b'\x00\x00\x00\x02IHDRxx' + bytes(9)],
+)
 def test_rubbish(content, backend, tmp_path):
     path = tmp_path / 'rubbish.png'
     path.write_bytes(content)

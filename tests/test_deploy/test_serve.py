@@ -169,12 +169,14 @@ def wait_for(condition, seconds=10):
     [
         (b'', 422, 'not an image'),
         (b'rubbish' * 99, 422, 'not an image'),
+        # Pillow has an error of another type for it.
+        (b'\x89PNG\r\n\x1a\n\0\0\0\x02IHDRxx' + bytes(9), 422, 'bytes: '),
         (bytes_of(9, 9, 3)[:60], 422, ''),
         (bytes_of(400, 400), 413, '400 x 400 is more than 100000 pixels'),
         (bytes(400_000), 413, 'more than 300000 bytes'),
         (iter([bytes(200_000)] * 2), 413, 'more than 300000 bytes'),
     ],
-    ids=['empty', 'text', 'cut', 'pixels', 'bytes', 'stream'],
+    ids=['empty', 'text', 'header', 'cut', 'pixels', 'bytes', 'stream'],
 )
 def test_rubbish(service, body, status, word):
     found, text = service.ask('/predict', body)

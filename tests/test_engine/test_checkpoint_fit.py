@@ -100,6 +100,14 @@ def test_other_shapes_are_named_with_both_sizes(tmp_path):
     assert '2 have another shape' in str(error.value)
 
 
+@pytest.mark.parametrize('dtype', [torch.int8, torch.complex64])
+def test_quantized_weights_are_not_taken_for_numbers(tmp_path, dtype):
+    state = make_model().state_dict()
+    state['0.weight'] = state['0.weight'].to(dtype)
+    with pytest.raises(ValueError, match=f'0.weight .file {dtype}, model'):
+        check_checkpoint(make_model(), save(tmp_path / 'a', state))
+
+
 def test_fine_tuning_may_leave_the_classifier(tmp_path):
     path = save(tmp_path / 'a', make_model(classes=80).state_dict())
     fit = check_checkpoint(make_model(classes=3), path, max_unmatched=0.5)

@@ -84,6 +84,7 @@ def test_coco_files_name_images_and_their_ids(folder):
         ('bad.json', '[1]', 'is no COCO file'),
         ('bad.json', '{"images": [{"id": 1}]}', 'file_name'),
         ('bad.json', '{', 'is no COCO file'),
+        ('bad.json', '[' * 100_000, 'is no COCO file.*RecursionError'),
     ],
 )
 def test_inputs_that_name_nothing(folder, name, content, expected):

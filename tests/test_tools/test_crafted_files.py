@@ -195,6 +195,13 @@ def test_pretrained_part(classification, fails):
     assert 'bad.pth' in text and '--trust' in text
 
 
+def test_yaml_config(fails):
+    """MMEngine's reader of YAML calls what a file names."""
+    text = 'model: !!python/object/apply:os.makedirs [ran]'
+    Path('config.yaml').write_text(text)
+    assert 'config.yaml' in fails(train.main, 'config.yaml')
+
+
 @pytest.mark.parametrize('form', ['pkl', 'yaml'])
 def test_annotations(classification, fails, form):
     """MMEngine unpickles those, and its YAML calls what a file names."""

@@ -210,6 +210,7 @@ def test_boxes_in_no_tile_are_told(cut, caplog, bbox):
         ('{"images": []}', 'is not a COCO file'),
         ('{"images": 1, "annotations": [], "categories": []}', 'COCO file'),
         ('{', 'is not JSON'),
+        ('[' * 100_000, 'is not JSON: maximum recursion'),
         (None, 'does not exist'),
     ],
 )

@@ -168,3 +168,10 @@ def test_work_directory_in_use(classification, fails, capsys):
     other.kill()
     other.wait()
     assert train.main(argv) == 0
+
+
+def test_work_directory_that_cannot_be_written(classification, fails):
+    Path('file').write_text('')
+    text = fails(train.main, classification, '--work-dir', 'file/first')
+    assert 'file/first cannot be written to (Not a directory)' in text
+    assert '--work-dir' in text

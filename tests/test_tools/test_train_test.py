@@ -9,6 +9,7 @@ import test
 import torch
 import train
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 
 from lors_plugin.build import build_model
@@ -219,3 +220,34 @@ def test_amp_where_the_config_decides():
 def test_auto_scale_lr_needs_a_base():
     with pytest.raises(ValueError, match='base_batch_size'):
         train.apply_auto_scale_lr(Config(dict()))
+
+
+@pytest.mark.parametrize(
+    ('hooks', 'expected'),
+    [
+        ({}, dict(type='lors_plugin.CheckpointHook')),
+        (dict(default_hooks=None), dict(type='lors_plugin.CheckpointHook')),
+        (
+            dict(default_hooks=dict(checkpoint=dict(type='CheckpointHook'))),
+            dict(type='lors_plugin.CheckpointHook'),
+        ),
+        (
+            dict(
+                default_hooks=dict(
+                    checkpoint=dict(type=CheckpointHook, interval=3)
+                )
+            ),
+            dict(type='lors_plugin.CheckpointHook', interval=3),
+        ),
+        # Those of users stay, and so does the wish for none.
+        (
+            dict(default_hooks=dict(checkpoint=dict(type='MyHook'))),
+            dict(type='MyHook'),
+        ),
+        (dict(default_hooks=dict(checkpoint=None)), None),
+    ],
+)
+def test_no_config_loses_its_checkpoints(hooks, expected):
+    cfg = Config(hooks)
+    train.use_checkpoint_hook(cfg)
+    assert cfg.default_hooks.checkpoint == expected

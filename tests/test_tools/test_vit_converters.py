@@ -127,8 +127,11 @@ def test_npz_refuses_others(npz, tmp_path, caplog):
     np.savez(path, **npz)
     assert vit_npz.main([str(path), str(tmp_path / 'b.pth')]) == 1
     assert 'LayerNorm_2/bias is missing' in caplog.text
-    path.write_text('no archive')
-    assert vit_npz.main([str(path), str(tmp_path / 'b.pth')]) == 1
+    whole = path.read_bytes()
+    for damaged in (b'no archive', b'', whole[:200]):
+        path.write_bytes(damaged)
+        assert vit_npz.main([str(path), str(tmp_path / 'b.pth')]) == 1
+        assert 'a.npz is no .npz file' in caplog.records[-1].getMessage()
     assert not (tmp_path / 'b.pth').exists()
 
 

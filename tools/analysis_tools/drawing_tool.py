@@ -31,9 +31,9 @@ def run_tool(work: Callable[..., None], *args: object) -> int:
 
 
 def read_config(path: str, trust: bool = False) -> Config:
-    """Read a config of MMDetection, and files afterwards as ``trust`` says."""
+    """Read a config of MMDetection; files are read as ``trust`` says."""
+    read_safely(trust)
     register_all_modules(init_default_scope=False)
     cfg = Config.fromfile(find_config(path))
     init_default_scope(cfg.get('default_scope', 'mmdet'))
-    read_safely(trust)
     return cfg

@@ -38,6 +38,7 @@ from lors_plugin.analysis import (
 )
 from lors_plugin.analysis.weightless import EmptyWeights
 from lors_plugin.build import build_model, load_config
+from lors_plugin.compat import read_safely
 from lors_plugin.utils import text_table
 
 EXIT_DIFFERENT = 1
@@ -368,6 +369,7 @@ def main(argv=None):
     """Count; a mistake of the user's ends with exit code 2."""
     args = parse_args(argv)
     warnings.filterwarnings('ignore')
+    read_safely()
     try:
         if args.config:
             return run_config(args)

@@ -52,7 +52,7 @@ def read_scalars(path: Path) -> list[dict]:
     for line in path.read_text(encoding='utf-8').splitlines():
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             logger.warning('%s: unreadable line left out', path)
     return records
 

@@ -102,7 +102,7 @@ def read_coco(path: str | Path) -> dict:
         content = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise ConverterError(f'{path} does not exist') from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConverterError(f'{path} is not JSON: {error}') from error
     keys = ('images', 'annotations', 'categories')
     if not isinstance(content, dict) or not all(

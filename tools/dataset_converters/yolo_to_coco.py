@@ -73,7 +73,7 @@ def _names_in_yaml(text: str, path: Path) -> list[str]:
     try:
         # Values as they are written: `no`, `on` and `001` are names too.
         content = yaml.load(text, yaml.BaseLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConverterError(f'{path} is not yaml: {error}') from error
     names = content.get('names') if isinstance(content, dict) else None
     if isinstance(names, dict):

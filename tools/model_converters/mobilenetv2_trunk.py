@@ -23,7 +23,7 @@ from torchvision.models import mobilenet_v2
 
 from lors_plugin.checkpoints import (
     ConversionError,
-    load_checkpoint_file,
+    read_weights,
     save_checkpoint_file,
 )
 
@@ -152,7 +152,7 @@ def convert(src: str | Path, dst: str | Path, tolerance: float = 1e-5) -> None:
         tolerance (float): Largest accepted relative difference. Defaults to
             1e-5.
     """
-    source = load_checkpoint_file(src)
+    source = read_weights(src)
     target = map_keys(source)
     error = check_trunk(source, target)
     if not error <= tolerance:

@@ -19,6 +19,7 @@ from command_line import run
 from torch import Tensor
 
 from lors_plugin.checkpoints import ConversionError, save_checkpoint_file
+from lors_plugin.checkpoints.files import check_is_file
 
 logger = logging.getLogger('model_converters')
 
@@ -119,10 +120,14 @@ def convert(src: str | Path, dst: str | Path) -> None:
         dst (str or Path): Checkpoint to write, with ``state_dict`` (keys of
             a classifier, ``backbone.``) and ``meta``.
     """
+    check_is_file(src)
     try:
         with np.load(src, allow_pickle=False) as file:
             target = map_keys(dict(file))
-    except ValueError as error:
+    except ConversionError:
+        raise
+    except Exception as error:
+        # Reading a damaged file may raise anything.
         raise ConversionError(f'{src} is no .npz file: {error}') from error
     meta = dict(source=Path(src).name)
     state = {f'backbone.{key}': value for key, value in target.items()}
