@@ -61,7 +61,7 @@ from lors_plugin.export.cases import (
     random_images,
 )
 from lors_plugin.export.check import check
-from lors_plugin.export.grid_sample import SAMPLING
+from lors_plugin.export.sampling import SAMPLING
 from lors_plugin.export.metadata import describe
 from lors_plugin.export.models import INPUTS
 from lors_plugin.export.onnx_file import onnx_model, with_metadata
@@ -258,10 +258,13 @@ def load_model(cfg, args):
     return model.eval(), content.get('meta') or {}
 
 
-def wrap(model, kind):
+def wrap(model, args):
     """Return the module to export, and a function that makes cases for it."""
+    kind, number = args.input, 1 if args.static else None
     if isinstance(model, AdaMixer):
-        module = DetectorForExport(for_export(model), kind)
+        # PyTorch runs its own operator best.
+        sampling = 'grid_sample' if args.format == 'torch' else args.sampling
+        module = DetectorForExport(for_export(model, number, sampling), kind)
         return module, lambda images: detector_case(model, images, kind)
     name = type(model).__name__
     if is_detector(model):
@@ -275,7 +278,7 @@ def wrap(model, kind):
 
     if not isinstance(model, BaseClassifier):
         raise ValueError(f'{name} is neither a classifier nor a detector')
-    module = ClassifierForExport(for_export(model), kind)
+    module = ClassifierForExport(for_export(model, number), kind)
     return module, lambda images: classifier_case(
         model, images, kind, module.several
     )
@@ -362,7 +365,7 @@ def export(args):
     model, meta = load_model(cfg, args)
     one_size = takes_one_size(model)
     args.fixed_size |= args.static or one_size
-    module, make_case = wrap(model, args.input)
+    module, make_case = wrap(model, args)
     shape = tuple((args.shape * 2)[:2]) if args.shape else test_shape(cfg)
     shape = padded_shape(model, shape)
     number = 1 if args.static else 2

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from typing import Optional
 
 import torch
 from mmengine.model import revert_sync_batchnorm
@@ -11,11 +12,16 @@ from lors_plugin.parameternet.cpu_inference import is_converted
 from lors_plugin.reparam import reparameterize, unmerge
 
 from .dynamic_layers import replace_dynamic
+from .sampling import sample_by_gather
 
 INPUTS = ('float', 'uint8', 'normalized')
 
 
-def for_export(model: nn.Module) -> nn.Module:
+def for_export(
+    model: nn.Module,
+    number: Optional[int] = None,
+    sampling: str = 'gather',
+) -> nn.Module:
     """Copy a model into a form that exporters can follow.
 
     Branches and adapters are merged, dynamic layers become batched products,
@@ -24,6 +30,10 @@ def for_export(model: nn.Module) -> nn.Module:
 
     Args:
         model (nn.Module): Not changed.
+        number (int, optional): Images per batch, written into the file, where
+            dynamic convolutions are faster. Defaults to None for any.
+        sampling (str): 'gather' or 'grid_sample', how AdaMixer reads
+            features. Defaults to 'gather'.
 
     Returns:
         nn.Module: In evaluation mode, without gradients.
@@ -36,7 +46,9 @@ def for_export(model: nn.Module) -> nn.Module:
             'ParameterNet); export the model that it was converted from'
         )
     reparameterize(model, convert=False)
-    replace_dynamic(model)
+    replace_dynamic(model, number)
+    if sampling == 'gather':
+        sample_by_gather(model)
     for module in model.modules():
         if isinstance(getattr(module, 'backend', None), str):
             module.backend = 'reference'

@@ -19,7 +19,7 @@ from lors_plugin.deploy.engines import (
 )
 
 from .check import ExportError, check
-from .grid_sample import sampled_by
+from .sampling import sampled_by
 
 OLDEST_OPSET, OPSET = 16, 17
 

@@ -22,7 +22,10 @@ class LowRank(NamedTuple):
 
     def product(self) -> Tensor:
         """The full matrices, shape (B, N, G, rows, cols)."""
-        return (self.left @ self.core @ self.right).sum(dim=-3)
+        product = self.left @ self.core @ self.right
+        # A sum of one term would copy it.
+        one = product.shape[-3] == 1
+        return product.squeeze(-3) if one else product.sum(dim=-3)
 
 
 def split_weights(
