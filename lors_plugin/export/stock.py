@@ -61,13 +61,14 @@ class TransformerForExport(DetectorBase):
         self, images: Tensor, sizes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`DetectorBase.forward`, for one image."""
-        width, height = sizes[0].long()
+        # Half a pixel less: hosts take out masks where images fill a batch.
+        width, height = sizes[0] - 0.5
         meta = dict(
             img_shape=(height, width),
             batch_input_shape=tuple(map(int, images.shape[2:])),
         )
         feats = self.model.extract_feat(images)
-        with _as_in_pytorch():
+        with _with_masks():
             states = self.model.forward_transformer(
                 feats, [DetDataSample(metainfo=meta)]
             )
@@ -178,7 +179,27 @@ def _rows(maps: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _as_in_pytorch() -> Iterator[None]:
-    """Hide an export from the hosts, which leave masks out for one."""
-    with mock.patch.object(torch.onnx, 'is_in_onnx_export', lambda: False):
+def _with_masks() -> Iterator[None]:
+    """Let the hosts mask padding in an export, too.
+
+    They leave masks out for one, and write them by ``masks[i, :height,
+    :width] = 0``, which exporters write with the height and width of the
+    image that they have seen.
+    """
+    write = Tensor.__setitem__
+
+    def write_or_multiply(self: Tensor, key: tuple, value: float) -> None:
+        key = key if isinstance(key, tuple) else (key,)
+        sides = [getattr(part, 'stop', None) for part in key]
+        if not isinstance(sides[-1], Tensor):
+            return write(self, key, value)
+        height, width = sides[-2:]
+        y = torch.arange(self.shape[1], device=self.device).unsqueeze(-1)
+        x = torch.arange(self.shape[2], device=self.device)
+        self.mul_(((y >= height) | (x >= width)).to(self))
+
+    with (
+        mock.patch.object(torch.onnx, 'is_in_onnx_export', lambda: False),
+        mock.patch.object(Tensor, '__setitem__', write_or_multiply),
+    ):
         yield
