@@ -16,6 +16,7 @@ import torchvision
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.detectors import DetectionTransformer, SingleStageDetector
 from mmdet.structures import DetDataSample
+from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from .check import ExportError
@@ -61,14 +62,16 @@ class TransformerForExport(DetectorBase):
         self, images: Tensor, sizes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`DetectorBase.forward`, for one image."""
-        # Half a pixel less: hosts take out masks where images fill a batch.
-        width, height = sizes[0] - 0.5
+        height, width = map(int, images.shape[2:])
+        y = torch.arange(height, device=images.device).unsqueeze(-1)
+        x = torch.arange(width, device=images.device)
+        outside = (x >= sizes[0, 0]) | (y >= sizes[0, 1])
+        # Smaller than the batch: where it is not, hosts make no mask.
         meta = dict(
-            img_shape=(height, width),
-            batch_input_shape=tuple(map(int, images.shape[2:])),
+            img_shape=(height - 1, width), batch_input_shape=(height, width)
         )
         feats = self.model.extract_feat(images)
-        with _with_masks():
+        with _with_mask(outside.to(images).unsqueeze(0)):
             states = self.model.forward_transformer(
                 feats, [DetDataSample(metainfo=meta)]
             )
@@ -102,7 +105,7 @@ class DenseForExport(DetectorBase):
 
     def __init__(self, model: nn.Module, kind: str = 'float') -> None:
         super().__init__(model, kind)
-        self.cfg = model.bbox_head.test_cfg
+        self.cfg = ConfigDict(model.bbox_head.test_cfg)
         nms = dict(self.cfg.nms)
         if nms.pop('type', 'nms') != 'nms' or set(nms) != {'iou_threshold'}:
             raise ExportError(
@@ -179,27 +182,30 @@ def _rows(maps: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _with_masks() -> Iterator[None]:
+def _with_mask(outside: Tensor) -> Iterator[None]:
     """Let the hosts mask padding in an export, too.
 
-    They leave masks out for one, and write them by ``masks[i, :height,
-    :width] = 0``, which exporters write with the height and width of the
-    image that they have seen.
-    """
-    write = Tensor.__setitem__
+    They leave masks out for one, and make them as ``masks =
+    feat.new_ones(shape); masks[i, :height, :width] = 0``, which exporters
+    write with the height and width that they have seen.
 
-    def write_or_multiply(self: Tensor, key: tuple, value: float) -> None:
-        key = key if isinstance(key, tuple) else (key,)
-        sides = [getattr(part, 'stop', None) for part in key]
-        if not isinstance(sides[-1], Tensor):
-            return write(self, key, value)
-        height, width = sides[-2:]
-        y = torch.arange(self.shape[1], device=self.device).unsqueeze(-1)
-        x = torch.arange(self.shape[2], device=self.device)
-        self.mul_(((y >= height) | (x >= width)).to(self))
+    Args:
+        outside (Tensor): 1 in padding, 0 in the image, shape (1, H, W).
+    """
+    ones, write = Tensor.new_ones, Tensor.__setitem__
+
+    def mask_or_ones(self: Tensor, size: tuple, *args, **options) -> Tensor:
+        if size == tuple(outside.shape):
+            return outside
+        return ones(self, size, *args, **options)
+
+    def keep_mask(self: Tensor, key: object, value: object) -> None:
+        if self is not outside:
+            write(self, key, value)
 
     with (
         mock.patch.object(torch.onnx, 'is_in_onnx_export', lambda: False),
-        mock.patch.object(Tensor, '__setitem__', write_or_multiply),
+        mock.patch.object(Tensor, 'new_ones', mask_or_ones),
+        mock.patch.object(Tensor, '__setitem__', keep_mask),
     ):
         yield

@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import pytest
+from mmengine.config import ConfigDict
 
 from lors_plugin.deploy.engines import OnnxRuntimeEngine
 from lors_plugin.export import ExportError, export_file, for_export
@@ -120,6 +121,7 @@ def tiny(build, tiny_config, config):
 )
 def test_files(config, sampling, build, tiny_config):
     model = tiny(build, tiny_config, config)
+    model.bbox_head.test_cfg = ConfigDict(config['test_cfg'])
     module = stock_detector(for_export(model, 1)).eval()
 
     def case(*shape):
