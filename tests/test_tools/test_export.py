@@ -119,9 +119,8 @@ def single_stage(trained, **model):
     )
     nms = dict(type='nms', iou_threshold=0.5)
     test_cfg = dict(nms_pre=99, score_thr=0.0, nms=nms, max_per_img=9)
-    config.model = dict(
-        backbone=config.model.backbone, neck=neck, test_cfg=test_cfg, **model
-    )
+    kept = {k: config.model[k] for k in ('backbone', 'data_preprocessor')}
+    config.model = dict(kept, neck=neck, test_cfg=test_cfg, **model)
     config.dump(trained[0])
 
 
