@@ -1,4 +1,4 @@
-"""Export a classifier or an AdaMixer or LORS-AdaMixer for deployment.
+"""Export a classifier or a detector for deployment.
 
     python tools/export.py CONFIG CHECKPOINT OUT.onnx [--images *.jpg]
     python tools/export.py CONFIG CHECKPOINT OUT.xml --half
@@ -7,7 +7,8 @@
 
 The ending says what is written: .onnx, .xml (OpenVINO) or .pt2
 (torch.export). The file takes RGB images from 0 to 255 (normalising is part
-of it), any number of them and, unless the model is a Swin, of any size.
+of it), any number of them and, unless the model is a Swin, of any size; of
+detectors of MMDetection one image of one size.
 Before it is written, the engine that it is for runs it at other numbers and
 sizes than it was made with, and the outputs are compared with PyTorch, on
 real images too where they are given. Above the tolerance nothing is written
@@ -61,11 +62,11 @@ from lors_plugin.export.cases import (
     random_images,
 )
 from lors_plugin.export.check import check
-from lors_plugin.export.grid_sample import SAMPLING
 from lors_plugin.export.metadata import describe
 from lors_plugin.export.models import INPUTS
 from lors_plugin.export.onnx_file import onnx_model, with_metadata
 from lors_plugin.export.openvino_file import openvino_files
+from lors_plugin.export.sampling import SAMPLING
 from lors_plugin.export.smaller import quantize_convolutions, with_half_weights
 from lors_plugin.export.torch_file import TorchEngine, torch_file
 from lors_plugin.utils import type_name
@@ -258,24 +259,34 @@ def load_model(cfg, args):
     return model.eval(), content.get('meta') or {}
 
 
-def wrap(model, kind):
+def is_stock_detector(model):
+    """Return whether a model is a detector of MMDetection itself."""
+    return is_detector(model) and not isinstance(model, AdaMixer)
+
+
+def wrap(model, args, shape):
     """Return the module to export, and a function that makes cases for it."""
+    kind, number = args.input, 1 if args.static else None
     if isinstance(model, AdaMixer):
-        module = DetectorForExport(for_export(model), kind)
+        # PyTorch runs its own operator best.
+        sampling = 'grid_sample' if args.format == 'torch' else args.sampling
+        module = DetectorForExport(for_export(model, number, sampling), kind)
         return module, lambda images: detector_case(model, images, kind)
-    name = type(model).__name__
-    if is_detector(model):
-        raise ValueError(
-            f'{name} is a detector of MMDetection, and this tool exports '
-            'AdaMixer and LORS-AdaMixer alone. Merge its adapters by '
-            'tools/reparam.py; the plain checkpoint and config are for '
-            "MMDeploy's tools/deploy.py (docs/en/user_guides/deploy.md)"
-        )
+    if is_stock_detector(model):
+        from lors_plugin.export.stock import stock_detector
+
+        module = stock_detector(for_export(model, number), kind)
+
+        def padded_case(images):
+            return detector_case(model, images, kind, shape)
+
+        return module, padded_case
     from mmpretrain.models.classifiers import BaseClassifier
 
     if not isinstance(model, BaseClassifier):
+        name = type(model).__name__
         raise ValueError(f'{name} is neither a classifier nor a detector')
-    module = ClassifierForExport(for_export(model), kind)
+    module = ClassifierForExport(for_export(model, number), kind)
     return module, lambda images: classifier_case(
         model, images, kind, module.several
     )
@@ -328,6 +339,8 @@ def make_cases(make_case, cfg, model, shape, args):
     """Make what to compare: other numbers, other sizes, real images."""
     height, width = shape
     wanted = [(1, [shape])]
+    if is_stock_detector(model):
+        wanted.append((1, [(height - height // 5, width - width // 7)]))
     if not args.static:
         wanted.append((3, [shape]))
     if not args.fixed_size:
@@ -346,7 +359,11 @@ def make_cases(make_case, cfg, model, shape, args):
     for path in args.images:
         image = read_image(path, cfg)
         size = padded_shape(model, tuple(image.shape[1:]))
-        if size != shape and args.fixed_size:
+        if is_stock_detector(model):
+            refused = any(side > limit for side, limit in zip(size, shape))
+        else:
+            refused = args.fixed_size and size != shape
+        if refused:
             raise ValueError(
                 f'{path} becomes {size} by the test pipeline, but the file '
                 f'is for {shape}; set --shape'
@@ -361,10 +378,11 @@ def export(args):
     cfg = load_config(args.config, args.cfg_options)
     model, meta = load_model(cfg, args)
     one_size = takes_one_size(model)
+    args.static |= is_stock_detector(model)
     args.fixed_size |= args.static or one_size
-    module, make_case = wrap(model, args.input)
     shape = tuple((args.shape * 2)[:2]) if args.shape else test_shape(cfg)
     shape = padded_shape(model, shape)
+    module, make_case = wrap(model, args, shape)
     number = 1 if args.static else 2
     channels = image_channels(model)
     inputs, _ = random_case(make_case, number, [shape], channels)
@@ -411,7 +429,9 @@ def export(args):
     # Structure after weights: whoever sees it finds both.
     for suffix, content in versions[-1].items():
         write_file(content, Path(args.out).with_suffix(suffix))
-    if one_size:
+    if is_stock_detector(model):
+        text += f', for one image of up to {shape[0]} x {shape[1]}'
+    elif one_size:
         text += (
             f', for images of {shape[0]} x {shape[1]} alone: the windows of '
             'Swin are exported for one size'

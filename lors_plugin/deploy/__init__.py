@@ -1,7 +1,7 @@
 """Run exported models where PyTorch is not installed.
 
-Nothing here imports PyTorch, MMEngine or a host package; NumPy, ONNX Runtime
-or OpenVINO, and OpenCV or Pillow are enough. Exporting is
+Nothing here but :func:`optimize` imports PyTorch, MMEngine or a host package;
+NumPy, ONNX Runtime or OpenVINO, and OpenCV or Pillow are enough. Exporting is
 :mod:`lors_plugin.export`.
 """
 
@@ -23,7 +23,11 @@ _MOVED = (
 
 
 def __getattr__(name: str) -> Any:
-    """Find a former name, and warn."""
+    """Import what needs PyTorch; find a former name, and warn."""
+    if name == 'optimize':
+        from .eager import optimize
+
+        return optimize
     if name not in _MOVED:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from lors_plugin import export

@@ -5,6 +5,7 @@ and its own operators, not with what was rewritten for export.
 """
 
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +54,19 @@ def classifier_case(
 
 @torch.no_grad()
 def detector_case(
-    model: nn.Module, images: Sequence[Tensor], kind: str
+    model: nn.Module,
+    images: Sequence[Tensor],
+    kind: str,
+    shape: Optional[tuple[int, int]] = None,
 ) -> tuple[tuple, tuple]:
-    """Inputs and outputs of :class:`DetectorForExport`.
+    """Inputs and outputs of :class:`DetectorForExport` and of its like.
 
     Args:
         model (nn.Module): The detector, in evaluation mode.
         images (Sequence[Tensor]): BGR, uint8, of shapes (3, H_i, W_i).
         kind (str): 'float', 'uint8' or 'normalized'.
+        shape (tuple[int], optional): Height and width to pad to. Defaults to
+            those that the preprocessor pads to.
 
     Returns:
         tuple[tuple[Tensor]]: Inputs and wanted outputs.
@@ -69,12 +75,19 @@ def detector_case(
 
     samples = []
     for image in images:
-        shape = tuple(image.shape[-2:])
-        meta = dict(img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
+        size = tuple(image.shape[-2:])
+        meta = dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0))
         samples.append(DetDataSample(metainfo=meta))
     data = model.data_preprocessor(
         dict(inputs=list(images), data_samples=samples)
     )
+    if shape is not None:
+        height, width = data['inputs'].shape[-2:]
+        padding = (0, shape[1] - width, 0, shape[0] - height)
+        value = float(model.data_preprocessor.pad_value)
+        data['inputs'] = F.pad(data['inputs'], padding, value=value)
+        for sample in data['data_samples']:
+            sample.set_metainfo(dict(batch_input_shape=tuple(shape)))
     results = model.predict(
         data['inputs'], data['data_samples'], rescale=False
     )

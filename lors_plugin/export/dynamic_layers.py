@@ -1,10 +1,14 @@
-"""Dynamic layers in operators that leave the number of images open.
+"""Dynamic layers in operators that engines run well.
 
-Kernels of each image in one grouped convolution over ``B C`` channels would
+The kernels of each image in one grouped convolution over ``B C`` channels
 write the number of images into the file, since the groups of a convolution
-are no tensor. Letters as in :mod:`lors_plugin.parameternet.dynamic_conv`.
+are no tensor: that form is for files whose number is fixed. Letters as in
+:mod:`lors_plugin.parameternet.dynamic_conv`.
 """
 
+from typing import Optional
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,21 +21,30 @@ from lors_plugin.parameternet.folding import can_fold, fold_norm
 class ExportDynamicConv2d(nn.Module):
     """:class:`DynamicConv2d`, and the BatchNorm behind it if there is one.
 
-    A pointwise convolution is a batched product of the mixed kernels and the
-    pixels. Any other is the weighted sum of the results of the ``M`` kernels,
-    which are constants, so that a runtime can arrange them; ``M`` times the
-    work, but in ParameterNet only of the depth-wise convolutions and of the
-    stem.
+    Where the number of images is fixed, it is a grouped convolution with the
+    mixed kernels. Where it is open, a pointwise convolution is a batched
+    product of the mixed kernels and the pixels, and any other applies the
+    ``M`` kernels as one convolution to ``M`` copies of the input, and mixes
+    the ``M`` results by one product: ``M`` times the work, but in
+    ParameterNet only of the depth-wise convolutions and of the stem. ``M C``
+    channels are a multiple of eight where ``C`` seldom is, which ONNX Runtime
+    needs for its fast depth-wise convolution.
 
     Args:
         source (DynamicConv2d): With more than one expert.
         norm (nn.Module, optional): A batch norm, folded into the kernels.
             Defaults to None.
+        number (int, optional): Images per batch. Defaults to None for any.
     """
 
-    def __init__(self, source: DynamicConv2d, norm: nn.Module = None) -> None:
+    def __init__(
+        self,
+        source: DynamicConv2d,
+        norm: Optional[nn.Module] = None,
+        number: Optional[int] = None,
+    ) -> None:
         super().__init__()
-        self.routing = source.routing
+        self.routing, self.number = source.routing, number
         self.geometry = (
             source.stride,
             source.padding,
@@ -51,9 +64,10 @@ class ExportDynamicConv2d(nn.Module):
         self.pointwise = (
             plain and source.groups == 1 and (tuple(source.padding) == (0, 0))
         )
-        self.width = weight.shape[2]
-        if self.pointwise:
-            weight = weight.flatten(1)
+        self.experts, self.shape = weight.shape[0], weight.shape[1:]
+        # Rows of kernels to be mixed, or the kernels of one convolution.
+        mixed = self.pointwise or number is not None
+        weight = weight.flatten(1) if mixed else weight.flatten(0, 1)
         self.register_buffer('weight', weight)
         self.register_buffer('bias', bias)
         self.register_buffer('shift', shift)
@@ -61,34 +75,47 @@ class ExportDynamicConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, C_in, H, W) to (B, C_out, H', W')."""
         attention = self.routing(x.mean((2, 3))).to(x.dtype)
-        out = (
-            self._product(x, attention)
-            if self.pointwise
-            else (self._sum(x, attention))
-        )
         shift = self.shift
         if self.bias is not None:
-            shift = (attention @ self.bias + shift)[..., None, None]
-        else:
-            shift = shift.view(1, -1, 1, 1)
-        return out + shift
+            shift = attention @ self.bias + shift
+        if self.number is not None:
+            return self._grouped(x, attention, shift)
+        compute = self._product if self.pointwise else self._mixture
+        shift = shift.view(-1, self.shape[0], 1, 1)
+        return compute(x, attention) + shift
+
+    def _grouped(self, x: Tensor, attention: Tensor, shift: Tensor) -> Tensor:
+        stride, padding, dilation, groups = self.geometry
+        kernels = (attention @ self.weight).view(-1, *self.shape[1:])
+        out = F.conv2d(
+            x.flatten(0, 1).unsqueeze(0),
+            kernels,
+            shift.expand(self.number, -1).flatten(),
+            stride,
+            padding,
+            dilation,
+            groups * self.number,
+        )
+        return out.view(self.number, self.shape[0], *out.shape[2:])
 
     def _product(self, x: Tensor, attention: Tensor) -> Tensor:
         down, across = self.geometry[0]
         if (down, across) != (1, 1):
             x = x[:, :, ::down, ::across]
         kernels = attention @ self.weight
-        kernels = kernels.view(x.shape[0], -1, self.width)
+        kernels = kernels.view(-1, *self.shape[:2])
         pixels = kernels @ x.flatten(2)
         return pixels.view(x.shape[0], -1, x.shape[2], x.shape[3])
 
-    def _sum(self, x: Tensor, attention: Tensor) -> Tensor:
-        out = None
-        for index, kernel in enumerate(self.weight):
-            part = F.conv2d(x, kernel, None, *self.geometry)
-            part = part * attention[:, index].view(-1, 1, 1, 1)
-            out = part if out is None else out + part
-        return out
+    def _mixture(self, x: Tensor, attention: Tensor) -> Tensor:
+        stride, padding, dilation, groups = self.geometry
+        if groups > 1:
+            x = torch.cat([x] * self.experts, 1)
+            groups *= self.experts
+        out = F.conv2d(x, self.weight, None, stride, padding, dilation, groups)
+        height, width = out.shape[2:]
+        out = attention.unsqueeze(1) @ out.view(x.shape[0], self.experts, -1)
+        return out.view(-1, self.shape[0], height, width)
 
 
 class ExportDynamicLinear(nn.Module):
@@ -140,11 +167,15 @@ class ExportImageLinear(ExportDynamicLinear):
         return out.reshape(-1, tokens, out.shape[-1])
 
 
-def replace_dynamic(model: nn.Module) -> int:
+def replace_dynamic(model: nn.Module, number: Optional[int] = None) -> int:
     """Replace all dynamic layers of a model in evaluation mode, in place.
 
     A BatchNorm right behind a dynamic convolution, as ``norm`` beside its
     ``conv``, becomes a part of it.
+
+    Args:
+        model (nn.Module): In evaluation mode.
+        number (int, optional): Images per batch. Defaults to None for any.
 
     Returns:
         int: Layers that were replaced.
@@ -162,7 +193,8 @@ def replace_dynamic(model: nn.Module) -> int:
                 norm = getattr(parent, 'norm', None)
                 if name != 'conv' or not can_fold(norm):
                     norm = None
-                setattr(parent, name, ExportDynamicConv2d(layer, norm))
+                export = ExportDynamicConv2d(layer, norm, number)
+                setattr(parent, name, export)
                 if norm is not None:
                     parent.norm = nn.Identity()
             else:

@@ -1,21 +1,29 @@
 """Whole models as functions from images to results, ready for export."""
 
+import abc
 import copy
 from functools import partial
+from typing import Optional
 
 import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
+from lors_plugin.deploy.eager import OPTIMIZED
 from lors_plugin.parameternet.cpu_inference import is_converted
 from lors_plugin.reparam import reparameterize, unmerge
 
 from .dynamic_layers import replace_dynamic
+from .sampling import sample_by_gather
 
 INPUTS = ('float', 'uint8', 'normalized')
 
 
-def for_export(model: nn.Module) -> nn.Module:
+def for_export(
+    model: nn.Module,
+    number: Optional[int] = None,
+    sampling: str = 'gather',
+) -> nn.Module:
     """Copy a model into a form that exporters can follow.
 
     Branches and adapters are merged, dynamic layers become batched products,
@@ -24,19 +32,26 @@ def for_export(model: nn.Module) -> nn.Module:
 
     Args:
         model (nn.Module): Not changed.
+        number (int, optional): Images per batch, written into the file, where
+            dynamic convolutions are faster. Defaults to None for any.
+        sampling (str): 'gather' or 'grid_sample', how AdaMixer reads
+            features. Defaults to 'gather'.
 
     Returns:
         nn.Module: In evaluation mode, without gradients.
     """
     model = revert_sync_batchnorm(copy.deepcopy(model)).eval()
     unmerge(model)
-    if any(map(is_converted, model.modules())):
+    if hasattr(model, OPTIMIZED) or any(map(is_converted, model.modules())):
         raise ValueError(
-            'the model was built for inference on CPUs (deploy=True of '
-            'ParameterNet); export the model that it was converted from'
+            'the model was made for inference in PyTorch (by optimize(), or '
+            'deploy=True of ParameterNet); export the model that it was made '
+            'from'
         )
     reparameterize(model, convert=False)
-    replace_dynamic(model)
+    replace_dynamic(model, number)
+    if sampling == 'gather':
+        sample_by_gather(model)
     for module in model.modules():
         if isinstance(getattr(module, 'backend', None), str):
             module.backend = 'reference'
@@ -164,34 +179,26 @@ class ClassifierForExport(nn.Module):
         return logits, logits.softmax(-1)
 
 
-class DetectorForExport(nn.Module):
-    """Images to the best detections, as ``AdaMixer.predict`` gives them.
+class DetectorBase(nn.Module, abc.ABC):
+    """Images to detections: what all detectors have in common.
 
     Args:
-        model (nn.Module): An AdaMixer or LORS-AdaMixer, from
-            :func:`for_export`.
+        model (nn.Module): A detector, from :func:`for_export`.
         kind (str): See :class:`Normalize`. Defaults to 'float'.
     """
 
     inputs = ('images', 'sizes')
     outputs = ('boxes', 'scores', 'labels')
-
-    @property
-    def known_sizes(self) -> dict:
-        """dict: Sizes that exporters do not infer, by output and axis."""
-        number = {1: self.number}
-        return dict(boxes={**number, 2: 4}, scores=number, labels=number)
+    # Axes whose sizes are known or open, by output, beside the first.
+    known_sizes: dict = {}
+    open_sizes: dict = {}
 
     def __init__(self, model: nn.Module, kind: str = 'float') -> None:
         super().__init__()
         self.normalize = Normalize(model.data_preprocessor, kind)
         self.model = model
-        self.pad_value = float(model.data_preprocessor.pad_value)
-        decoder, queries = model.decoder, model.query_generator.num_queries
-        self.num_classes = decoder.num_classes
-        self.number = min(
-            decoder.max_per_img or queries, queries * self.num_classes
-        )
+        value = getattr(model.data_preprocessor, 'pad_value', 0)
+        self.pad_value = float(value or 0)
 
     def forward(
         self, images: Tensor, sizes: Tensor
@@ -210,14 +217,13 @@ class DetectorForExport(nn.Module):
             scores (B, K) and the labels (B, K).
         """
         images = self._cover_padding(self.normalize(images), sizes)
-        feats = self.model.extract_feat(images)
-        queries = self.model.query_generator(sizes)
-        logits, boxes, _ = self.model.decoder(feats, *queries)
-        scores, index = logits[-1].sigmoid().flatten(1).topk(self.number)
-        query = torch.div(index, self.num_classes, rounding_mode='floor')
-        query = query.unsqueeze(-1).expand(-1, -1, 4)
-        boxes = boxes[-1].gather(1, query)
-        return boxes, scores, index % self.num_classes
+        return self.detect(images, sizes)
+
+    @abc.abstractmethod
+    def detect(
+        self, images: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect in normalized images, as :meth:`forward` does."""
 
     def _cover_padding(self, images: Tensor, sizes: Tensor) -> Tensor:
         """Set padding to its value in training and testing.
@@ -234,3 +240,56 @@ class DetectorForExport(nn.Module):
             y.unsqueeze(-1) < height.view(-1, 1, 1, 1)
         )
         return torch.where(inside, images, images.new_full((), self.pad_value))
+
+
+class DetectorForExport(DetectorBase):
+    """Images to the best detections, as ``AdaMixer.predict`` gives them.
+
+    Args:
+        model (nn.Module): An AdaMixer or LORS-AdaMixer, from
+            :func:`for_export`.
+        kind (str): See :class:`Normalize`. Defaults to 'float'.
+    """
+
+    @property
+    def known_sizes(self) -> dict:
+        """dict: Sizes that exporters do not infer, by output and axis."""
+        number = {1: self.number}
+        return dict(boxes={**number, 2: 4}, scores=number, labels=number)
+
+    def __init__(self, model: nn.Module, kind: str = 'float') -> None:
+        super().__init__(model, kind)
+        decoder, queries = model.decoder, model.query_generator.num_queries
+        self.num_classes = decoder.num_classes
+        self.number = min(
+            decoder.max_per_img or queries, queries * self.num_classes
+        )
+
+    def detect(
+        self, images: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`DetectorBase.forward`."""
+        feats = self.model.extract_feat(images)
+        queries = self.model.query_generator(sizes)
+        logits, boxes, _ = self.model.decoder(feats, *queries)
+        return best_of(logits[-1].sigmoid(), boxes[-1], self.number)
+
+
+def best_of(
+    scores: Tensor, boxes: Tensor, number: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best pairs of a query and a class.
+
+    Args:
+        scores (Tensor): Shape (B, N, classes).
+        boxes (Tensor): Corners, shape (B, N, 4).
+        number (int): K of them.
+
+    Returns:
+        tuple[Tensor]: Boxes (B, K, 4), scores and labels (B, K).
+    """
+    classes = int(scores.shape[-1])
+    scores, index = scores.flatten(1).topk(number)
+    query = torch.div(index, classes, rounding_mode='floor')
+    boxes = boxes.gather(1, query.unsqueeze(-1).expand(-1, -1, 4))
+    return boxes, scores, index % classes

@@ -19,7 +19,7 @@ from lors_plugin.deploy.engines import (
 )
 
 from .check import ExportError, check
-from .grid_sample import sampled_by
+from .sampling import sampled_by
 
 OLDEST_OPSET, OPSET = 16, 17
 
@@ -62,6 +62,7 @@ def export_file(
     axes = {}
     for name in (*module.inputs, *module.outputs):
         axes[name] = {0: 'batch'} if dynamic_batch else {}
+        axes[name].update(getattr(module, 'open_sizes', {}).get(name, {}))
     if dynamic_size:
         axes['images'] = {**axes['images'], 2: 'height', 3: 'width'}
     file = io.BytesIO()

@@ -41,6 +41,15 @@ np.savez(out, **{
     for key, value in each.items()
 })
 print(type(model).__name__, *model.classes)
+# The signal stack of OpenVINO went with its model: the next signal ended the
+# process without a message.
+import signal, subprocess, threading
+signal.signal(signal.SIGCHLD, lambda *_: None)
+model = [model]
+thread = threading.Thread(target=model.clear)
+thread.start()
+thread.join()
+subprocess.run(['true'])
 """
 
 
@@ -81,7 +90,7 @@ def assert_same(found, wanted):
         np.testing.assert_allclose(image['boxes'], right['boxes'], atol=5e-3)
 
 
-@pytest.mark.parametrize('kind', ['float', 'uint8', 'normalized'])
+@pytest.mark.parametrize('kind', ['float', 'normalized'])
 def test_detections_are_those_of_the_inferencer(kind, file_of, photos, infer):
     model = Detector(file_of(kind), threads=1)
     assert model.classes == ('a', 'b', 'c')
@@ -243,23 +252,3 @@ def test_former_names_warn():
         assert lors_plugin.deploy.export_file is export_file
     with pytest.raises(AttributeError, match='nothing_like_it'):
         _ = lors_plugin.deploy.nothing_like_it
-
-
-SIGNALS = """
-import signal, subprocess, sys, threading
-from lors_plugin.deploy.runtime import load
-
-signal.signal(signal.SIGCHLD, lambda *_: None)
-model = [load(sys.argv[1], engine='openvino')]
-thread = threading.Thread(target=model.clear)
-thread.start()
-thread.join()
-subprocess.run([sys.executable, '-c', ''])
-"""
-
-
-def test_a_signal_after_a_model_of_openvino_is_gone(file_of):
-    """OpenVINO's signal stack went with it (a crash without a message)."""
-    pytest.importorskip('openvino')
-    command = [sys.executable, '-c', SIGNALS, str(file_of())]
-    assert subprocess.run(command, timeout=60).returncode == 0

@@ -34,11 +34,12 @@ def lively(layer):
     ],
 )
 @pytest.mark.parametrize('routing', ['softmax_mlp', 'sigmoid_linear'])
-def test_convolutions(kernel, options, routing):
+@pytest.mark.parametrize('number', [None, 3])
+def test_convolutions(kernel, options, routing, number):
     layer = lively(
         DynamicConv2d(6, 12, kernel, routing=routing, **options)
     ).double()
-    export = ExportDynamicConv2d(layer)
+    export = ExportDynamicConv2d(layer, number=number)
     x = torch.randn(3, 6, 9, 8, dtype=torch.float64)
     torch.testing.assert_close(export(x), layer(x))
     assert not torch.allclose(layer(x[:1]), layer(x[:1] + 1) - layer(x[:1]))
@@ -46,7 +47,8 @@ def test_convolutions(kernel, options, routing):
 
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('groups', [1, 6])
-def test_a_norm_becomes_a_part_of_the_kernels(bias, groups):
+@pytest.mark.parametrize('number', [None, 2])
+def test_a_norm_becomes_a_part_of_the_kernels(bias, groups, number):
     layer = lively(DynamicConv2d(6, 6, 3, bias=bias, groups=groups))
     norm = nn.BatchNorm2d(6).eval()
     for tensor in (norm.running_var, norm.weight.data):
@@ -55,7 +57,7 @@ def test_a_norm_becomes_a_part_of_the_kernels(bias, groups):
         tensor.normal_()
     x = torch.randn(2, 6, 7, 7)
     with torch.no_grad():
-        found = ExportDynamicConv2d(layer, norm)(x)
+        found = ExportDynamicConv2d(layer, norm, number)(x)
         torch.testing.assert_close(found, norm(layer(x)), atol=1e-5, rtol=0)
 
 

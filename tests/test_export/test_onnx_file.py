@@ -221,7 +221,8 @@ def test_detectors_with_any_number_and_size_of_images(
     if kind == 'lors':
         decoder['adaptive_groups'] = [1, 2]
     model = tiny_detector(kind, decoder=decoder).eval()
-    module = DetectorForExport(for_export(model)).eval()
+    rewritten = for_export(model, sampling=sampling)
+    module = DetectorForExport(rewritten).eval()
 
     def case(*shapes):
         images = [random_images(1, s, i)[0] for i, s in enumerate(shapes)]

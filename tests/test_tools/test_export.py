@@ -112,22 +112,55 @@ def test_weights_that_are_missing(trained, capsys):
     assert 'it has backbone.adapter.weight' in capsys.readouterr().err
 
 
-def test_other_detectors_are_refused(trained, capsys):
+def single_stage(trained, **model):
     config = Config.fromfile(trained[0])
-    config.model = dict(
-        type='FCOS',
-        backbone=config.model.backbone,
-        neck=dict(
-            type='FPN',
-            in_channels=[8, 16, 32, 64],
-            out_channels=8,
-            num_outs=5,
-        ),
-        bbox_head=dict(type='FCOSHead', num_classes=2, in_channels=8),
+    neck = dict(
+        type='FPN', in_channels=[8, 16, 32, 64], out_channels=8, num_outs=4
     )
+    nms = dict(type='nms', iou_threshold=0.5)
+    test_cfg = dict(nms_pre=99, score_thr=0.0, nms=nms, max_per_img=9)
+    kept = {k: config.model[k] for k in ('backbone', 'data_preprocessor')}
+    config.model = dict(kept, neck=neck, test_cfg=test_cfg, **model)
     config.dump(trained[0])
-    assert tool.main([trained[0], 'none', trained[2]]) == 2
-    assert 'FCOS is a detector of MMDetection' in capsys.readouterr().err
+
+
+def test_a_detector_of_mmdetection(trained, tmp_path, capsys):
+    from lors_plugin.deploy.runtime import Detector
+
+    head = dict(
+        type='FCOSHead',
+        num_classes=2,
+        in_channels=8,
+        feat_channels=8,
+        stacked_convs=1,
+        strides=[4, 8, 16, 32],
+        regress_ranges=((-1, 64), (64, 128), (128, 256), (256, 1e8)),
+        norm_cfg=dict(type='GN', num_groups=4),
+    )
+    single_stage(trained, type='FCOS', bbox_head=head)
+    assert tool.main([trained[0], 'none', trained[2]]) == 0
+    text = capsys.readouterr().out
+    assert '2 comparisons, for one image of up to 64 x 96' in text
+    detector = Detector(trained[2])
+    assert detector.fixed == [64, 96]
+    import numpy as np
+
+    (found,) = detector([np.zeros((20, 40, 3), np.uint8)])
+    assert len(found['boxes']) and found['boxes'].max() <= 40
+
+
+def test_detectors_that_are_refused(trained, capsys):
+    head = dict(type='GFLHead', num_classes=2, in_channels=8, stacked_convs=1)
+    head['anchor_generator'] = dict(
+        type='AnchorGenerator',
+        ratios=[1.0],
+        octave_base_scale=8,
+        scales_per_octave=1,
+        strides=[4, 8, 16, 32],
+    )
+    single_stage(trained, type='GFL', bbox_head=head)
+    assert tool.main([trained[0], 'none', trained[2]]) == 1
+    assert 'GFL with GFLHead predicts in a way' in capsys.readouterr().err
 
 
 def test_a_classifier_of_gray_images(tmp_path, capsys):

@@ -22,7 +22,9 @@ class LowRank(NamedTuple):
 
     def product(self) -> Tensor:
         """The full matrices, shape (B, N, G, rows, cols)."""
-        return (self.left @ self.core @ self.right).sum(dim=-3)
+        # The sum over K is part of the product: rows of K r elements.
+        left = self.left.transpose(1, 2).flatten(2)
+        return left @ (self.core @ self.right).flatten(-3, -2)
 
 
 def split_weights(

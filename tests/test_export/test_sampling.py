@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lors_plugin.export.grid_sample import (
+from lors_plugin.adamixer.sampling import AdaptiveSampling3D
+from lors_plugin.export.sampling import (
+    GatherSampling3D,
     grid_sample_by_gather,
     sampled_by,
 )
@@ -22,6 +24,19 @@ def test_bilinear_with_zeros_outside(shape):
     wanted = F.grid_sample(maps, grid, **OPTIONS)
     found = grid_sample_by_gather(maps, grid, **OPTIONS)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_all_levels_of_a_pyramid():
+    source = AdaptiveSampling3D(8, num_groups=2, num_points=5)
+    torch.nn.init.normal_(source.offsets.weight)
+    strides, content = (4, 8), torch.randn(3, 6, 8)
+    feats = [torch.randn(3, 4, 32 // s, 48 // s) for s in strides]
+    xyzr = torch.tensor([24.0, 16, 4, 0]) + torch.randn(3, 6, 4)
+    wanted = source(feats, content, xyzr, strides)
+    found = GatherSampling3D(source)(feats, content, xyzr, strides)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    # Some points lie outside.
+    assert (wanted == 0).any() and (wanted != 0).any()
 
 
 @pytest.mark.parametrize(
