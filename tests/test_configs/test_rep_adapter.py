@@ -9,6 +9,7 @@ import torch
 import yaml
 from mmengine.registry import DATASETS, METRICS, DefaultScope
 
+from lors_plugin.adapters import adapters_of
 from lors_plugin.analysis.weightless import EmptyWeights
 from lors_plugin.build import build_model
 from lors_plugin.compat import MissingOpError
