@@ -52,7 +52,7 @@ train_dataloader = dict(
         data_root=data_root,
         ann_file='train_16-shot_seed0.txt',
         pipeline=train_pipeline,
-    )
+    ),
 )
 val_dataloader = dict(
     dataset=dict(data_root=data_root, ann_file='val_seed0.txt')
