@@ -4,8 +4,8 @@ import contextlib
 import gc
 import json
 import logging
-import multiprocessing
 import os
+import tempfile
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from mmengine.fileio.handlers.registry_utils import file_handlers
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader
+from quick_python import start
+from torch.utils.data import _utils
 from yapf.yapflib import yapf_api
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +72,18 @@ def quick_hosts():
     with metafiles_read_once(), pytest.MonkeyPatch.context() as patch:
         # The layout of configs that a run logs and writes, five times.
         patch.setattr(yapf_api, 'FormatCode', lambda text, **_: (text, True))
+        # Workers of a loader that nothing asks for data look so often for
+        # the end of their parent, which waits as long for them.
+        for module in (_utils, _utils.worker):
+            patch.setattr(module, 'MP_STATUS_CHECK_INTERVAL', 0.1)
         yield
+
+
+@pytest.fixture(scope='session')
+def quick_python():
+    """An interpreter like ``sys.executable`` that has imported the hosts."""
+    with tempfile.TemporaryDirectory() as folder, start(folder) as python:
+        yield python
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -93,9 +106,8 @@ def restore_process(compiled_here):
 
 @pytest.fixture(autouse=True, scope='module')
 def nothing_left_behind(restore_process):
-    """Scopes and loggers of runners, what :func:`restore_process` names, the
-    silence that tools ask for, and workers of loaders, which take five
-    seconds to end as garbage."""
+    """Scopes and loggers of runners, what :func:`restore_process` names and
+    the silence that tools ask for."""
     # A fixture of the session may have run a tool just before.
     restore_process()
     # Data sets of MMEngine collect garbage, among a million objects.
@@ -112,10 +124,6 @@ def nothing_left_behind(restore_process):
         kind._instance_dict.clear()
         kind._instance_dict.update(former)
     logging.disable(logging.NOTSET)
-    if multiprocessing.active_children():
-        for value in gc.get_objects():
-            if type(value).__name__ == '_MultiProcessingDataLoaderIter':
-                value._shutdown_workers()
 
 
 TINY = dict(

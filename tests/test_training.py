@@ -8,8 +8,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ import pytest
 import test
 import torch
 import train as train_tool
-from forked import ONE_THREAD, start_server, train_in_processes
 from mmengine.registry import DefaultScope
 from PIL import Image, ImageDraw
 
@@ -30,6 +27,7 @@ from lors_plugin.adapters.checkpoint import META
 
 ROOT = Path(__file__).resolve().parents[1]
 
+CPU = dict(CUDA_VISIBLE_DEVICES='')
 CONFIG = """
 _base_ = '{base}'
 
@@ -103,7 +101,7 @@ from mmengine.registry import HOOKS
 class NoticeHook(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if get_rank() == 1 and not runner._resume:
-            os.kill(os.getppid(), signal.SIGUSR1)
+            os.kill(int(os.environ['PARENT']), signal.SIGUSR1)
             time.sleep(1)
 
 
@@ -168,9 +166,30 @@ def train(data):
 
 
 @pytest.fixture(scope='module')
-def train_apart(train):
-    """Train in other processes: ``train_apart(number, log, *words)``."""
-    return partial(train_in_processes, start_server())
+def launch(data, quick_python):
+    """Train in a process of its own, or by ``dist_train.sh`` in several.
+
+    ``launch(config, number, *words)`` returns what was printed.
+    """
+
+    def launch(config, number, *words, code=0, **env):
+        paths = os.pathsep.join([str(ROOT), str(data)])
+        command = [quick_python, ROOT / 'tools' / 'train.py', config]
+        if number:
+            script = ROOT / 'tools' / 'dist_train.sh'
+            command = ['bash', script, config, str(number)]
+        result = subprocess.run(
+            [*command, *map(str, words)],
+            env=dict(os.environ, PYTHONPATH=paths, PYTHON=quick_python, **env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == code, result.stdout[-6000:]
+        return result.stdout
+
+    return launch
 
 
 def write_config(
@@ -203,25 +222,6 @@ def write_config(
     return path
 
 
-def launch(data, *words, code=75, env=ONE_THREAD):
-    """Run the launcher, until it is stopped; return what was printed."""
-    result = subprocess.run(
-        ['bash', ROOT / 'tools' / 'dist_train.sh', *map(str, words)],
-        env=dict(
-            os.environ,
-            PYTHONPATH=f'{ROOT}{os.pathsep}{data}',
-            PYTHON=sys.executable,
-            **env,
-        ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == code, result.stdout[-6000:]
-    return result.stdout
-
-
 def weights(work_dir, name='rank0.pth'):
     return torch.load(Path(work_dir) / name, weights_only=True)
 
@@ -235,7 +235,7 @@ def logged(work_dir, key='loss'):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(data, train, train_apart, tmp_path):
+def test_two_processes_do_what_one_does(data, train, launch, tmp_path):
     """Same global batch: same losses, same weights, on both ranks.
 
     Both stop after the same step when a notice arrives, and go on from there.
@@ -251,11 +251,10 @@ def test_two_processes_do_what_one_does(data, train, train_apart, tmp_path):
     train(config, '--work-dir', one, *seed)
     options = ['train_dataloader.batch_size=2', 'model.decoder.with_cp=True']
     options = ['--work-dir', two, *seed, *options]
-    text = launch(data, config, 2, *options)
+    text = launch(config, 2, *options, code=75, **CPU)
     assert '2 CPU processes by gloo' in text
     assert 'saved interrupted.pth' in text
-    log = tmp_path / 'two.log'
-    text = train_apart(2, log, config, '--resume', *options)
+    text = launch(config, 2, '--resume', *options, **CPU)
     assert 'batches of this epoch were trained on before' in text
     assert not (two / 'interrupted.pth').exists()
 
@@ -274,7 +273,7 @@ def test_two_processes_do_what_one_does(data, train, train_apart, tmp_path):
 
 
 @pytest.mark.slow
-def test_resuming_changes_nothing(data, train, train_apart, tmp_path):
+def test_resuming_changes_nothing(data, train, launch, tmp_path):
     """Two epochs, or one and one more: equal to the last bit.
 
     With shuffling, flips, workers that persist, and no seed in the config;
@@ -285,8 +284,8 @@ def test_resuming_changes_nothing(data, train, train_apart, tmp_path):
     )
     train(config, '--work-dir', tmp_path / 'whole')
     first = tmp_path / 'whole' / 'epoch_1.pth'
-    parts, log = tmp_path / 'parts', tmp_path / 'parts.log'
-    train_apart(1, log, config, '--work-dir', parts, '--resume', first)
+    parts = tmp_path / 'parts'
+    launch(config, 0, '--work-dir', parts, '--resume', first, **CPU)
     whole, resumed = weights(tmp_path / 'whole'), weights(parts)
     start = torch.load(first, weights_only=False)['state_dict']
     assert any(not torch.equal(start[k], whole[k]) for k in whole)
@@ -432,11 +431,10 @@ def trained(train, pictures):
 
 
 @pytest.mark.slow
-def test_adapters_in_two_processes(pictures, trained, train_apart):
+def test_adapters_in_two_processes(pictures, trained, launch):
     """Same global batch: same adapters, on both ranks, and small files."""
     two = pictures / 'two'
-    log, config = pictures / 'two.log', pictures / 'two.py'
-    train_apart(2, log, config, '--work-dir', two)
+    launch(pictures / 'two.py', 2, '--work-dir', two, **CPU)
     first, second = read(two / 'rank0.pth'), read(two / 'rank1.pth')
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
@@ -501,15 +499,15 @@ def accuracy(model, pictures):
 )
 @pytest.mark.parametrize('amp', [False, True])
 @pytest.mark.parametrize('gpus', [1, 2])
-def test_training_on_gpus(data, tmp_path, gpus, amp):
+def test_training_on_gpus(data, launch, tmp_path, gpus, amp):
     """By ``dist_train.sh``, with the check of the kernels before."""
     if torch.cuda.device_count() < gpus:
         pytest.skip(f'needs {gpus} GPUs')
     config = write_config(tmp_path / f'gpus{gpus}{amp}.py', data)
-    words = [config, gpus, '--work-dir', tmp_path, *(['--amp'] if amp else [])]
+    words = ['--work-dir', tmp_path, *(['--amp'] if amp else [])]
     # No notice to stop by the hook of the tests above.
     words += ['--cfg-options', 'custom_hooks=[]', 'custom_imports=None']
-    text = launch(data, *words, code=0, env={})
+    text = launch(config, gpus, *words)
     assert 'Triton kernels run for' in text or 'PyTorch operators' in text
     losses = logged(tmp_path)
     assert len(losses) == 2 * -(-2 // gpus) and np.isfinite(losses).all()

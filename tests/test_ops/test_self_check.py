@@ -400,7 +400,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_ranks_agree(tmp_path):
+def test_ranks_agree(quick_python, tmp_path):
     """No rank takes a kernel before that, or that another does not take."""
     environment = dict(os.environ, XDG_CACHE_HOME=str(tmp_path))
     for variable in (backend.ENV_NAME, self_check.ENV_NAME):
@@ -409,7 +409,7 @@ def test_ranks_agree(tmp_path):
     ranks = [[both, both, both], [both, 'mixing float16', '']]
     processes = [
         subprocess.Popen(
-            [sys.executable, '-c', RANK, str(rank), str(tmp_path), *verdicts],
+            [quick_python, '-c', RANK, str(rank), tmp_path, *verdicts],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

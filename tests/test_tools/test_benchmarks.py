@@ -161,7 +161,7 @@ REFUSED = {
 
 
 @pytest.fixture(scope='module')
-def several(tmp_path_factory):
+def several(quick_python, tmp_path_factory):
     """Exit code, output and errors of commands, and where they ran."""
     folder = tmp_path_factory.mktemp('several')
     root = str(FOLDER.parents[1])
@@ -182,7 +182,7 @@ def several(tmp_path_factory):
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
     environment.pop('TRITON_INTERPRET', None)
     done = subprocess.run(
-        [sys.executable, '-c', SEVERAL, json.dumps(commands)],
+        [quick_python, '-c', SEVERAL, json.dumps(commands)],
         capture_output=True,
         text=True,
         cwd=folder,

@@ -164,7 +164,7 @@ def test_what_it_does_on_a_gpu(gpu_check, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_on_a_cpu(tmp_path):
+def test_the_command_on_a_cpu(quick_python, tmp_path):
     """From the shell, with an interpreter that has everything."""
     out = tmp_path / 'out'
     done = subprocess.run(
@@ -173,7 +173,7 @@ def test_the_command_on_a_cpu(tmp_path):
             *('--device', 'cpu', '--minutes', '5', '--output', str(out)),
             *('--only', 'self-check'),
         ],
-        env=dict(os.environ, PYTHON=sys.executable),
+        env=dict(os.environ, PYTHON=quick_python),
         cwd=tmp_path,
         capture_output=True,
         text=True,

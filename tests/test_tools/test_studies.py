@@ -161,7 +161,9 @@ def scalars(folder):
 
 
 @pytest.mark.slow
-def test_a_study_is_stopped_and_goes_on(tiny, run, tmp_path, monkeypatch):
+def test_a_study_is_stopped_and_goes_on(
+    tiny, run, quick_python, tmp_path, monkeypatch
+):
     """A run from the command to the report; the first time, Ctrl-C."""
     work = tiny[-1]
     folder = work / 'tiny' / 'probe' / 'seed3'
@@ -180,6 +182,7 @@ def test_a_study_is_stopped_and_goes_on(tiny, run, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='75'):
         train.main(words[2:])
     assert (folder / 'interrupted.pth').exists()
+    monkeypatch.setattr(sys, 'executable', quick_python)
     run(*tiny)
     (command,) = log.read_text().splitlines()[1:2]
     assert '--resume' in shlex.split(command)
@@ -194,7 +197,7 @@ def test_a_study_is_stopped_and_goes_on(tiny, run, tmp_path, monkeypatch):
     # A linear layer is trained, and of LeNet's weights none.
     assert result['trained'] == result['head'] == 2 * 121
     assert result['parameters'] > 50000
-    assert result['peak_memory'] > 1e8
+    assert result['peak_memory'] > 1e6
     assert 'randomness.seed=3' in result['recipe']
     (best,) = folder.glob('best_*.pth')
     assert f' {best} ' in (folder / 'test.log').read_text()
