@@ -5,7 +5,6 @@ import gc
 import json
 import logging
 import os
-import tempfile
 from copy import deepcopy
 from pathlib import Path
 
@@ -82,8 +81,11 @@ def quick_hosts():
 @pytest.fixture(scope='session')
 def quick_python():
     """An interpreter like ``sys.executable`` that has imported the hosts."""
-    with tempfile.TemporaryDirectory() as folder, start(folder) as python:
-        yield python
+    # All workers of xdist share it.
+    run = os.environ.get('PYTEST_XDIST_TESTRUNUID')
+    if run is None:
+        return start(str(os.getpid()), os.getpid())
+    return start(run[:8], os.getppid())
 
 
 @pytest.fixture(autouse=True, scope='session')

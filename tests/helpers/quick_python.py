@@ -20,11 +20,14 @@ import random
 import runpy
 import select
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import types
 import warnings
 from pathlib import Path
@@ -39,47 +42,51 @@ FORWARDED = (
 )  # fmt: skip
 
 
-@contextlib.contextmanager
-def start(folder):
-    """Start a server and write the executable that asks it.
+def start(run, owner):
+    """Start the server of a test run, unless another process of it did.
 
     Args:
-        folder (str): Empty, with a short path.
+        run (str): Names the run.
+        owner (int): The process with which the server ends.
 
-    Yields:
+    Returns:
         str: The path of the executable.
     """
     if not hasattr(os, 'pidfd_open'):  # on Linux only
-        yield sys.executable
-        return
-    address, python = Path(folder, 'socket'), Path(folder, 'python')
-    me = shlex.join([sys.executable, '-ISu', __file__])
-    real = shlex.quote(sys.executable)
-    python.write_text(
-        '#!/bin/sh\n'
-        '# The interpreter of Triton is chosen before Triton is imported.\n'
-        f'[ -z "$TRITON_INTERPRET" ] || exec {real} "$@"\n'
-        f'exec {me} {shlex.quote(str(address))} "$PPID" "$@"\n'
-    )
-    python.chmod(0o755)
-    command = [sys.executable, __file__, '--serve', address, python]
-    with subprocess.Popen(
-        command,
-        env=dict(os.environ, OMP_NUM_THREADS='1'),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    ) as server:
-        assert b'ready\n' in server.stdout, 'the server did not start'
-        yield str(python)
-        server.stdin.close()
+        return sys.executable
+    # In a short path, as sockets need it.
+    folder = Path(tempfile.gettempdir(), f'quick-python-{run}')
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(0o700)
+        me = shlex.join([sys.executable, '-ISu', __file__, str(folder)])
+        python = folder / 'python'
+        python.write_text(
+            '#!/bin/sh\n'
+            "# Triton's interpreter is chosen before Triton is imported.\n"
+            '[ -z "$TRITON_INTERPRET" ] || '
+            f'exec {shlex.quote(sys.executable)} "$@"\n'
+            f'exec {me} "$PPID" "$@"\n'
+        )
+        python.chmod(0o755)
+        subprocess.Popen(
+            [sys.executable, __file__, folder, '--serve', str(owner)],
+            env=dict(os.environ, OMP_NUM_THREADS='1'),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    for _ in range(3000):
+        if (folder / 'socket').exists():
+            return str(folder / 'python')
+        time.sleep(0.1)
+    raise RuntimeError('the server did not start')
 
 
-def ask(address, parent, *words):
+def ask(folder, parent, *words):
     """Let the server run a command; end as it does."""
     environment = dict(os.environ, PARENT=parent)
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(address)
+        server.connect(f'{folder}/socket')
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         for number in FORWARDED:
             signal.signal(number, lambda n, _: server.send(bytes([n])))
@@ -96,21 +103,23 @@ def ask(address, parent, *words):
     os._exit(code)
 
 
-def serve(address):
+def serve(folder, owner):
     """Return what to run, in a process forked for each command.
 
-    The server itself ends with the process that started it.
+    The server itself ends with its owner.
     """
+    owner = os.pidfd_open(owner)
     for name in PRELOADED:
         importlib.import_module(name)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
+        listener.bind(f'{folder}/new')
         listener.listen()
-        print('ready', flush=True)
+        os.rename(f'{folder}/new', f'{folder}/socket')
         while True:
-            ready, _, _ = select.select([listener, 0], [], [])
-            if 0 in ready:
-                sys.exit()
+            ready, _, _ = select.select([listener, owner], [], [])
+            if owner in ready:
+                shutil.rmtree(folder)
+                os._exit(0)
             client, _ = listener.accept()
             if os.fork() == 0:
                 break
@@ -181,17 +190,17 @@ def run(python, own_path, words, folder, environment):
 
 
 def main():
-    if sys.argv[1] != '--serve':
-        ask(*sys.argv[1:])
+    folder, action, *words = sys.argv[1:]
+    if action != '--serve':
+        ask(folder, action, *words)
     known = [Path(__file__).parent]
     known += os.environ.get('PYTHONPATH', '').split(os.pathsep)
     known = {str(path) for path in known}
     own_path = [path for path in sys.path if path not in known]
-    address, python = sys.argv[2:]
-    request = serve(address)
+    request = serve(folder, int(words[0]))
     code = 1
     try:
-        run(python, own_path, *request)
+        run(f'{folder}/python', own_path, *request)
         code = 0
     except SystemExit as end:
         code = end.code or 0
