@@ -26,6 +26,7 @@ from lors_plugin.adapters import (
 from lors_plugin.adapters.checkpoint import META
 
 ROOT = Path(__file__).resolve().parents[1]
+HELPERS = ROOT / 'tests' / 'helpers'
 
 CPU = dict(CUDA_VISIBLE_DEVICES='')
 CONFIG = """
@@ -83,37 +84,8 @@ default_hooks = dict(
     logger=dict(interval=1), checkpoint=dict(save_last=True))
 custom_hooks = [dict(type='NoticeHook'), dict(type='SaveRankHook')]
 visualizer = dict(name='{name}')
-custom_imports = dict(imports=['save_rank_hook'])
+custom_imports = dict(imports=['training_hooks'])
 env_cfg = dict(mp_cfg=dict(mp_start_method='fork'))
-"""
-
-# What a rank holds at the end; MMEngine itself saves that of rank 0 only. And
-# a notice to stop, which the launcher of two processes gets, once.
-HOOK = """
-import os, signal, time, torch
-from mmengine.dist import get_rank
-from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS
-
-
-@HOOKS.register_module()
-class NoticeHook(Hook):
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if get_rank() == 1 and not runner._resume:
-            os.kill(int(os.environ['PARENT']), signal.SIGUSR1)
-            time.sleep(1)
-
-
-@HOOKS.register_module()
-class SaveRankHook(Hook):
-    def after_train(self, runner):
-        model = runner.model
-        if is_model_wrapper(model):
-            assert not model.find_unused_parameters
-            model = model.module
-        torch.save(model.state_dict(),
-                   f'{runner.work_dir}/rank{get_rank()}.pth')
 """
 
 
@@ -153,27 +125,23 @@ def data(tmp_path_factory):
             dict(images=images, annotations=annotations, categories=categories)
         )
     )
-    (root / 'save_rank_hook.py').write_text(HOOK)
     return root
 
 
-@pytest.fixture(scope='module')
-def train(data):
-    """Train in this process: ``train(config, *words)``."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(data)
-        yield lambda *words: train_tool.main([*map(str, words)])
+def train(*words):
+    """Train in this process."""
+    train_tool.main([*map(str, words)])
 
 
 @pytest.fixture(scope='module')
-def launch(data, quick_python):
+def launch(quick_python):
     """Train in a process of its own, or by ``dist_train.sh`` in several.
 
     ``launch(config, number, *words)`` returns what was printed.
     """
 
     def launch(config, number, *words, code=0, **env):
-        paths = os.pathsep.join([str(ROOT), str(data)])
+        paths = os.pathsep.join(map(str, [ROOT, HELPERS]))
         command = [quick_python, ROOT / 'tools' / 'train.py', config]
         if number:
             script = ROOT / 'tools' / 'dist_train.sh'
@@ -235,7 +203,7 @@ def logged(work_dir, key='loss'):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(data, train, launch, tmp_path):
+def test_two_processes_do_what_one_does(data, launch, tmp_path):
     """Same global batch: same losses, same weights, on both ranks.
 
     Both stop after the same step when a notice arrives, and go on from there.
@@ -244,7 +212,7 @@ def test_two_processes_do_what_one_does(data, train, launch, tmp_path):
     SGD, since Adam turns the rounding of a zero gradient into a whole step.
     The two also recompute stages, which must not disturb shared weights.
     """
-    sgd = "_delete_=True, type='SGD', lr=0.01"
+    sgd = "_delete_=True, type='SGD', lr=0.01, momentum=0.9"
     config = write_config(tmp_path / 'alone.py', data, optimizer=sgd)
     seed = ['--cfg-options', 'randomness.seed=3']
     one, two = tmp_path / 'one', tmp_path / 'two'
@@ -273,7 +241,7 @@ def test_two_processes_do_what_one_does(data, train, launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_resuming_changes_nothing(data, train, launch, tmp_path):
+def test_resuming_changes_nothing(data, launch, tmp_path):
     """Two epochs, or one and one more: equal to the last bit.
 
     With shuffling, flips, workers that persist, and no seed in the config;
@@ -294,7 +262,7 @@ def test_resuming_changes_nothing(data, train, launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_mixed_precision_learns(data, train, tmp_path):
+def test_mixed_precision_learns(data, tmp_path):
     """Losses stay finite and near those of float32."""
     losses = {}
     for dtype in ('float32', 'bfloat16', 'float16'):
@@ -314,7 +282,7 @@ def test_mixed_precision_learns(data, train, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_not_finite_stops_with_its_name(data, train, tmp_path):
+def test_what_is_not_finite_stops_with_its_name(data, tmp_path):
     """A learning rate far too high: an error, not a crash in the matcher."""
     config = write_config(tmp_path / 'too_high.py', data)
     options = ['optim_wrapper.optimizer.lr=1e12']
@@ -324,7 +292,7 @@ def test_what_is_not_finite_stops_with_its_name(data, train, tmp_path):
 
 
 @pytest.mark.slow
-def test_accumulated_steps_and_averaged_weights(data, train, tmp_path):
+def test_accumulated_steps_and_averaged_weights(data, tmp_path):
     """Four iterations make two steps; the file holds both weights."""
     config = write_config(tmp_path / 'averaged.py', data)
     text = config.read_text().replace(
@@ -367,10 +335,11 @@ pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 train_dataloader = dict(
     batch_size=4,
     num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
+    sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(type='CustomDataset', data_root='{data}/images',
                  pipeline=pipeline))
-test_dataloader = train_dataloader
+test_dataloader = dict(
+    train_dataloader, sampler=dict(type='DefaultSampler', shuffle=False))
 test_evaluator = dict(type='Accuracy')
 train_cfg = dict(by_epoch=True, max_epochs=2)
 test_cfg = dict()
@@ -387,7 +356,7 @@ TWO_RANKS = """
 _base_ = 'config.py'
 train_dataloader = dict(batch_size=2)
 custom_hooks = _base_.custom_hooks + [dict(type='SaveRankHook')]
-custom_imports = dict(imports=['save_rank_hook'])
+custom_imports = dict(imports=['training_hooks'])
 """
 
 
@@ -423,7 +392,7 @@ def read(path):
 
 
 @pytest.fixture(scope='module')
-def trained(train, pictures):
+def trained(pictures):
     """Two epochs in one process."""
     work_dir = pictures / 'one'
     train(pictures / 'config.py', '--work-dir', work_dir)
@@ -457,7 +426,7 @@ def test_adapters_in_two_processes(pictures, trained, launch):
 
 
 @pytest.mark.slow
-def test_adapters_are_resumed_and_tested(train, pictures, trained):
+def test_adapters_are_resumed_and_tested(pictures, trained):
     """By the tools, in bfloat16 from the second epoch on."""
     config = str(pictures / 'config.py')
     path = pictures / 'half' / 'epoch_2.pth'

@@ -13,6 +13,7 @@ without this package, is a test for ``sys.executable``.
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -111,6 +112,8 @@ def serve(folder, owner):
     owner = os.pidfd_open(owner)
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f'{folder}/new')
         listener.listen()

@@ -81,14 +81,11 @@ def test_onnx_files_predict_as_pytorch(
     weights,
     photo,
     tmp_path,
-    monkeypatch,
-    root,
     kind,
     options,
     new_config,
 ):
     pytest.importorskip('onnxruntime')
-    monkeypatch.syspath_prepend(str(root / 'tools'))
     import export_onnx
 
     cfg = new_config(kind)

@@ -5,9 +5,6 @@ shapes, each kernel once with tensor cores and once without. The tool does
 all of them.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from lors_plugin.ops.backend import OLDEST_TRITON, triton_version
@@ -18,7 +15,6 @@ if triton_version() < OLDEST_TRITON:
         'the package does not use this Triton', allow_module_level=True
     )
 
-ROOT = Path(__file__).parents[2]
 GATED = [
     ('mix-fwd', 'lors-k3', 'float16', 80),
     ('mix-fwd', 'lors-k3', 'float16', 70),
@@ -40,11 +36,9 @@ GATED_TOO = [
 @pytest.fixture
 def gate(monkeypatch, tmp_path):
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    path = ROOT / 'tools' / 'benchmarks' / 'compile_kernels.py'
-    spec = importlib.util.spec_from_file_location('compile_kernels', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    import compile_kernels
+
+    return compile_kernels
 
 
 @pytest.mark.slow

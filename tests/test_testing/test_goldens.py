@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from check_golden import main as check_golden_main
+from make_golden import make_golden
 
 from lors_plugin.adamixer import lors_mixing, mixing
 from lors_plugin.adamixer.mixing import AdaptiveMixing, MixingShape
@@ -300,16 +301,12 @@ def test_gradients_and_their_noise(goldens, monkeypatch):
 @pytest.fixture(scope='module')
 def float64_golden(tmp_path_factory):
     """A golden that the original formulation makes in float64."""
-    folder = Path(__file__).parents[2] / 'tools' / 'benchmarks'
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
         patch.setenv(ENV_NAME, 'auto')  # the tool changes it
-        import make_golden
-
         small = Golden(FILES[0].with_name('lors_detector_small.npz'))
         keys = json.loads(small.path.with_suffix('.keys.json').read_text())
         path = tmp_path_factory.mktemp('made') / 'lors.npz'
-        make_golden.make_golden(
+        make_golden(
             path,
             config=small.json('config'),
             keys=keys,

@@ -1,13 +1,13 @@
 """tools/benchmarks: every case at a tiny size, and what guards the numbers."""
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import gpu_check
+import harness
 import pytest
 import torch
 
@@ -15,20 +15,6 @@ pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[2] / 'tools' / 'benchmarks'
 QUICK = ['--quick', '--device', 'cpu', '--threads', '1', '--repeats', '1']
-
-
-def load(name):
-    """Import a script that imports none of its neighbours."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-harness, report = load('harness'), load('report')
-with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(sys.modules, 'report', report)
-    gpu_check = load('gpu_check')
 
 
 def read(folder):

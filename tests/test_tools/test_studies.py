@@ -87,20 +87,8 @@ custom_hooks = [dict(type='lors_plugin.FreezeHook', modules=['neck'])]
 """
 # A training that stops in the middle, once.
 STOP = """
-custom_imports = dict(imports=['lors_plugin', 'stop_hook'])
+custom_imports = dict(imports=['lors_plugin', 'training_hooks'])
 custom_hooks += [dict(type='StopHook')]
-"""
-STOP_HOOK = """
-import signal
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
-
-
-@HOOKS.register_module()
-class StopHook(Hook):
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter == 5 and not runner._resume:
-            signal.raise_signal(signal.SIGTERM)
 """
 # A Python in which the study gets a Ctrl-C.
 STOPPED = """#!/bin/sh
@@ -138,14 +126,13 @@ def tiny(tmp_path_factory):
         lines.append(f'{i}.png {i % 2}\n')
     (images.parent / 'list.txt').write_text(''.join(lines))
     (folder / 'config.py').write_text(CONFIG + STOP)
-    (folder / 'stop_hook.py').write_text(STOP_HOOK)
     study = folder / 'tiny_study.py'
     study.write_text(STUDY.format(config=str(folder / 'config.py')))
     words = ['--data', folder / 'sets', '--work-dir', folder / 'work']
     with pytest.MonkeyPatch.context() as patch:
-        paths = [str(folder), os.environ.get('PYTHONPATH', '')]
+        helpers = ROOT / 'tests' / 'helpers'
+        paths = [str(helpers), os.environ.get('PYTHONPATH', '')]
         patch.setenv('PYTHONPATH', os.pathsep.join(paths))
-        patch.syspath_prepend(folder)
         yield [study, *words]
 
 

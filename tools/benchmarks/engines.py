@@ -26,7 +26,7 @@ import cv2
 import torch
 from harness import CLOCKS, time_in_turns
 from mmengine.logging import MMLogger
-from report import Report, device_name
+from results import Report, device_name
 
 from lors_plugin.build import (
     build_model,
