@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import gpu_check
@@ -112,6 +113,7 @@ def sampling_3d(*args):
 
 ops.sampling_3d = sampling_3d
 import run
+sys.executable = sys.argv[2]  # that of another commit imports anew
 results = {}
 for name, (spoil, argv) in json.loads(sys.argv[1]).items():
     out, err = io.StringIO(), io.StringIO()
@@ -168,7 +170,7 @@ def several(quick_python, tmp_path_factory):
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
     environment.pop('TRITON_INTERPRET', None)
     done = subprocess.run(
-        [quick_python, '-c', SEVERAL, json.dumps(commands)],
+        [quick_python, '-c', SEVERAL, json.dumps(commands), sys.executable],
         capture_output=True,
         text=True,
         cwd=folder,
