@@ -1,6 +1,5 @@
 """What several test files share: a detector small enough for any test."""
 
-import contextlib
 import gc
 import json
 import logging
@@ -10,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 from mmengine.dataset import base_dataset
 from mmengine.fileio.handlers.registry_utils import file_handlers
 from mmengine.logging import MessageHub, MMLogger
@@ -47,30 +45,10 @@ def compiled_here(tmp_path_factory):
     os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache
 
 
-@contextlib.contextmanager
-def metafiles_read_once():
-    """MMEngine reads all of a host's for every base config from there."""
-    load, known = yaml.load, {}
-
-    def load_once(file, *args, **kwargs):
-        text = file.read() if hasattr(file, 'read') else file
-        key = text, args, kwargs.get('Loader')
-        if key in known:
-            return known[key]
-        content = load(text, *args, **kwargs)
-        if isinstance(content, dict) and content.keys() & {'Models', 'Import'}:
-            known[key] = content
-        return content
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yaml, 'load', load_once)
-        yield
-
-
 @pytest.fixture(autouse=True, scope='session')
 def quick_hosts():
     """Without what takes MMEngine longer than a small training."""
-    with metafiles_read_once(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         # The layout of configs that a run logs and writes, five times.
         patch.setattr(yapf_api, 'FormatCode', lambda text, **_: (text, True))
         # Workers of a loader that nothing asks for data look so often for

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from mmengine.config import Config
+from mmengine.config import Config, utils
 from mmengine.hub import get_config
 
 from lors_plugin.compat import register_configs
@@ -119,4 +119,7 @@ def test_configs_inherit_ours(tmp_path, monkeypatch):
         again=dict(type='X', parts=[dict(type='Y')]),
         lr=1,
     )
+    misses = utils.load.cache_info().misses
     assert get_config('lors_plugin::a/b.py').lr == 1
+    # The metafiles are known by now.
+    assert utils.load.cache_info().misses == misses > 0

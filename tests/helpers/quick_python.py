@@ -37,6 +37,10 @@ PRELOADED = (
     'lors_plugin.models', 'mmdet.apis', 'mmpretrain.apis',
     'torch.distributed.run',
 )  # fmt: skip
+CONFIGS = (
+    'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+    'mmpretrain::lenet/lenet5_mnist.py',
+)
 FORWARDED = (
     signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
     signal.SIGUSR2,
@@ -109,9 +113,13 @@ def serve(folder, owner):
 
     The server itself ends with its owner.
     """
+    from mmengine import hub
+
     owner = os.pidfd_open(owner)
     for name in PRELOADED:
         importlib.import_module(name)
+    for path in CONFIGS:  # which reads the metafiles of hosts
+        hub.get_config(path)
     gc.collect()
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as listener:
