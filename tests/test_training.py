@@ -79,7 +79,7 @@ test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=2, val_interval=10)
 optim_wrapper = dict(optimizer=dict({optimizer}))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=3)]
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5)]
 default_hooks = dict(
     logger=dict(interval=1), checkpoint=dict(save_last=True))
 custom_hooks = [dict(type='NoticeHook'), dict(type='SaveRankHook')]
