@@ -189,18 +189,19 @@ def register_configs() -> None:
     ``mmengine.hub.get_config`` knows them too. MMEngine has a list of
     packages, and looks for all types of such a config in the package that
     it comes from; ours name types of the hosts, which their own
-    ``default_scope`` finds.
+    ``default_scope`` finds. It also reads all metafiles of a package for each
+    config that is inherited from there, which takes seconds: now once.
     """
-    from mmengine.config import Config
-    from mmengine.config.utils import MODULE2PACKAGE
+    from mmengine.config import Config, utils
 
-    MODULE2PACKAGE.setdefault(_NAME, _NAME)
+    utils.MODULE2PACKAGE.setdefault(_NAME, _NAME)
     # MMEngine looks for MMSegmentation under the name of the original
     # package only; its module has the same name in the fork.
-    MODULE2PACKAGE['mmseg'] = 'mmseg'
+    utils.MODULE2PACKAGE['mmseg'] = 'mmseg'
     host_fromfile = Config.fromfile
     if hasattr(host_fromfile, 'by_host'):
         return
+    utils.load = functools.cache(utils.load)
 
     @functools.wraps(host_fromfile)
     def fromfile(*args, **kwargs):

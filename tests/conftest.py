@@ -1,20 +1,21 @@
 """What several test files share: a detector small enough for any test."""
 
-import contextlib
 import gc
 import json
 import logging
-import multiprocessing
 import os
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import yaml
+from mmengine.dataset import base_dataset
 from mmengine.fileio.handlers.registry_utils import file_handlers
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader
+from quick_python import start
+from torch.utils.data import _utils
 from yapf.yapflib import yapf_api
 
 ROOT = Path(__file__).parents[1]
@@ -44,33 +45,29 @@ def compiled_here(tmp_path_factory):
     os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache
 
 
-@contextlib.contextmanager
-def metafiles_read_once():
-    """MMEngine reads all of a host's for every base config from there."""
-    load, known = yaml.load, {}
-
-    def load_once(file, *args, **kwargs):
-        text = file.read() if hasattr(file, 'read') else file
-        key = text, args, kwargs.get('Loader')
-        if key in known:
-            return known[key]
-        content = load(text, *args, **kwargs)
-        if isinstance(content, dict) and content.keys() & {'Models', 'Import'}:
-            known[key] = content
-        return content
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yaml, 'load', load_once)
-        yield
-
-
 @pytest.fixture(autouse=True, scope='session')
 def quick_hosts():
     """Without what takes MMEngine longer than a small training."""
-    with metafiles_read_once(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         # The layout of configs that a run logs and writes, five times.
         patch.setattr(yapf_api, 'FormatCode', lambda text, **_: (text, True))
+        # Workers of a loader that nothing asks for data look so often for
+        # the end of their parent, which waits as long for them.
+        for module in (_utils, _utils.worker):
+            patch.setattr(module, 'MP_STATUS_CHECK_INTERVAL', 0.1)
+        # Data sets collect garbage, among a million objects.
+        patch.setattr(base_dataset, 'gc', SimpleNamespace(collect=int))
         yield
+
+
+@pytest.fixture(scope='session')
+def quick_python():
+    """An interpreter like ``sys.executable`` that has imported the hosts."""
+    # All workers of xdist share it.
+    run = os.environ.get('PYTEST_XDIST_TESTRUNUID')
+    if run is None:
+        return start(str(os.getpid()), os.getpid())
+    return start(run[:8], os.getppid())
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -93,12 +90,11 @@ def restore_process(compiled_here):
 
 @pytest.fixture(autouse=True, scope='module')
 def nothing_left_behind(restore_process):
-    """Scopes and loggers of runners, what :func:`restore_process` names, the
-    silence that tools ask for, and workers of loaders, which take five
-    seconds to end as garbage."""
+    """Scopes and loggers of runners, what :func:`restore_process` names and
+    the silence that tools ask for."""
     # A fixture of the session may have run a tool just before.
     restore_process()
-    # Data sets of MMEngine collect garbage, among a million objects.
+    # Later collections pass over what is there now: a million objects.
     gc.collect()
     gc.freeze()
     # A logger writes where standard error went when it was made.
@@ -112,10 +108,6 @@ def nothing_left_behind(restore_process):
         kind._instance_dict.clear()
         kind._instance_dict.update(former)
     logging.disable(logging.NOTSET)
-    if multiprocessing.active_children():
-        for value in gc.get_objects():
-            if type(value).__name__ == '_MultiProcessingDataLoaderIter':
-                value._shutdown_workers()
 
 
 TINY = dict(

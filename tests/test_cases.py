@@ -9,7 +9,6 @@ needs no such folder.
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -122,8 +121,8 @@ def test_all_cases_are_known(folder):
 
 
 @pytest.mark.parametrize('name', params())
-def test_case(folder, name):
-    command = ['sh', str(folder / 'run.sh'), str(ROOT), sys.executable, name]
+def test_case(folder, quick_python, name):
+    command = ['sh', str(folder / 'run.sh'), str(ROOT), quick_python, name]
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,

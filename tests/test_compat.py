@@ -111,20 +111,6 @@ def test_operators_of_mmcv_name_themselves():
         roi_align(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), 2)
 
 
-def test_a_warning_that_is_not_true_here(tmp_path):
-    """Of MMDetection, where faster-coco-eval is missing."""
-    out = run(
-        'import sys; sys.modules["faster_coco_eval"] = None\n'
-        'import lors_plugin, warnings\n'
-        'with warnings.catch_warnings(record=True) as found:\n'
-        '    import mmdet.evaluation\n'
-        'print(sum("faster_coco" in str(w.message) for w in found))\n'
-        'from mmdet.evaluation.metrics import faster_coco_metric as module\n'
-        'print(module.COCO)\n'
-    )
-    assert out[-2:] == ['0', 'None']
-
-
 @pytest.mark.parametrize(
     ('text', 'told'),
     [

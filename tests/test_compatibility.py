@@ -204,7 +204,6 @@ def run_tool(path, *argv):
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [str(path), *map(str, argv)])
-        patch.syspath_prepend(str(path.parent))
         # One line for each option of the help.
         patch.setenv('COLUMNS', '2000')
         with contextlib.redirect_stdout(out):

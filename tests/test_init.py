@@ -1,5 +1,6 @@
 """Importing the package, and finding its types by name."""
 
+import json
 import re
 import subprocess
 import sys
@@ -20,7 +21,8 @@ def run(code):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    # What comes before is what hosts print when they are imported.
+    return done.stdout.splitlines()
 
 
 def test_version():
@@ -34,27 +36,55 @@ def test_import_is_light():
         'heavy = ("torch", "numpy", "triton", "mmengine", "mmcv", "mmdet")\n'
         'print(*[name for name in heavy if name in sys.modules])'
     )
-    assert out == []
+    assert out == ['']
 
 
-def test_types_are_found_without_custom_imports():
+HOSTS = """
+import json, sys, warnings
+
+sys.modules['faster_coco_eval'] = None
+with warnings.catch_warnings(record=True) as found:
+    from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
+
+    part = MODELS.build(dict(
+        type='lors_plugin.SharedNormChannelMapping',
+        in_channels=[4],
+        out_channels=32,
+    ))
+    wrapper = OPTIM_WRAPPERS.get('lors_plugin.AutocastOptimWrapper')
+    hook = HOOKS.get('lors_plugin.EpochSeedHook')
+    from mmdet.evaluation.metrics import faster_coco_metric
+
+print(json.dumps(dict(
+    types=[
+        f'{t.__module__}.{t.__name__}' for t in (type(part), wrapper, hook)
+    ],
+    warnings=[str(warning.message) for warning in found],
+    coco=faster_coco_metric.COCO,
+)))
+"""
+
+
+@pytest.fixture(scope='module')
+def hosts():
+    """What the hosts find in a process without ``import lors_plugin``."""
+    return json.loads(run(HOSTS)[-1])
+
+
+def test_types_are_found_without_custom_imports(hosts):
     """A config names a type, and that is all; MMEngine finds the rest."""
-    out = run(
-        'from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS\n'
-        'part = MODELS.build(dict(\n'
-        '    type="lors_plugin.SharedNormChannelMapping",\n'
-        '    in_channels=[4], out_channels=32))\n'
-        'print(type(part).__module__)\n'
-        'for registry, name in ((OPTIM_WRAPPERS, "AutocastOptimWrapper"),\n'
-        '                       (HOOKS, "EpochSeedHook")):\n'
-        '    print(registry.get(f"lors_plugin.{name}").__name__)\n'
-    )
-    # What comes before is what hosts print when they are imported.
-    assert out[-3:] == [
-        'lors_plugin.adamixer.neck',
+    assert [name.rpartition('.')[2] for name in hosts['types']] == [
+        'SharedNormChannelMapping',
         'AutocastOptimWrapper',
         'EpochSeedHook',
     ]
+    assert hosts['types'][0].startswith('lors_plugin.adamixer.neck.')
+
+
+def test_a_warning_that_is_not_true_here(hosts):
+    """Of MMDetection, where faster-coco-eval is missing."""
+    assert hosts['coco'] is None
+    assert not any('faster_coco' in text for text in hosts['warnings'])
 
 
 def test_unknown_types_are_refused():

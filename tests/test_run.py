@@ -2,11 +2,10 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from mmengine.config import Config
+from mmengine.config import Config, utils
 from mmengine.hub import get_config
 
 from lors_plugin.compat import register_configs
@@ -30,7 +29,7 @@ BAD = b"cos\nmakedirs\n(S'ran'\ntR."
 
 
 @pytest.mark.parametrize('trust', [False, True])
-def test_a_script(tmp_path, trust):
+def test_a_script(quick_python, tmp_path, trust):
     """It runs as by itself, with modules beside it; files run no code."""
     folder = tmp_path / 'scripts'
     folder.mkdir()
@@ -38,7 +37,7 @@ def test_a_script(tmp_path, trust):
     (folder / 'beside.py').write_text('X = 7')
     for name in ('bad.pkl', 'bad.pth'):
         (tmp_path / name).write_bytes(BAD)
-    command = [sys.executable, '-m', 'lors_plugin.run']
+    command = [quick_python, '-m', 'lors_plugin.run']
     command += ['--trust'] * trust + ['scripts/a.py', 'b', '--trust']
     root = str(Path(__file__).resolve().parents[1])
     done = subprocess.run(
@@ -120,4 +119,7 @@ def test_configs_inherit_ours(tmp_path, monkeypatch):
         again=dict(type='X', parts=[dict(type='Y')]),
         lr=1,
     )
+    misses = utils.load.cache_info().misses
     assert get_config('lors_plugin::a/b.py').lr == 1
+    # The metafiles are known by now.
+    assert utils.load.cache_info().misses == misses > 0

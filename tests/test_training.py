@@ -8,8 +8,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ import pytest
 import test
 import torch
 import train as train_tool
-from forked import ONE_THREAD, start_server, train_in_processes
 from mmengine.registry import DefaultScope
 from PIL import Image, ImageDraw
 
@@ -29,7 +26,9 @@ from lors_plugin.adapters import (
 from lors_plugin.adapters.checkpoint import META
 
 ROOT = Path(__file__).resolve().parents[1]
+HELPERS = ROOT / 'tests' / 'helpers'
 
+CPU = dict(CUDA_VISIBLE_DEVICES='')
 CONFIG = """
 _base_ = '{base}'
 
@@ -80,42 +79,13 @@ test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=2, val_interval=10)
 optim_wrapper = dict(optimizer=dict({optimizer}))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=3)]
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=5)]
 default_hooks = dict(
     logger=dict(interval=1), checkpoint=dict(save_last=True))
 custom_hooks = [dict(type='NoticeHook'), dict(type='SaveRankHook')]
 visualizer = dict(name='{name}')
-custom_imports = dict(imports=['save_rank_hook'])
+custom_imports = dict(imports=['training_hooks'])
 env_cfg = dict(mp_cfg=dict(mp_start_method='fork'))
-"""
-
-# What a rank holds at the end; MMEngine itself saves that of rank 0 only. And
-# a notice to stop, which the launcher of two processes gets, once.
-HOOK = """
-import os, signal, time, torch
-from mmengine.dist import get_rank
-from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS
-
-
-@HOOKS.register_module()
-class NoticeHook(Hook):
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if get_rank() == 1 and not runner._resume:
-            os.kill(os.getppid(), signal.SIGUSR1)
-            time.sleep(1)
-
-
-@HOOKS.register_module()
-class SaveRankHook(Hook):
-    def after_train(self, runner):
-        model = runner.model
-        if is_model_wrapper(model):
-            assert not model.find_unused_parameters
-            model = model.module
-        torch.save(model.state_dict(),
-                   f'{runner.work_dir}/rank{get_rank()}.pth')
 """
 
 
@@ -155,22 +125,39 @@ def data(tmp_path_factory):
             dict(images=images, annotations=annotations, categories=categories)
         )
     )
-    (root / 'save_rank_hook.py').write_text(HOOK)
     return root
 
 
-@pytest.fixture(scope='module')
-def train(data):
-    """Train in this process: ``train(config, *words)``."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(data)
-        yield lambda *words: train_tool.main([*map(str, words)])
+def train(*words):
+    """Train in this process."""
+    train_tool.main([*map(str, words)])
 
 
 @pytest.fixture(scope='module')
-def train_apart(train):
-    """Train in other processes: ``train_apart(number, log, *words)``."""
-    return partial(train_in_processes, start_server())
+def launch(quick_python):
+    """Train in a process of its own, or by ``dist_train.sh`` in several.
+
+    ``launch(config, number, *words)`` returns what was printed.
+    """
+
+    def launch(config, number, *words, code=0, **env):
+        paths = os.pathsep.join(map(str, [ROOT, HELPERS]))
+        command = [quick_python, ROOT / 'tools' / 'train.py', config]
+        if number:
+            script = ROOT / 'tools' / 'dist_train.sh'
+            command = ['bash', script, config, str(number)]
+        result = subprocess.run(
+            [*command, *map(str, words)],
+            env=dict(os.environ, PYTHONPATH=paths, PYTHON=quick_python, **env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == code, result.stdout[-6000:]
+        return result.stdout
+
+    return launch
 
 
 def write_config(
@@ -205,25 +192,6 @@ def write_config(
     return path
 
 
-def launch(data, *words, code=75, env=ONE_THREAD):
-    """Run the launcher, until it is stopped; return what was printed."""
-    result = subprocess.run(
-        ['bash', ROOT / 'tools' / 'dist_train.sh', *map(str, words)],
-        env=dict(
-            os.environ,
-            PYTHONPATH=f'{ROOT}{os.pathsep}{data}',
-            PYTHON=sys.executable,
-            **env,
-        ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == code, result.stdout[-6000:]
-    return result.stdout
-
-
 def weights(work_dir, name='rank0.pth'):
     return torch.load(Path(work_dir) / name, weights_only=True)
 
@@ -236,12 +204,12 @@ def logged(work_dir, key='loss'):
     return found
 
 
-SGD = "_delete_=True, type='SGD', lr=0.01"
+SGD = "_delete_=True, type='SGD', lr=0.01, momentum=0.9"
 SEED = ['--cfg-options', 'randomness.seed=3']
 
 
 @pytest.fixture(scope='module')
-def alone(data, train, tmp_path_factory):
+def alone(data, tmp_path_factory):
     """A training by plain SGD in one process."""
     work_dir = tmp_path_factory.mktemp('one')
     config = write_config(work_dir / 'alone.py', data, optimizer=SGD)
@@ -250,7 +218,7 @@ def alone(data, train, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(data, alone, train_apart, tmp_path):
+def test_two_processes_do_what_one_does(data, alone, launch, tmp_path):
     """Same global batch: same losses, same weights, on both ranks.
 
     Both stop after the same step when a notice arrives, and go on from there.
@@ -262,11 +230,10 @@ def test_two_processes_do_what_one_does(data, alone, train_apart, tmp_path):
     config, two = alone / 'alone.py', tmp_path / 'two'
     options = ['train_dataloader.batch_size=2', 'model.decoder.with_cp=True']
     options = ['--work-dir', two, *SEED, *options]
-    text = launch(data, config, 2, *options)
+    text = launch(config, 2, *options, code=75, **CPU)
     assert '2 CPU processes by gloo' in text
     assert 'saved interrupted.pth' in text
-    log = tmp_path / 'two.log'
-    text = train_apart(2, log, config, '--resume', *options)
+    text = launch(config, 2, '--resume', *options, **CPU)
     assert 'batches of this epoch were trained on before' in text
     assert not (two / 'interrupted.pth').exists()
 
@@ -290,9 +257,7 @@ def assert_same_weights(found, wanted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['fsdp', 'deepspeed'])
-def test_sharded_training(
-    data, alone, train_apart, monkeypatch, tmp_path, kind
-):
+def test_sharded_training(data, alone, launch, monkeypatch, tmp_path, kind):
     """The configs of FSDP and DeepSpeed train as one process does.
 
     Shared weights, and clipping by the norm over all shards.
@@ -304,7 +269,7 @@ def test_sharded_training(
     if kind == 'deepspeed':  # which does not know plain SGD
         options += ['strategy.config.zero_allow_untested_optimizer=True']
     options = ['--work-dir', tmp_path, *SEED, *options]
-    train_apart(2, tmp_path / 'log', config, *options)
+    launch(config, 2, *options, **CPU)
     for key, tolerance in dict(loss=1e-4, grad_norm=1e-3).items():
         if key == 'loss' or kind == 'fsdp':
             np.testing.assert_allclose(
@@ -320,7 +285,7 @@ def test_sharded_training(
 
 
 @pytest.mark.slow
-def test_resuming_changes_nothing(data, train, train_apart, tmp_path):
+def test_resuming_changes_nothing(data, launch, tmp_path):
     """Two epochs, or one and one more: equal to the last bit.
 
     With shuffling, flips, workers that persist, and no seed in the config;
@@ -331,8 +296,8 @@ def test_resuming_changes_nothing(data, train, train_apart, tmp_path):
     )
     train(config, '--work-dir', tmp_path / 'whole')
     first = tmp_path / 'whole' / 'epoch_1.pth'
-    parts, log = tmp_path / 'parts', tmp_path / 'parts.log'
-    train_apart(1, log, config, '--work-dir', parts, '--resume', first)
+    parts = tmp_path / 'parts'
+    launch(config, 0, '--work-dir', parts, '--resume', first, **CPU)
     whole, resumed = weights(tmp_path / 'whole'), weights(parts)
     start = torch.load(first, weights_only=False)['state_dict']
     assert any(not torch.equal(start[k], whole[k]) for k in whole)
@@ -341,7 +306,7 @@ def test_resuming_changes_nothing(data, train, train_apart, tmp_path):
 
 
 @pytest.mark.slow
-def test_mixed_precision_learns(data, train, tmp_path):
+def test_mixed_precision_learns(data, tmp_path):
     """Losses stay finite and near those of float32."""
     losses = {}
     for dtype in ('float32', 'bfloat16', 'float16'):
@@ -361,7 +326,7 @@ def test_mixed_precision_learns(data, train, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_not_finite_stops_with_its_name(data, train, tmp_path):
+def test_what_is_not_finite_stops_with_its_name(data, tmp_path):
     """A learning rate far too high: an error, not a crash in the matcher."""
     config = write_config(tmp_path / 'too_high.py', data)
     options = ['optim_wrapper.optimizer.lr=1e12']
@@ -371,7 +336,7 @@ def test_what_is_not_finite_stops_with_its_name(data, train, tmp_path):
 
 
 @pytest.mark.slow
-def test_accumulated_steps_and_averaged_weights(data, train, tmp_path):
+def test_accumulated_steps_and_averaged_weights(data, tmp_path):
     """Four iterations make two steps; the file holds both weights."""
     config = write_config(tmp_path / 'averaged.py', data)
     text = config.read_text().replace(
@@ -414,10 +379,11 @@ pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 train_dataloader = dict(
     batch_size=4,
     num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
+    sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(type='CustomDataset', data_root='{data}/images',
                  pipeline=pipeline))
-test_dataloader = train_dataloader
+test_dataloader = dict(
+    train_dataloader, sampler=dict(type='DefaultSampler', shuffle=False))
 test_evaluator = dict(type='Accuracy')
 train_cfg = dict(by_epoch=True, max_epochs=2)
 test_cfg = dict()
@@ -434,7 +400,7 @@ TWO_RANKS = """
 _base_ = 'config.py'
 train_dataloader = dict(batch_size=2)
 custom_hooks = _base_.custom_hooks + [dict(type='SaveRankHook')]
-custom_imports = dict(imports=['save_rank_hook'])
+custom_imports = dict(imports=['training_hooks'])
 """
 
 
@@ -470,7 +436,7 @@ def read(path):
 
 
 @pytest.fixture(scope='module')
-def trained(train, pictures):
+def trained(pictures):
     """Two epochs in one process."""
     work_dir = pictures / 'one'
     train(pictures / 'config.py', '--work-dir', work_dir)
@@ -493,15 +459,17 @@ strategy = dict(type='FSDPStrategy', state_dict_cfg='full')
 
 
 @pytest.mark.slow
-def test_sharded_adapters(pictures, train, train_apart):
+def test_sharded_adapters(pictures, launch):
     """FSDP trains adapters in a frozen backbone as one process does."""
     states = []
     for batch, more in (4, ''), (2, SHARDED):
         config = pictures / f'batch_of_{batch}.py'
         config.write_text(DESCRIBED.format(batch=batch) + more)
         work_dir = pictures / config.stem
-        run = partial(train_apart, 2, pictures / 'log') if more else train
-        run(config, '--work-dir', work_dir)
+        if more:
+            launch(config, 2, '--work-dir', work_dir, **CPU)
+        else:
+            train(config, '--work-dir', work_dir)
         states.append(read(work_dir / 'epoch_2.pth')['state_dict'])
     wanted, found = states
     assert_same_weights(found, wanted)
@@ -512,11 +480,10 @@ def test_sharded_adapters(pictures, train, train_apart):
 
 
 @pytest.mark.slow
-def test_adapters_in_two_processes(pictures, trained, train_apart):
+def test_adapters_in_two_processes(pictures, trained, launch):
     """Same global batch: same adapters, on both ranks, and small files."""
     two = pictures / 'two'
-    log, config = pictures / 'two.log', pictures / 'two.py'
-    train_apart(2, log, config, '--work-dir', two)
+    launch(pictures / 'two.py', 2, '--work-dir', two, **CPU)
     first, second = read(two / 'rank0.pth'), read(two / 'rank1.pth')
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
@@ -539,7 +506,7 @@ def test_adapters_in_two_processes(pictures, trained, train_apart):
 
 
 @pytest.mark.slow
-def test_adapters_are_resumed_and_tested(train, pictures, trained):
+def test_adapters_are_resumed_and_tested(pictures, trained):
     """By the tools, in bfloat16 from the second epoch on."""
     config = str(pictures / 'config.py')
     path = pictures / 'half' / 'epoch_2.pth'
@@ -581,15 +548,15 @@ def accuracy(model, pictures):
 )
 @pytest.mark.parametrize('amp', [False, True])
 @pytest.mark.parametrize('gpus', [1, 2])
-def test_training_on_gpus(data, tmp_path, gpus, amp):
+def test_training_on_gpus(data, launch, tmp_path, gpus, amp):
     """By ``dist_train.sh``, with the check of the kernels before."""
     if torch.cuda.device_count() < gpus:
         pytest.skip(f'needs {gpus} GPUs')
     config = write_config(tmp_path / f'gpus{gpus}{amp}.py', data)
-    words = [config, gpus, '--work-dir', tmp_path, *(['--amp'] if amp else [])]
+    words = ['--work-dir', tmp_path, *(['--amp'] if amp else [])]
     # No notice to stop by the hook of the tests above.
     words += ['--cfg-options', 'custom_hooks=[]', 'custom_imports=None']
-    text = launch(data, *words, code=0, env={})
+    text = launch(config, gpus, *words)
     assert 'Triton kernels run for' in text or 'PyTorch operators' in text
     losses = logged(tmp_path)
     assert len(losses) == 2 * -(-2 // gpus) and np.isfinite(losses).all()

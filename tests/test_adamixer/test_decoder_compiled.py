@@ -15,7 +15,9 @@ def results(function, inputs):
     return [*outs, *grads]
 
 
-@pytest.mark.parametrize('kind', ['adamixer', 'lors'])
+@pytest.mark.parametrize(
+    'kind', ['lors', pytest.param('adamixer', marks=pytest.mark.thorough)]
+)
 def test_one_graph(kind, tiny_decoder, decoder_inputs):
     """No graph breaks, and the results of the plain program."""
     torch._dynamo.reset()

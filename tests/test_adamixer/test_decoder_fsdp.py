@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,9 @@ RUNNER = Path(__file__).with_name('fsdp_runner.py')
 
 
 @pytest.mark.slow
-def test_units_of_fsdp(tmp_path):
+def test_units_of_fsdp(quick_python, tmp_path):
     """Weights are there only while the forward of their unit runs."""
-    command = [sys.executable, str(RUNNER), str(tmp_path)]
+    command = [quick_python, RUNNER, tmp_path]
     subprocess.run(command, timeout=300, check=True)
     for rank in range(2):
         found = json.loads((tmp_path / f'rank{rank}.json').read_text())

@@ -431,9 +431,9 @@ def test_torch_that_cannot_be_imported_is_reported(monkeypatch):
     assert statuses(found) == ['ok', 'missing']
 
 
-def test_as_a_command():
+def test_as_a_command(quick_python):
     done = subprocess.run(
-        [sys.executable, '-m', 'lors_plugin.doctor'],
+        [quick_python, '-m', 'lors_plugin.doctor'],
         capture_output=True,
         text=True,
         check=False,

@@ -20,7 +20,7 @@ SHARED = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(SHARED)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(torch.cuda.is_available(), reason='they run by themselves')
 def test_what_can_run_on_a_cpu(tmp_path):
     pytest.importorskip('triton')

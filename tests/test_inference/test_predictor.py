@@ -86,14 +86,11 @@ def test_onnx_files_predict_as_pytorch(
     weights,
     photo,
     tmp_path,
-    monkeypatch,
-    root,
     kind,
     options,
     new_config,
 ):
     pytest.importorskip('onnxruntime')
-    monkeypatch.syspath_prepend(str(root / 'tools'))
     import export
 
     cfg = new_config(kind)

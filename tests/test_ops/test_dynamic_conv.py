@@ -101,8 +101,15 @@ def implement(monkeypatch):
     return choose
 
 
-@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
-@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize(
+    ('layout', 'dtype'),
+    [
+        ('contiguous', torch.float64),
+        ('channels_last', torch.float32),
+        ('strided', torch.float32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_forward_and_gradients(implementation, case, layout, dtype, implement):

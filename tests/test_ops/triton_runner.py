@@ -12,7 +12,6 @@ import torch
 
 # B, N, G, P, C, Q, K of the channel side, K of the spatial side, r
 MIXING = {
-    'plain': (1, 2, 2, 16, 32, 16, 0, 0, 1),
     'adamixer': (1, 1, 1, 32, 64, 128, 0, 0, 1),
     'odd': (1, 1, 2, 36, 24, 40, 3, 2, 3),
     'channel side only': (2, 1, 1, 5, 20, 7, 1, 0, 4),
@@ -21,11 +20,11 @@ MIXING = {
     'more than at a time': (2, 2, 2, 4, 4, 4, 1, 1, 2),
     'no queries': (2, 0, 2, 16, 16, 16, 1, 1, 2),
 }
-HALF = ('odd', 'adamixer', 'spatial side only')
+HALF = ('odd', 'adamixer')
 SMALL = (1, 1, 1, 3, 4, 5, 1, 1, 2)
 # B, N, G, P, C, sizes of the levels
 SAMPLING = {
-    'small': (2, 2, 2, 5, 12, [(9, 7), (5, 4), (3, 2), (2, 1)]),
+    'small': (2, 1, 2, 3, 12, [(9, 7), (5, 4), (3, 2), (2, 1)]),
     'lors': (1, 1, 1, 64, 128, [(6, 8), (3, 4)]),
     'odd': (1, 2, 1, 36, 24, [(9, 7)]),
     'no queries': (1, 0, 1, 36, 24, [(9, 7)]),

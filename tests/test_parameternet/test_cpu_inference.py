@@ -52,8 +52,9 @@ def check(model, x, tolerance=1e-5):
     return converted
 
 
-@pytest.mark.parametrize('size', [(32, 28), (33, 45), (1, 1)], ids=str)
-@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize(
+    ('batch', 'size'), [(3, (32, 28)), (1, (33, 45)), (1, (1, 1))], ids=str
+)
 @pytest.mark.parametrize('name', OPTIONS)
 def test_equals_the_modules(tiny, name, batch, size):
     options = dict(OPTIONS[name])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from check_golden import main as check_golden_main
+from make_golden import make_golden
 
 from lors_plugin.adamixer import lors_mixing, mixing
 from lors_plugin.adamixer.mixing import AdaptiveMixing, MixingShape
@@ -42,8 +43,15 @@ def test_all_goldens_are_here():
     } <= stems
 
 
-@pytest.mark.parametrize('backend', ['torch', 'reference'])
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ('path', 'backend'),
+    [
+        pytest.param(path, backend, id=f'{path.stem}-{backend}')
+        for path in FILES
+        # A detector has the operators of the smaller files.
+        for backend in ['torch', 'reference'][: 2 - (path.stem in DETECTORS)]
+    ],
+)
 def test_port_agrees(path, backend, monkeypatch):
     monkeypatch.setenv(ENV_NAME, backend)
     golden = Golden(path)
@@ -249,28 +257,20 @@ def test_other_level_weights_are_noticed(goldens, monkeypatch):
     assert largest(goldens / 'sampling_3d_small.npz') > TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ('name', 'key', 'factor'),
-    [
-        ('adamixer', 'decoder.stages.1.ffn.layers.1.weight', 1.01),
-        ('lors', 'decoder.mixing.generator.weight', 1.001),
-    ],
-)
-def test_wrong_gradient_is_not_explained_away(
-    name, key, factor, goldens, monkeypatch
-):
+def test_wrong_gradient_is_not_explained_away(goldens, monkeypatch):
     """A gradient that is a little off, with kinks to blame it on."""
     build = golden_detector.build_detector
 
     def wrong(golden):
         model = build(golden)
-        model.get_parameter(key).register_hook(lambda grad: factor * grad)
+        weight = model.get_parameter('decoder.mixing.generator.weight')
+        weight.register_hook(lambda grad: 1.001 * grad)
         return model
 
     monkeypatch.setattr(golden_detector, 'build_detector', wrong)
     monkeypatch.setattr(golden_detector, 'KINK_WIDTH', 3.5e-6)  # fewer
-    error = largest(goldens / f'{name}_detector_small.npz')
-    assert error == pytest.approx(abs(factor - 1), rel=0.1)
+    error = largest(goldens / 'lors_detector_small.npz')
+    assert error == pytest.approx(1e-3, rel=0.1)
 
 
 def test_gradients_and_their_noise(goldens, monkeypatch):
@@ -301,16 +301,12 @@ def test_gradients_and_their_noise(goldens, monkeypatch):
 @pytest.fixture(scope='module')
 def float64_golden(tmp_path_factory):
     """A golden that the original formulation makes in float64."""
-    folder = Path(__file__).parents[2] / 'tools' / 'benchmarks'
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
         patch.setenv(ENV_NAME, 'auto')  # the tool changes it
-        import make_golden
-
         small = Golden(FILES[0].with_name('lors_detector_small.npz'))
         keys = json.loads(small.path.with_suffix('.keys.json').read_text())
         path = tmp_path_factory.mktemp('made') / 'lors.npz'
-        make_golden.make_golden(
+        make_golden(
             path,
             config=small.json('config'),
             keys=keys,

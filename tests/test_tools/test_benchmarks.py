@@ -1,13 +1,14 @@
 """tools/benchmarks: every case at a tiny size, and what guards the numbers."""
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import gpu_check
+import harness
 import pytest
 import torch
 
@@ -15,20 +16,6 @@ pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[2] / 'tools' / 'benchmarks'
 QUICK = ['--quick', '--device', 'cpu', '--threads', '1', '--repeats', '1']
-
-
-def load(name):
-    """Import a script that imports none of its neighbours."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-harness, report = load('harness'), load('report')
-with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(sys.modules, 'report', report)
-    gpu_check = load('gpu_check')
 
 
 def read(folder):
@@ -126,6 +113,7 @@ def sampling_3d(*args):
 
 ops.sampling_3d = sampling_3d
 import run
+sys.executable = sys.argv[2]  # that of another commit imports anew
 results = {}
 for name, (spoil, argv) in json.loads(sys.argv[1]).items():
     out, err = io.StringIO(), io.StringIO()
@@ -161,7 +149,7 @@ REFUSED = {
 
 
 @pytest.fixture(scope='module')
-def several(tmp_path_factory):
+def several(quick_python, tmp_path_factory):
     """Exit code, output and errors of commands, and where they ran."""
     folder = tmp_path_factory.mktemp('several')
     root = str(FOLDER.parents[1])
@@ -182,7 +170,7 @@ def several(tmp_path_factory):
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
     environment.pop('TRITON_INTERPRET', None)
     done = subprocess.run(
-        [sys.executable, '-c', SEVERAL, json.dumps(commands)],
+        [quick_python, '-c', SEVERAL, json.dumps(commands), sys.executable],
         capture_output=True,
         text=True,
         cwd=folder,

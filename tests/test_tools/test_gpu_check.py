@@ -1,36 +1,18 @@
 """tools/gpu_check.sh: parts, limits, reports, and what stops it."""
 
 import csv
-import importlib.util
 import json
 import os
 import signal
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
+import gpu_check
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / 'tools' / 'benchmarks'
-
-
-@pytest.fixture(scope='module')
-def gpu_check():
-    """The script, with its neighbour."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        sys.modules.pop('report', None)
-        spec = importlib.util.spec_from_file_location(
-            'gpu_check', FOLDER / 'gpu_check.py'
-        )
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, 'gpu_check', module)
-        spec.loader.exec_module(module)
-        yield module
-        sys.modules.pop('report', None)
 
 
 @pytest.fixture
@@ -63,7 +45,7 @@ def benchmark(folder, ratio=0.5):
         writer.writerow(dict(row, ratio=ratio))
 
 
-def test_parts_one_after_the_other(gpu_check, tmp_path):
+def test_parts_one_after_the_other(tmp_path):
     """One fails, one is late, and both leave the rest alone."""
     benchmark(tmp_path / 'mixing')
     tests = 'tests/a.py::test_x[a b] PASSED [ 50%]\n'
@@ -92,7 +74,7 @@ def test_parts_one_after_the_other(gpu_check, tmp_path):
     assert (tmp_path / 'mixing.png').stat().st_size > 5000
 
 
-def test_no_time_left(gpu_check, tmp_path):
+def test_no_time_left(tmp_path):
     parts = [gpu_check.Part(name, shell('sleep 60')) for name in 'ab']
     assert gpu_check.run_parts(parts, tmp_path, 0.01, gpu_check.Stop()) == 0
     found = [part['status'] for part in read(tmp_path)[1]['parts']]
@@ -103,7 +85,7 @@ def test_no_time_left(gpu_check, tmp_path):
     ('number', 'code'), [('INT', 130), ('TERM', 143)]
 )  # fmt: skip
 def test_what_was_found_is_kept_when_it_is_stopped(
-    gpu_check, monkeypatch, signals, capsys, tmp_path, number, code
+    monkeypatch, signals, capsys, tmp_path, number, code
 ):
     """The part is asked to stop as well, and writes its results."""
     out = tmp_path / 'out'
@@ -135,7 +117,7 @@ def test_what_was_found_is_kept_when_it_is_stopped(
         (['--output', str(ROOT)], 'exists and is not empty'),
     ],
 )
-def test_mistakes_in_the_command(gpu_check, capsys, argv, message):
+def test_mistakes_in_the_command(capsys, argv, message):
     with pytest.raises(SystemExit) as error:
         gpu_check.parse_args(['--device', 'cpu', *argv])
     assert error.value.code == 2
@@ -143,13 +125,13 @@ def test_mistakes_in_the_command(gpu_check, capsys, argv, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_without_a_gpu(gpu_check, capsys):
+def test_without_a_gpu(capsys):
     with pytest.raises(SystemExit):
         gpu_check.parse_args([])
     assert 'PyTorch sees no GPU' in capsys.readouterr().err
 
 
-def test_what_it_does_on_a_gpu(gpu_check, tmp_path):
+def test_what_it_does_on_a_gpu(tmp_path):
     """Doctor, check and tests first; shares leave time for each."""
     parts = gpu_check.make_parts('cuda', tmp_path)
     names = [part.name for part in parts]
@@ -165,7 +147,7 @@ def test_what_it_does_on_a_gpu(gpu_check, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_on_a_cpu(tmp_path):
+def test_the_command_on_a_cpu(quick_python, tmp_path):
     """From the shell, with an interpreter that has everything."""
     out = tmp_path / 'out'
     done = subprocess.run(
@@ -174,7 +156,7 @@ def test_the_command_on_a_cpu(tmp_path):
             *('--device', 'cpu', '--minutes', '5', '--output', str(out)),
             *('--only', 'self-check'),
         ],
-        env=dict(os.environ, PYTHON=sys.executable),
+        env=dict(os.environ, PYTHON=quick_python),
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from harness import CLOCKS
 from mmengine.logging import MMLogger
-from report import Report, device_name, read_rows
+from results import Report, device_name, read_rows
 
 from lors_plugin.adamixer import AdaMixer
 from lors_plugin.build import (

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-from report import device_name, read_rows, table, write_plots
+from results import device_name, read_rows, table, write_plots
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / 'tools' / 'benchmarks' / 'run.py'

@@ -45,7 +45,7 @@ from harness import (
     time_in_turns,
 )
 from mmengine.logging import MMLogger
-from report import Report, device_name
+from results import Report, device_name
 
 from lors_plugin.version import __version__
 

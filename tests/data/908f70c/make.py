@@ -322,8 +322,7 @@ def main():
         for i, value in enumerate(values)
     }
     np.savez_compressed(HERE / 'outputs.npz', **arrays)
-    with conftest.metafiles_read_once():
-        make_weights(tests, conftest.remove_pretrained)
+    make_weights(tests, conftest.remove_pretrained)
     make_interfaces(tests)
 
 

@@ -6,7 +6,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -141,18 +140,10 @@ def make(
     return runner
 
 
-def end_workers(runner):
-    """End workers now; as garbage of a cycle they take five seconds each."""
-    for loader in (runner.train_dataloader, runner.val_dataloader):
-        if loader.num_workers:
-            loader._iterator._shutdown_workers()
-
-
 def train(folder, **kwargs):
     """Train; return the batches of each step."""
     runner = make(folder, **kwargs)
     runner.train()
-    end_workers(runner)
     return runner.model.seen
 
 
@@ -208,7 +199,6 @@ def test_notice(tmp_path, uninterrupted, moment, steps, workers, number):
     runner = make(tmp_path, at=at, workers=workers)
     with pytest.raises(SystemExit) as error:
         runner.train()
-    end_workers(runner)
     assert error.value.code == EXIT_REQUEUE
     assert len(runner.model.seen) == steps
     assert last(tmp_path)['meta']['iter'] == steps
@@ -301,12 +291,12 @@ assert last(folder / 'notice')['meta']['iter'] == 6
 
 
 @pytest.fixture(scope='module')
-def program(tmp_path_factory):
+def program(quick_python, tmp_path_factory):
     """What a process of its own printed, and where its runs are."""
     folder = tmp_path_factory.mktemp('program')
     path = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
     done = subprocess.run(
-        [sys.executable, '-c', PROGRAM, folder],
+        [quick_python, '-c', PROGRAM, folder],
         env=dict(os.environ, PYTHONPATH=os.pathsep.join(path)),
         stdout=subprocess.PIPE,
         text=True,
