@@ -1,23 +1,8 @@
 """tools/benchmarks/engines.py: whole rounds within the minutes given."""
 
-import importlib
-import sys
 import time
-from pathlib import Path
 
-import pytest
-
-FOLDER = Path(__file__).parents[2] / 'tools' / 'benchmarks'
-
-
-@pytest.fixture
-def engines(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    # Of names that other folders of tools have, too.
-    for name in ('engines', 'harness', 'report'):
-        monkeypatch.setitem(sys.modules, name, None)
-        del sys.modules[name]
-    return importlib.import_module('engines')
+import engines
 
 
 class Run:
@@ -30,7 +15,7 @@ class Run:
         return dict.fromkeys(modes, self.seconds)
 
 
-def block(engines, **options):
+def block(**options):
     return engines.Block('a', 'detect', (8, 8), {}, **options)
 
 
@@ -38,22 +23,17 @@ def block(engines, **options):
 def test_rounds_in_turns(warm, engines):
     runs = [Run('a'), Run('b')]
     later = time.monotonic() + 60
-    found = engines.time_until(
-        runs, block(engines, rounds=4, warm=warm), 'wall', later
-    )
+    found = engines.time_until(runs, block(rounds=4, warm=warm), 'wall', later)
     assert len(found) == 4 and all(set(one) == {'a', 'b'} for one in found)
     assert [run.times for run in runs] == [4 + warm] * 2
 
 
-def test_no_round_is_begun_that_would_end_too_late(engines):
+def test_no_round_is_begun_that_would_end_too_late():
     runs = [Run('a', 0.05), Run('b', 0.05)]
     soon = time.monotonic() + 0.25
-    found = engines.time_until(runs, block(engines, rounds=99), 'wall', soon)
+    found = engines.time_until(runs, block(rounds=99), 'wall', soon)
     assert len(found) <= 1 and time.monotonic() < soon + 0.2
-    assert (
-        engines.time_until(runs, block(engines), 'wall', time.monotonic())
-        == []
-    )
+    assert engines.time_until(runs, block(), 'wall', time.monotonic()) == []
 
 
 def test_the_plan(capsys, engines):
