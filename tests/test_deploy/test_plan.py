@@ -3,6 +3,7 @@
 import time
 
 import engines
+import pytest
 
 
 class Run:
@@ -20,7 +21,7 @@ def block(**options):
 
 
 @pytest.mark.parametrize('warm', [True, False])
-def test_rounds_in_turns(warm, engines):
+def test_rounds_in_turns(warm):
     runs = [Run('a'), Run('b')]
     later = time.monotonic() + 60
     found = engines.time_until(runs, block(rounds=4, warm=warm), 'wall', later)
@@ -36,7 +37,7 @@ def test_no_round_is_begun_that_would_end_too_late():
     assert engines.time_until(runs, block(), 'wall', time.monotonic()) == []
 
 
-def test_the_plan(capsys, engines):
+def test_the_plan(capsys):
     assert engines.main(['--list', '--models', 'FCOS', 'ResNet-50']) == 0
     text = capsys.readouterr().out
     assert text.startswith('detect: 1 x 800 x 1333, 1 thread')
