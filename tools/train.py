@@ -136,7 +136,9 @@ def use_checkpoint_hook(cfg):
     if 'runner_type' in cfg:
         return
     hooks = cfg.get('default_hooks') or ConfigDict()
-    hook = hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook'))
+    # What MMEngine takes where a config says nothing.
+    default = ConfigDict(type='CheckpointHook', interval=1)
+    hook = hooks.setdefault('checkpoint', default)
     hosts = ('CheckpointHook', 'mmengine.CheckpointHook', HostCheckpointHook)
     if hook and hook.get('type') in hosts:
         hook.type = CHECKPOINT_HOOK

@@ -34,7 +34,9 @@ from .weightless import EmptyWeights, WeightlessModel, countable
 # Multiply-adds that a module does with pointwise operators: the learned
 # scale of the overlap per head and pair of boxes, added to the logits.
 _MODULES = dict(
-    BoxSelfAttention=lambda m, query, overlap: m.num_heads * overlap.numel()
+    BoxSelfAttention=lambda m, query, overlap, *_: (
+        0 if m.overlap_scale is None else m.num_heads * overlap.numel()
+    )
 )
 
 

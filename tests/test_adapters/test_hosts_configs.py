@@ -409,6 +409,7 @@ def test_names_that_a_wrapper_changes(folders, load_config):
         check_whole_file(model, dict(state_dict=odd))
 
 
+@pytest.mark.thorough
 def test_stock_hosts_load_them(merged):
     paths = [merged(name).path for name in ADAPTERS]
     command = [sys.executable, '-c', STOCK, *map(str, paths)]

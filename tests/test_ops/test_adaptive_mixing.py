@@ -545,6 +545,7 @@ def test_compiles_with_dynamic_shapes(backend, monkeypatch):
     assert count == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures('fresh_compiler')
 def test_compiles_to_machine_code():
     """Inductor relies on the strides that the operators announce."""

@@ -58,7 +58,7 @@ def test_no_file_of_pretrained_weights_is_named():
         default_scope='mmpretrain',
         model=dict(
             type='ImageClassifier',
-            backbone=dict(type='A', pretrained=True),
+            backbone=dict(type='A'),
             head=dict(type='B', init_cfg=[trunc]),
         ),
     )

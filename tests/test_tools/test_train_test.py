@@ -120,7 +120,7 @@ def test_damaged_weights(classification, weights, fails, which):
 
 def test_user_mistakes_before_anything_is_built(classification, fails):
     text = fails(train.main, 'none.py')
-    assert 'config file none.py does not exist' in text
+    assert 'there is no config none.py' in text
 
     data = ['--cfg-options', 'train_dataloader.dataset.data_root=nowhere']
     text = fails(train.main, classification, *data)
@@ -222,11 +222,14 @@ def test_auto_scale_lr_needs_a_base():
         train.apply_auto_scale_lr(Config(dict()))
 
 
+EACH_EPOCH = dict(type='lors_plugin.CheckpointHook', interval=1)
+
+
 @pytest.mark.parametrize(
     ('hooks', 'expected'),
     [
-        ({}, dict(type='lors_plugin.CheckpointHook')),
-        (dict(default_hooks=None), dict(type='lors_plugin.CheckpointHook')),
+        ({}, EACH_EPOCH),
+        (dict(default_hooks=None), EACH_EPOCH),
         (
             dict(default_hooks=dict(checkpoint=dict(type='CheckpointHook'))),
             dict(type='lors_plugin.CheckpointHook'),

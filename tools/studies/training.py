@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -334,7 +334,11 @@ def run_jobs(jobs: Sequence[Job], study: Study, number: int) -> list[str]:
     children = Children()
     children.listen()
     with ThreadPoolExecutor(number) as pool:
-        parts = pool.map(
-            lambda chain: run_chain(chain, study, children), chains
-        )
-        return [message for part in parts for message in part]
+        parts = [
+            pool.submit(run_chain, chain, study, children) for chain in chains
+        ]
+        # Python would not hear a signal that arrives just before an endless
+        # wait.
+        while wait(parts, timeout=1).not_done:
+            pass
+        return [message for part in parts for message in part.result()]

@@ -126,7 +126,7 @@ def test_a_part_and_several_files(run, made, capsys):
             2,
             'is adapted, and PEFT adapts layers inside of head',
         ),
-        (['again', 'o.pth'], 2, 'again does not exist'),
+        (['again', 'o.pth'], 2, 'again is a directory; name a file in it'),
     ],
 )
 def test_wrong_calls(run, made, capsys, argv, code, match):
