@@ -41,7 +41,7 @@ _ROUNDING = 2e-2
 
 @dataclass
 class Task:
-    """What a model becomes for a task.
+    """A task: its adapters, and what else of the model it replaces.
 
     Attributes:
         adapters (dict[str, Adapter]): By layer.

@@ -106,7 +106,7 @@ SMALL = 256, 320  # to check and calibrate files of any size with
 
 @dataclasses.dataclass
 class Block:
-    """What is timed in turns.
+    """A part of the table, whose models and engines are timed in turns.
 
     Attributes:
         name (str): Of the block.
@@ -605,7 +605,7 @@ def peak_memory(model, engine, block, args):
 
 
 def _config(block):
-    """What identifies a block in the table."""
+    """Return the fields that identify a block in the table."""
     return dict(
         block=block.name,
         batch=block.number,
