@@ -14,6 +14,7 @@ made anew from the config, here and nowhere else. ``val()`` and ``test()`` have
 no optimizer.
 """
 
+import abc
 from copy import deepcopy
 from typing import Optional
 
@@ -27,7 +28,7 @@ from lors_plugin.registry import MODELS
 from lors_plugin.utils import unwrapped
 
 
-class StructureHook(Hook):
+class StructureHook(Hook, abc.ABC):
     """Change the structure of a runner's model before it runs.
 
     Subclasses implement :meth:`change`, which ``lors_plugin.build`` calls too.
@@ -36,6 +37,7 @@ class StructureHook(Hook):
     # Before the hooks that copy the model (EMA) and the profilers.
     priority = 'VERY_HIGH'
 
+    @abc.abstractmethod
     def change(self, model: nn.Module) -> Optional[str]:
         """Change a model.
 
@@ -47,7 +49,6 @@ class StructureHook(Hook):
             them already: in a second run (train, then test) of a runner, or
             as the config describes it.
         """
-        raise NotImplementedError
 
     def before_run(self, runner: Runner) -> None:
         """Change the model; in training, renew what depends on it."""

@@ -84,8 +84,10 @@ BY_NAME = dict(
     fan_in=choice('stacked', 'matrix'),
     frozen_stages=([-1, 0, 2], [3, -2, '0', None, 1.0]),
     generator_init=choice('zero', 'kaiming'),
-    fixed=([(), ['channel']], ['channel', None, ['x'], 3]),
-    fixed_mixing=([()], ['channel', None, ['x'], ['channel'] * 2]),
+    fixed_mixing=(
+        [(), ['channel']],
+        ['channel', None, ['x'], ['channel'] * 2, 3],
+    ),
     initial_boxes=choice('image', 'grid', 'learned'),
     jitter=([0, 0.1], [-0.1, 1, NAN, '0', None]),
     kernel_size=PAIR,
@@ -93,7 +95,7 @@ BY_NAME = dict(
     loss_cls=loss('mmdet.FocalLoss'),
     loss_iou=loss('mmdet.GIoULoss'),
     mixing_steps=(
-        [('channel', 'spatial')],
+        [('channel', 'spatial'), ['spatial', 'channel'], ['channel']],
         [(), 'channel', None, ['x'], ['channel'] * 2, 3],
     ),
     num_branches=COUNT,
@@ -117,10 +119,6 @@ BY_NAME = dict(
     strides=(
         [(4, 8)],
         [(), (0, 4), (4, -8), 4, None, '48', (4, NAN), (4, 'a')],
-    ),
-    steps=(
-        [('channel', 'spatial'), ['spatial', 'channel'], ['channel']],
-        [(), 'channel', None, ['x'], ['channel'] * 2, 3],
     ),
     stride=PAIR,
     temperature=([0.5, 1, 2.0], [0, -1, NAN, INF, '1', None, [1]]),

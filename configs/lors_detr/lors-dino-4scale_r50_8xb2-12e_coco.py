@@ -1,25 +1,9 @@
-# LORS in encoder and decoder of DINO: six layers share the weights
-# of their attentions and FFNs.
-_base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
+# LORS in encoder and decoder of DINO.
+_base_ = [
+    'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
+    '../_base_/models/lors_deformable_transformer.py',
+]
 
 # Lets other launchers than ours import the host without compiled operators.
 custom_imports = dict(imports=['lors_plugin'], allow_failed_imports=False)
 default_hooks = dict(checkpoint=dict(type='lors_plugin.CheckpointHook'))
-
-# Offsets and attention weights start at zero in each layer: they stay private.
-custom_hooks = [
-    dict(
-        type='lors_plugin.LORSHook',
-        targets=[
-            r'encoder\.layers\.(\d)\.self_attn\.value_proj',
-            r'encoder\.layers\.(\d)\.self_attn\.output_proj',
-            r'decoder\.layers\.(\d)\.self_attn\.attn\.in_proj',
-            r'decoder\.layers\.(\d)\.self_attn\.attn\.out_proj',
-            r'decoder\.layers\.(\d)\.cross_attn\.value_proj',
-            r'decoder\.layers\.(\d)\.cross_attn\.output_proj',
-            r'(encoder|decoder)\.layers\.(\d)\.ffn\.layers\.0\.0',
-            r'(encoder|decoder)\.layers\.(\d)\.ffn\.layers\.1',
-        ],
-        ranks=32,
-    )
-]

@@ -220,8 +220,8 @@ class AdaMixerDecoder(BaseModule):
                     *sizes,
                     backend=self.backend,
                     recompute=self.recompute_mixing,
-                    steps=self.mixing_steps,
-                    fixed=self.fixed_mixing,
+                    mixing_steps=self.mixing_steps,
+                    fixed_mixing=self.fixed_mixing,
                 )
                 for sizes in zip(
                     self.num_groups, self.in_points, self.out_points

@@ -115,11 +115,11 @@ class AdaptiveMixing(BaseModule):
         recompute (bool): Generate and mix again in the backward pass instead
             of keeping the matrices, half of what training keeps. Defaults to
             False.
-        steps (Sequence[str]): What is mixed, in this order: 'channel' and
-            'spatial', or one of them. Other than the default, they are
+        mixing_steps (Sequence[str]): What is mixed, in this order: 'channel'
+            and 'spatial', or one of them. Other than the default, they are
             PyTorch's operators whatever the ``backend``.
-        fixed (Sequence[str]): Steps whose matrices are learned and the same
-            for all queries, instead of generated. Defaults to none.
+        fixed_mixing (Sequence[str]): Steps whose matrices are learned and
+            the same for all queries, instead of generated. Defaults to none.
         init_cfg (dict, optional): As in MMEngine. Defaults to None.
     """
 
@@ -132,8 +132,8 @@ class AdaptiveMixing(BaseModule):
         out_points: int = 128,
         backend: str = 'auto',
         recompute: bool = False,
-        steps: Sequence[str] = MIXING_STEPS,
-        fixed: Sequence[str] = (),
+        mixing_steps: Sequence[str] = MIXING_STEPS,
+        fixed_mixing: Sequence[str] = (),
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -144,9 +144,11 @@ class AdaptiveMixing(BaseModule):
         )
         self.backend = backend
         self.recompute = recompute
-        self.steps, self.fixed = check_steps(steps, fixed)
+        self.steps, self.fixed = check_steps(mixing_steps, fixed_mixing)
         sizes = {step: self.shape.matrix_size(step) for step in self.steps}
-        generated = sum(sizes[step] for step in sizes if step not in fixed)
+        generated = sum(
+            sizes[step] for step in sizes if step not in self.fixed
+        )
         self.generator = None
         if generated:
             self.generator = nn.Linear(embed_dims, num_groups * generated)

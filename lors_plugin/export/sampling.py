@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lors_plugin.adamixer.sampling import AdaptiveSampling3D
 from lors_plugin.ops.sampling_3d.reference import level_weights
 
+from .check import ExportError
+
 SAMPLING = ('gather', 'grid_sample')
 
 
@@ -54,7 +56,7 @@ def grid_sample_by_gather(
         Tensor: Shape (B, C, N, P).
     """
     if (mode, padding_mode) != ('bilinear', 'zeros') or align_corners:
-        raise NotImplementedError(
+        raise ExportError(
             'only a bilinear grid_sample with zeros outside is exported as '
             'gathers; take --sampling grid_sample'
         )

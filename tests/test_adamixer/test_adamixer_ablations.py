@@ -92,11 +92,12 @@ def by_hand(mixing, x, query, steps, fixed):
 @pytest.mark.parametrize('fixed', [(), ('channel',), ('spatial',), 'all'])
 def test_mixing(steps, fixed):
     fixed = steps if fixed == 'all' else fixed
+    options = dict(mixing_steps=steps, fixed_mixing=fixed)
     if not set(fixed) <= set(steps):
         with pytest.raises(ValueError, match='fixed_mixing='):
-            AdaptiveMixing(16, 8, 2, 3, 6, steps=steps, fixed=fixed)
+            AdaptiveMixing(16, 8, 2, 3, 6, **options)
         return
-    mixing = AdaptiveMixing(16, 8, 2, 3, 6, steps=steps, fixed=fixed)
+    mixing = AdaptiveMixing(16, 8, 2, 3, 6, **options)
     mixing.init_weights()
     randomize(mixing).double()
     x, query = torch.randn(2, 4, 2, 3, 4).double(), torch.randn(2, 4, 16)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stock_process import BLOCKED
 
 from lors_plugin.adapters import (
     adapters_of,
@@ -95,24 +96,10 @@ ADAPTERS = {
     'segformer_mit-b0-rep-adapter_8xb2-160k_ade20k-512x512': 8,
 }
 
-# Where the plugin cannot be imported, and mmcv has no compiled operators.
-STOCK = """
-import importlib.abc, importlib.machinery, pathlib, sys
-class Blocker(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] == 'lors_plugin':
-            raise ImportError('blocked: ' + name)
-        if name == 'mmcv._ext':
-            return importlib.machinery.ModuleSpec(name, self)
-    def create_module(self, spec):
-        return None
-    def exec_module(self, module):
-        module.__getattr__ = operator
-def operator(name):
-    if name.startswith('__'):
-        raise AttributeError(name)
-    return lambda *args: None
-sys.meta_path.insert(0, Blocker())
+STOCK = (
+    BLOCKED
+    + """
+import pathlib
 import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
@@ -124,6 +111,7 @@ for path in sys.argv[1:]:
     pathlib.Path(path).with_suffix('.loaded').touch()
 assert 'lors_plugin' not in sys.modules
 """
+)
 
 
 @pytest.fixture(scope='module', autouse=True)

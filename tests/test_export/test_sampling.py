@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lors_plugin.adamixer.sampling import AdaptiveSampling3D
+from lors_plugin.export.check import ExportError
 from lors_plugin.export.sampling import (
     GatherSampling3D,
     grid_sample_by_gather,
@@ -49,7 +50,7 @@ def test_all_levels_of_a_pyramid():
 )
 def test_others_are_refused(options):
     maps, grid = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 1, 2)
-    with pytest.raises(NotImplementedError, match='--sampling grid_sample'):
+    with pytest.raises(ExportError, match='--sampling grid_sample'):
         grid_sample_by_gather(maps, grid, **{**OPTIONS, **options})
 
 

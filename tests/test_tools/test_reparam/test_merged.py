@@ -7,6 +7,7 @@ import pytest
 import reparam
 import torch
 from mmengine.config import Config
+from stock_process import BLOCKED
 
 from lors_plugin.adapters import load_adapter_checkpoint
 from lors_plugin.reparam.compare import prepare
@@ -34,24 +35,9 @@ IMAGES = list(
 )
 FAST = ['--shape', '32', '32', '--repeats', '0']
 
-# Where the plugin cannot be imported, and mmcv has no compiled operators.
-STOCK = """
-import importlib.abc, importlib.machinery, sys
-class Blocker(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] == 'lors_plugin':
-            raise ImportError('blocked: ' + name)
-        if name == 'mmcv._ext':
-            return importlib.machinery.ModuleSpec(name, self)
-    def create_module(self, spec):
-        return None
-    def exec_module(self, module):
-        module.__getattr__ = operator
-def operator(name):
-    if name.startswith('__'):
-        raise AttributeError(name)
-    return lambda *args: None
-sys.meta_path.insert(0, Blocker())
+STOCK = (
+    BLOCKED
+    + """
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
@@ -68,6 +54,7 @@ for name in sys.argv[1:]:
         torch.save(run(inputs[name]), f'{name}/stock.pth')
 assert 'lors_plugin' not in sys.modules
 """
+)
 
 
 @pytest.fixture(scope='module')
