@@ -227,7 +227,7 @@ def test_bad_options_of_a_described_model():
         build_model(cfg)
 
 
-def size_to_test_on(*steps, scope='mmdet', wrap=None):
+def make_cfg(*steps, scope='mmdet', wrap=None):
     dataset = dict(pipeline=list(steps))
     if wrap == 'one':
         dataset = dict(type='RepeatDataset', dataset=dataset)
@@ -242,15 +242,15 @@ def size_to_test_on(*steps, scope='mmdet', wrap=None):
 @pytest.mark.parametrize(
     ('cfg', 'shape'),
     [
-        (size_to_test_on(dict(type='Resize', scale=(1333, 800), keep_ratio=True)),
+        (make_cfg(dict(type='Resize', scale=(1333, 800), keep_ratio=True)),
          (800, 1333)),
-        (size_to_test_on(dict(type='mmdet.Resize', scale=(640, 480))), (480, 640)),
-        (size_to_test_on(dict(type='Resize', scale=96), wrap='one'), (96, 96)),
-        (size_to_test_on(dict(type='Resize', scale=96), wrap='several'), (96, 96)),
-        (size_to_test_on(dict(type='ResizeEdge', scale=256),
+        (make_cfg(dict(type='mmdet.Resize', scale=(640, 480))), (480, 640)),
+        (make_cfg(dict(type='Resize', scale=96), wrap='one'), (96, 96)),
+        (make_cfg(dict(type='Resize', scale=96), wrap='several'), (96, 96)),
+        (make_cfg(dict(type='ResizeEdge', scale=256),
                 dict(type='CenterCrop', crop_size=224)), (224, 224)),
-        (size_to_test_on(), (800, 1333)),
-        (size_to_test_on(scope='mmpretrain'), (224, 224)),
+        (make_cfg(), (800, 1333)),
+        (make_cfg(scope='mmpretrain'), (224, 224)),
         (dict(model={}), (224, 224)),
         (dict(model={}, test_dataloader=None), (224, 224)),
     ],
@@ -261,7 +261,7 @@ def test_shape_of_the_test_pipeline(cfg, shape):
 
 def test_pipeline_inside_wrappers():
     step = dict(type='Resize', scale=96)
-    assert pipeline_of(size_to_test_on(step, wrap='several')) == [step]
+    assert pipeline_of(make_cfg(step, wrap='several')) == [step]
 
 
 def test_padding(tiny_detector):
