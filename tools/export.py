@@ -61,7 +61,7 @@ from lors_plugin.export.cases import (
     detector_case,
     random_images,
 )
-from lors_plugin.export.check import check
+from lors_plugin.export.check import check, without_results
 from lors_plugin.export.metadata import describe
 from lors_plugin.export.models import INPUTS
 from lors_plugin.export.onnx_file import onnx_model, with_metadata
@@ -416,6 +416,12 @@ def export(args):
         with opened(files) as (_, engine):
             error = check(engine, cases, args.tolerance)
         text = f'largest error {error:.1e} in {len(cases)} comparisons'
+        empty = without_results(cases)
+        if empty:
+            text += (
+                f' ({empty} of images in which PyTorch found nothing, which '
+                'show nothing: give --images with objects)'
+            )
     versions = [files]
     if args.half or args.int8:
         versions.append(smaller_files(content, metadata, args))

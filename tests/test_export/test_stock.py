@@ -8,7 +8,7 @@ from mmengine.config import ConfigDict
 from lors_plugin.deploy.engines import OnnxRuntimeEngine
 from lors_plugin.export import ExportError, export_file, for_export
 from lors_plugin.export.cases import detector_case, random_images
-from lors_plugin.export.check import check
+from lors_plugin.export.check import check, without_results
 from lors_plugin.export.stock import stock_detector
 from lors_plugin.testing import randomize
 
@@ -129,6 +129,7 @@ def test_files(config, sampling, build, tiny_config):
         return detector_case(model, images, 'float', SHAPE)
 
     cases = [case(*SHAPE), case(70, 101)]
+    assert without_results(cases) == 0
     # Padding is masked, and clips boxes.
     assert cases[1][1][0][..., 2].max() <= 101
     assert all(len(scores[0]) > 5 for _, (_, scores, _) in cases)
@@ -140,6 +141,17 @@ def test_files(config, sampling, build, tiny_config):
         sampling=sampling,
     )
     assert check(OnnxRuntimeEngine(content), cases, 1e-3) < 1e-3
+
+
+def test_cases_that_compare_nothing_are_counted(build, tiny_config):
+    model = tiny(build, tiny_config, RETINA)
+    images = random_images(1, SHAPE, 0)
+    cases = []
+    for threshold in (0.05, 1.0):
+        test_cfg = ConfigDict(RETINA['test_cfg'], score_thr=threshold)
+        model.bbox_head.test_cfg = test_cfg
+        cases.append(detector_case(model, images, 'float', SHAPE))
+    assert without_results(cases) == 1
 
 
 def test_another_nms_is_refused(build, tiny_config):
