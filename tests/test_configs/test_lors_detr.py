@@ -55,6 +55,8 @@ def test_trains_and_merges_into_the_model_of_the_host(
     config = load_config(f'{FOLDER}/{name}.py')
     config.model = shrink(config.model)
     model = build_model(config).train()
+    # Until then the hosts leave `level_embed` as the memory was.
+    model.init_weights()
     plain = deepcopy(config)
     plain.custom_hooks = []
     plain = build_model(plain).eval()
