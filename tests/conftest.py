@@ -267,7 +267,7 @@ def make_samples():
                 img_path=f'images/number{i}.jpg',
                 img_shape=(height, width),
                 ori_shape=(round(height / scale), round(width / scale)),
-                batch_input_shape=(height, width),
+                batch_input_shape=tuple(map(max, zip(*shapes))),
                 scale_factor=(scale, scale),
             )
             samples.append(

@@ -232,3 +232,18 @@ def test_data_preprocessor_pads_and_normalises(tiny_detector, make_samples):
 def test_widths_that_do_not_fit(changes, message, tiny_config, build):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(tiny_config(**changes))
+
+
+@pytest.mark.parametrize('mode', ['loss', 'predict'])
+def test_queries_start_as_the_image_without_its_padding(
+    mode, tiny_detector, make_samples
+):
+    detector, sizes = tiny_detector(), []
+    detector.query_generator.register_forward_pre_hook(
+        lambda module, args: sizes.extend(args[0].tolist())
+    )
+    samples = make_samples(shapes=[(64, 80), (48, 96)])
+    assert samples[0].batch_input_shape == (64, 96)
+    detector.eval()
+    getattr(detector, mode)(torch.randn(2, 3, 64, 96), samples)
+    assert sizes == [[80, 64], [96, 48]]
