@@ -218,7 +218,8 @@ class Predictor(abc.ABC):
         except Exception as error:  # of OpenCV: too thin, for example
             raise InferenceError(
                 f'the test pipeline cannot prepare an image of {shape[1]} x '
-                f'{shape[0]} pixels ({type(error).__name__}: {error})'
+                f'{shape[0]} pixels ({type(error).__name__}: '
+                f'{str(error).strip()})'
             ) from error
         if packed['data_samples'].get('flip'):
             raise InferenceError(

@@ -372,6 +372,28 @@ def test_picture_errors(coco_set, tmp_path, caplog, case, expected):
     assert not out.exists()
 
 
+def test_a_picture_that_the_pipeline_cannot_take_is_named(
+    write_detector, tmp_path, monkeypatch, caplog
+):
+    """A row of pixels that keeps its ratio has no height when resized."""
+    monkeypatch.chdir(tmp_path)
+    cv2.imwrite('thin.png', np.zeros((1, 3000, 3), np.uint8))
+    image = dict(id=1, file_name='thin.png', width=3000, height=1)
+    categories = [
+        dict(id=i, name=n) for i, n in enumerate(['cat', 'dog', '牛'])
+    ]
+    content = dict(images=[image], annotations=[], categories=categories)
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    write_detector(
+        'a.py', ann_file='a.json', data_prefix=dict(img=''), test_mode=True
+    )
+    assert draw.main(['a.py', 'w.pth', '--out-dir', 'out']) == 1
+    assert (
+        'thin.png: the test pipeline cannot prepare an image of 3000 x 1'
+        in (caplog.text)
+    )
+
+
 def test_checkpoint_or_pickle():
     for arguments in (
         [],

@@ -26,7 +26,7 @@ from drawing_tool import DrawError, logger, read_config, run_tool
 # First: it makes mmcv.ops importable.
 from lors_plugin.checkpoints import load_pickle_file
 from lors_plugin.engine.data_check import check_data
-from lors_plugin.inference import TorchPredictor
+from lors_plugin.inference import InferenceError, TorchPredictor
 from lors_plugin.visualization import picture_names
 from lors_plugin.visualization.painter import WHITE, Painter
 
@@ -134,7 +134,10 @@ def infer(
     found = {}
     for info in infos:
         path = info['img_path']
-        (sample,) = predictor.run([predictor.read(path)])
+        try:
+            (sample,) = predictor.run([predictor.read(path)])
+        except InferenceError as error:  # knows pixels, and not the file
+            raise DrawError(f'{path}: {error}') from error
         found[info['img_id']] = sample.pred_instances
     return found
 
