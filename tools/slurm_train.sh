@@ -27,16 +27,26 @@ TOOLS="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 saved() { stat -c '%i %Y' "$WORK_DIR/interrupted.pth" 2>/dev/null || true; }
 before="$(saved)"
 # In the background, since Bash passes no signal on to what it waits for.
+# A signal that comes before srun has started is passed on as soon as it has.
+child=''
+signal=''
+pass_on() {
+    signal=$1
+    [ -z "$child" ] || kill -s "$1" "$child" 2>/dev/null || true
+}
+trap 'pass_on TERM' TERM
+trap 'pass_on USR1' USR1
+trap 'pass_on INT' INT
 (slurm_launch "$PARTITION" "$JOB_NAME" "$TOOLS/train.py" "$CONFIG" \
     --work-dir "$WORK_DIR" --launcher slurm "$@") &
-trap 'kill -TERM $! 2>/dev/null || true' TERM
-trap 'kill -USR1 $! 2>/dev/null || true' USR1
-trap 'kill -INT $! 2>/dev/null || true' INT
+child=$!
+[ -z "$signal" ] || pass_on "$signal"
 while true; do
+    signal=''
     code=0
-    wait $! || code=$?
+    wait "$child" || code=$?
     # A signal ends the waiting, but not srun.
-    kill -0 $! 2>/dev/null || break
+    [ -n "$signal" ] || break
 done
 # srun ends all tasks as soon as one has ended, and reports the last of them.
 if [ "$code" != 0 ] && [ "$(saved)" != "$before" ]; then code=75; fi
