@@ -18,6 +18,7 @@ from lors_plugin.parameternet import (
     ExpertRouter,
     ParameterNet,
     RepConv2d,
+    build_dynamic_model,
     dynamic_swin_transformer,
 )
 
@@ -45,6 +46,7 @@ repair_grounding_dino()
 
 # Functions that build, under the names that configs have for them.
 AdaptedModel = build_adapted_model
+DynamicModel = build_dynamic_model
 DynamicSwinTransformer = dynamic_swin_transformer
 LORSStack = build_lors_stack
 
@@ -59,6 +61,7 @@ __all__ = [
     'BoxSelfAttention',
     'DynamicConv2d',
     'DynamicLinear',
+    'DynamicModel',
     'DynamicSwinTransformer',
     'ExpertRouter',
     'InitialQueryGenerator',

@@ -1,15 +1,14 @@
 """Swin Transformer with dynamic linear layers."""
 
 import math
-from functools import partial
 from typing import Any
 
-from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from lors_plugin.registry import MODELS
 
 from .dynamic_linear import DynamicLinear
+from .dynamic_model import dynamic_linear_like
 
 
 class ImageLinear(DynamicLinear):
@@ -86,21 +85,9 @@ def dynamic_swin_transformer(
     for parent, name in linears:
         in_windows = isinstance(parent, WindowMSA)
         kind = ImageLinear if in_windows else DynamicLinear
-        _replace(parent, name, kind, options)
+        old = getattr(parent, name)
+        setattr(parent, name, dynamic_linear_like(old, kind, **options))
     for module in model.stages.modules():
         if isinstance(module, ShiftWindowMSA):
             module.register_forward_pre_hook(_count_windows)
     return model
-
-
-def _replace(
-    parent: nn.Module, name: str, kind: type[DynamicLinear], options: dict
-) -> None:
-    old = getattr(parent, name)
-    new = kind(
-        old.in_features, old.out_features, old.bias is not None, **options
-    )
-    new.reset_parameters(partial(trunc_normal_, std=0.02))
-    if new.bias is not None:
-        nn.init.zeros_(new.bias)
-    setattr(parent, name, new)

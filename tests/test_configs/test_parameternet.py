@@ -39,7 +39,7 @@ def recipe_of(path):
 
 
 def test_there_are_configs():
-    assert len(CLASSIFIERS) == 27
+    assert len(CLASSIFIERS) == 39
     assert len(DETECTORS) == 4
 
 
@@ -74,7 +74,8 @@ def test_model(path, load_config, full_size):
     classes = 21841 if stem.endswith('_in21k') else 1000
     assert model.head.num_classes == classes
     options = config.model.backbone
-    experts = options.get('num_experts', 4)
+    plain = 'efficientnet' in stem and '-dynamic' not in stem
+    experts = options.get('num_experts', 1 if plain else 4)
     dynamic = 'parameternet' in stem or '-dynamic' in stem
     number = re.search(r'-(\d)e_', stem)
     assert experts == (int(number[1] if number else 4) if dynamic else 1)
@@ -82,6 +83,10 @@ def test_model(path, load_config, full_size):
     if 'swin' in stem:
         assert options.arch.embed_dims == 24
         assert decay_of_position_biases(config) == 0
+        return
+    if 'efficientnet' in stem:
+        arch = options.get('module', options).arch
+        assert f'-{arch}' in stem
         return
     arch = re.search(r'ghostnet-1\.0|(?<=-)\d00m', stem)[0]
     assert options.arch == arch

@@ -1,0 +1,4 @@
+# The network without experts, to compare.
+_base_ = './efficientnetv2-b0-dynamic_8xb512_in21k.py'
+
+model = dict(backbone=dict(_delete_=True, type='EfficientNetV2', arch='b0'))
