@@ -10,12 +10,14 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 from lors_plugin.parameternet.dynamic_conv import DynamicConv2d
 from lors_plugin.parameternet.dynamic_linear import DynamicLinear
 from lors_plugin.parameternet.dynamic_swin import ImageLinear
 from lors_plugin.parameternet.folding import can_fold, fold_norm
+from lors_plugin.parameternet.ghost import ConvNorm
 
 
 class ExportDynamicConv2d(nn.Module):
@@ -170,8 +172,8 @@ class ExportImageLinear(ExportDynamicLinear):
 def replace_dynamic(model: nn.Module, number: Optional[int] = None) -> int:
     """Replace all dynamic layers of a model in evaluation mode, in place.
 
-    A BatchNorm right behind a dynamic convolution, as ``norm`` beside its
-    ``conv``, becomes a part of it.
+    A BatchNorm right behind a dynamic convolution, in a :class:`ConvNorm` or
+    a ``ConvModule`` of MMCV, becomes a part of it.
 
     Args:
         model (nn.Module): In evaluation mode.
@@ -190,14 +192,29 @@ def replace_dynamic(model: nn.Module, number: Optional[int] = None) -> int:
             elif isinstance(layer, DynamicLinear):
                 setattr(parent, name, ExportDynamicLinear(layer))
             elif isinstance(layer, DynamicConv2d):
-                norm = getattr(parent, 'norm', None)
-                if name != 'conv' or not can_fold(norm):
-                    norm = None
+                behind = _norm_behind(parent, name)
+                norm = getattr(parent, behind) if behind else None
                 export = ExportDynamicConv2d(layer, norm, number)
                 setattr(parent, name, export)
-                if norm is not None:
-                    parent.norm = nn.Identity()
+                if behind:
+                    setattr(parent, behind, nn.Identity())
             else:
                 continue
             count += 1
     return count
+
+
+def _norm_behind(parent: nn.Module, name: str) -> str:
+    """Name of the norm that folds into a convolution, '' for none."""
+    if name != 'conv':
+        return ''
+    if type(parent) is ConvNorm:
+        behind = 'norm'
+    elif type(parent) is ConvModule and parent.with_norm:
+        order = parent.order
+        if order.index('norm') != order.index('conv') + 1:
+            return ''
+        behind = parent.norm_name
+    else:
+        return ''
+    return behind if can_fold(getattr(parent, behind)) else ''

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from mmcv.cnn import ConvModule
 from torch import nn
 
 from lors_plugin.export.dynamic_layers import (
@@ -13,6 +14,7 @@ from lors_plugin.export.dynamic_layers import (
 )
 from lors_plugin.parameternet.dynamic_conv import DynamicConv2d
 from lors_plugin.parameternet.dynamic_linear import DynamicLinear
+from lors_plugin.parameternet.ghost import ConvNorm
 
 
 def lively(layer):
@@ -69,24 +71,15 @@ def test_linear(bias, shape):
     torch.testing.assert_close(ExportDynamicLinear(layer)(x), layer(x))
 
 
-class ConvAndNorm(nn.Module):
-    def __init__(self, experts, norm):
-        super().__init__()
-        self.conv = DynamicConv2d(4, 4, 1, num_experts=experts)
-        self.norm = norm
-
-    def forward(self, x):
-        return self.norm(self.conv(x))
-
-
 def test_replaced_in_a_model():
-    norm = nn.BatchNorm2d(4)
-    norm.running_mean.normal_()
+    def layer(experts, **norm):
+        conv = DynamicConv2d(4, 4, 1, num_experts=experts)
+        return ConvNorm(conv, 4, dict(type='BN', **norm))
+
     model = nn.Sequential(
-        ConvAndNorm(4, norm),
-        ConvAndNorm(3, nn.BatchNorm2d(4, track_running_stats=False)),
-        ConvAndNorm(1, nn.BatchNorm2d(4)),
+        layer(4), layer(3, track_running_stats=False), layer(1)
     ).eval()
+    model[0].norm.running_mean.normal_()
     export = copy.deepcopy(model)
     assert replace_dynamic(export) == 2
     kinds = [(type(m.conv), type(m.norm)) for m in export]
@@ -97,3 +90,35 @@ def test_replaced_in_a_model():
     ]
     x = torch.randn(2, 4, 5, 5)
     torch.testing.assert_close(export(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'order', [('conv', 'norm', 'act'), ('norm', 'conv', 'act'),
+              ('conv', 'act', 'norm')]
+)  # fmt: skip
+@pytest.mark.parametrize('norm', ['BN', 'GN', None])
+def test_modules_of_the_host(order, norm):
+    """A norm is folded once, and only where it follows the convolution."""
+    norm_cfg = dict(type=norm) if norm else None
+    if norm == 'GN':
+        norm_cfg['num_groups'] = 2
+    module = ConvModule(
+        6, 6, 3, conv_cfg=dict(type='lors_plugin.DynamicConv2d'),
+        norm_cfg=norm_cfg, order=order,
+    )  # fmt: skip
+    lively(module.conv)
+    if norm:
+        for tensor in module.norm.buffers():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 2.0)
+        module.norm.weight.data.uniform_(0.5, 2.0)
+        module.norm.bias.data.normal_()
+    model = nn.Sequential(module.eval())
+    x = torch.randn(2, 6, 7, 7)
+    with torch.no_grad():
+        expected = model(x)
+        assert replace_dynamic(model) == 1
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    folded = norm == 'BN' and order[:2] == ('conv', 'norm')
+    if norm:
+        assert isinstance(module.norm, nn.Identity) == folded
