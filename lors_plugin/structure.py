@@ -15,6 +15,10 @@ no optimizer.
 """
 
 import abc
+import ast
+import functools
+import inspect
+import textwrap
 from copy import deepcopy
 from typing import Optional
 
@@ -81,6 +85,54 @@ def build_module(
     if data_preprocessor is not None:
         module.setdefault('data_preprocessor', data_preprocessor)
     return MODELS.build(module)
+
+
+@functools.cache
+def read_only_layers(kind: type) -> frozenset[str]:
+    """Find the layers of a module whose weights are read without a call.
+
+    As ``nn.MultiheadAttention`` does with ``out_proj``, and the attention of
+    torchvision's Swin with ``qkv``. By the source of the class, if there is
+    one: layers that appear as ``self.name.weight`` or ``self.name.bias`` and
+    never as ``self.name`` otherwise. Code that initialises does not count.
+
+    Args:
+        kind (type): Class of the module.
+
+    Returns:
+        frozenset[str]: Names of the layers in the module.
+    """
+    read, used = set(), set()
+    for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError, SyntaxError):
+            return frozenset()
+        for function in tree.body[0].body:
+            name = getattr(function, 'name', '')
+            if not any(word in name for word in ('init', 'reset', 'load')):
+                _collect_uses(function, read, used)
+    return frozenset(read - used)
+
+
+def _collect_uses(node: ast.AST, read: set[str], used: set[str]) -> None:
+    """Sort uses of ``self.name`` into reads of its weights and others."""
+    name = _name_of_self(getattr(node, 'value', None))
+    if isinstance(node, ast.Attribute) and name is not None:
+        (read if node.attr in ('weight', 'bias') else used).add(name)
+        return
+    own = _name_of_self(node)
+    if own is not None:
+        used.add(own)
+        return
+    for child in ast.iter_child_nodes(node):
+        _collect_uses(child, read, used)
+
+
+def _name_of_self(node: Optional[ast.AST]) -> Optional[str]:
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.attr if node.value.id == 'self' else None
+    return None
 
 
 def is_training(runner: Runner) -> bool:

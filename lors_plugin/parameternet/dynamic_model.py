@@ -10,9 +10,8 @@ from mmcv.cnn.bricks.transformer import AdaptivePadding
 from mmengine.model.weight_init import trunc_normal_
 from torch import nn
 
-from lors_plugin.adapters.sites import read_only_layers
 from lors_plugin.registry import MODELS
-from lors_plugin.structure import build_module
+from lors_plugin.structure import build_module, read_only_layers
 from lors_plugin.utils import few, has_own_forward
 
 from .dynamic_conv import DynamicConv2d
