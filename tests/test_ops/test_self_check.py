@@ -106,6 +106,25 @@ def test_what_happens_to_a_card(
     assert len(starts()) == 1 + dies
 
 
+def test_two_kinds_of_cards_in_a_machine(pretend_gpu, monkeypatch):
+    """Each tensor follows the verdict on the card that it is on."""
+    pretend_gpu(count=2)
+    names, capabilities = ('NVIDIA A100', 'Tesla T4'), ((8, 0), (7, 5))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda i=0: names[i])
+    monkeypatch.setattr(
+        torch.cuda, 'get_device_capability', lambda i=0: capabilities[i]
+    )
+    self_check.forget()
+    check(card.find_card(1), 'cuda:1', probe('slow'), limits=QUICK)
+    assert choose('sampling', torch.float32, index=1) == 'triton'
+    # Nobody has checked the other one.
+    assert choose('sampling', torch.float32, index=0) == 'torch'
+    self_check.forget()
+    check(card.find_card(0), 'cuda:0', probe('good'), limits=QUICK)
+    assert choose('mixing', index=0) == 'triton'
+    assert choose('mixing', index=1) == 'torch'
+
+
 def test_a_card_below_8_0(pretend_gpu):
     here = pretend_gpu((7, 0), 'Tesla V100-SXM2-16GB')
     assert groups_of(here) == [
