@@ -35,8 +35,9 @@ from lors_plugin.registry import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).parent / 'data' / '908f70c'
-# Of the largest output. Training adds rounding of gradients.
-TOLERANCE, TRAINED_TOLERANCE = 1e-5, 1e-4
+# Of the largest output: the record is of a processor with AVX2, others round
+# otherwise. Training adds rounding of gradients.
+TOLERANCE, TRAINED_TOLERANCE = 3e-5, 1e-4
 HOOK = 'lors_plugin.RepAdapterHook'
 LORS_HOOK = 'lors_plugin.LORSHook'
 

@@ -100,4 +100,8 @@ def test_mixing_recomputed_by_mmengine(kind, tiny_decoder, decoder_inputs):
     names = dict(adamixer=['mixing.0', 'mixing.2'], lors=['mixing'])
     turn_on_activation_checkpointing(decoder, names[kind])
     found = gradients(decoder, inputs, None)
-    assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    assert found.keys() == wanted.keys()
+    for name, want in wanted.items():
+        # Sums of large gradients: the noise is relative to the largest.
+        error = (found[name] - want).norm()
+        assert error <= 1e-5 * want.norm() + 1e-6, name

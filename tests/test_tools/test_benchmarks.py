@@ -72,7 +72,7 @@ def test_every_case_at_a_tiny_size(quick, case, names):
     for row in select(times, implementation='merged'):
         assert 0 < float(row['error']) < 1e-3
     for row in select(times, implementation='torch'):
-        assert 0 < float(row['error']) < 1e-2
+        assert 0 <= float(row['error']) < 1e-2
 
 
 def test_what_a_report_says_besides(quick):
