@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -335,9 +334,9 @@ def test_errors_name_the_cause(
     assert expected in caplog.text
 
 
-def test_runs_as_a_script(tmp_path):
+def test_runs_as_a_script(quick_python, tmp_path):
     write_voc(tmp_path, 'a', [('x', (1, 1, 99, 9), 0)], stated=(1, 1))
-    command = [sys.executable, FOLDER / 'voc_to_coco.py', tmp_path / 'xml']
+    command = [quick_python, FOLDER / 'voc_to_coco.py', tmp_path / 'xml']
     command += [tmp_path / 'img', tmp_path / 'o.json']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
