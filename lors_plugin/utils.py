@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, Union
@@ -94,6 +95,16 @@ def check_choice(name: str, value: Any, choices: Sequence) -> Any:
     if value not in list(choices):
         raise ValueError(f'{name}={value!r} must be one of {tuple(choices)}')
     return value
+
+
+def check_pattern(name: str, pattern: Any) -> re.Pattern:
+    """Compile a pattern, or raise an error that names the option."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f'{name}: {pattern!r} is no regular expression ({error})'
+        ) from None
 
 
 def build_part(name: str, build: Callable[[dict], Any], cfg: dict) -> Any:

@@ -23,7 +23,7 @@ from lors_plugin.checkpoints.files import (
     read_weights,
     write_all,
 )
-from lors_plugin.utils import few, part_of, unwrapped
+from lors_plugin.utils import check_pattern, few, part_of, unwrapped
 
 from .adapter import Adapter, RepAdapter
 from .checkpoint import fingerprint, put_adapters, trained_keys
@@ -688,11 +688,9 @@ def _check_config(config: dict[str, Any]) -> None:
             continue
         for pattern in [value] if isinstance(value, str) else value:
             try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise PeftError(
-                    f'{name}: {pattern!r} is no regular expression ({error})'
-                ) from None
+                check_pattern(name, pattern)
+            except ValueError as error:
+                raise PeftError(str(error)) from None
 
 
 def _check_names(

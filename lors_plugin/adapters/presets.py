@@ -13,7 +13,7 @@ from typing import NamedTuple, Union
 
 from torch import nn
 
-from lors_plugin.utils import check_choice
+from lors_plugin.utils import check_choice, check_pattern
 
 from .sites import is_site
 
@@ -145,12 +145,7 @@ def as_patterns(option: str, value: Union[str, Sequence[str]]) -> list[str]:
     """
     patterns = [value] if isinstance(value, str) else list(value)
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f'{option}: {pattern!r} is no regular expression ({error})'
-            ) from None
+        check_pattern(option, pattern)
     return patterns
 
 

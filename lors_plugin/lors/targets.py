@@ -1,6 +1,5 @@
 """Find the layers of a model that belong to one stack, by their names."""
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Union
 
@@ -8,6 +7,7 @@ from torch import nn
 
 from lors_plugin.utils import (
     check_at_least,
+    check_pattern,
     has_own_forward,
     per_layer,
 )
@@ -51,7 +51,11 @@ def find_stacks(
     Raises:
         ValueError: If a pattern finds nothing or layers cannot share.
     """
-    if isinstance(targets, (str, dict)) or not targets:
+    if (
+        not isinstance(targets, Sequence)
+        or isinstance(targets, str)
+        or not targets
+    ):
         raise ValueError(
             f'targets={targets!r} must be a list of patterns, such as '
             r"['layers\.(\d+)\.attn\.qkv']"
@@ -93,11 +97,14 @@ def find_stacks(
 def _as_dict(target: Union[str, dict]) -> dict:
     if isinstance(target, str):
         return dict(pattern=target)
-    unknown = set(target) - set(OPTIONS)
-    if unknown or 'pattern' not in target:
+    if (
+        not isinstance(target, dict)
+        or set(target) - set(OPTIONS)
+        or 'pattern' not in target
+    ):
         raise ValueError(
-            f'target {dict(target)} must have a pattern and may have ranks, '
-            'groups and cycle, nothing else'
+            f'target {target!r} must be a pattern, or a dict: it must have a '
+            'pattern and may have ranks, groups and cycle, nothing else'
         )
     return dict(target)
 
@@ -107,7 +114,7 @@ def _matches(pattern: str, linears: dict, cycle: int) -> list[list[str]]:
 
     With a ``cycle``, every so many layers are a stack.
     """
-    compiled = re.compile(pattern)
+    compiled = check_pattern('targets', pattern)
     if not compiled.groups:
         raise ValueError(
             f'target {pattern!r} has no group for the number of the layer; '

@@ -1,6 +1,5 @@
 """Make the layers of any model dynamic, by their names."""
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Optional
@@ -12,7 +11,7 @@ from torch import nn
 
 from lors_plugin.registry import MODELS
 from lors_plugin.structure import build_module, read_only_layers
-from lors_plugin.utils import few, has_own_forward
+from lors_plugin.utils import check_pattern, few, has_own_forward
 
 from .dynamic_conv import DynamicConv2d
 from .dynamic_linear import DynamicLinear
@@ -49,7 +48,11 @@ def make_dynamic(
         >>> model = MobileNetV2()
         >>> names = make_dynamic(model, [r'layer\d\..*\.conv'], num_experts=4)
     """
-    if isinstance(targets, str) or not targets:
+    if (
+        not isinstance(targets, Sequence)
+        or isinstance(targets, str)
+        or not targets
+    ):
         raise ValueError(
             f'targets={targets!r} must be a list of patterns, such as '
             r"['layers\..*\.conv']"
@@ -57,11 +60,12 @@ def make_dynamic(
     # All are made before the first is replaced: routers have linear layers.
     new = {}
     for target in targets:
+        pattern = check_pattern('targets', target)
         names = [
             name
             for name, layer in model.named_modules()
             if isinstance(layer, (nn.Conv2d, nn.Linear))
-            and re.fullmatch(target, name)
+            and pattern.fullmatch(name)
         ]
         if not names:
             layers = [

@@ -160,6 +160,8 @@ def mixed(model):
     [
         (dict(targets=QKV), None, 'must be a list of patterns'),
         (dict(targets=[]), None, 'must be a list of patterns'),
+        (dict(targets=[3]), None, 'target 3 must be a pattern'),
+        (dict(targets=['(']), None, r"targets: '\(' is no regular expr"),
         (dict(targets=[r'layers\.\d\.qkv']), None, 'has no group'),
         (dict(targets=[r'layers\.(.*)']), None, 'last group is the number'),
         (dict(targets=[r'blocks\.(\d)']), None, r'named like .*head'),
@@ -172,7 +174,7 @@ def mixed(model):
         ),
         (dict(targets=[QKV, QKV]), None, 'is matched by'),
         (dict(targets=[dict(pattern=QKV, rank=1)]), None, 'nothing else'),
-        (dict(targets=[dict(ranks=1)]), None, 'must have a pattern'),
+        (dict(targets=[dict(ranks=1)]), None, 'it must have a pattern'),
         (dict(targets=[QKV], ranks=[1, 2]), None, 'qkv.*2 values for 3'),
         (dict(targets=[QKV], ranks=4, groups=2), None, 'rank 8.*above 6'),
         (dict(targets=[QKV], ranks=-1), None, 'at least 0'),

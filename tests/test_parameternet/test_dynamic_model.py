@@ -90,6 +90,8 @@ class Partial(nn.Conv2d):
         (nn.Sequential(nn.Linear(2, 2)), ['1'], "'1' matches no convolution"),
         (nn.Sequential(nn.Linear(2, 2)), '0', "targets='0' must be a list"),
         (nn.Sequential(nn.Linear(2, 2)), [], 'must be a list'),
+        (nn.Sequential(nn.Linear(2, 2)), 3, 'must be a list'),
+        (nn.Sequential(nn.Linear(2, 2)), ['('], 'no regular expression'),
         (nn.Sequential(Partial(2, 2, 1)), ['0'], 'a Partial computes more'),
         (
             nn.Sequential(nn.Conv2d(2, 2, 3, padding_mode='circular')),
