@@ -35,9 +35,11 @@ from lors_plugin.registry import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).parent / 'data' / '908f70c'
-# Of the largest output: the record is of a processor with AVX2, others round
-# otherwise. Training adds rounding of gradients.
-TOLERANCE, TRAINED_TOLERANCE = 3e-5, 1e-4
+# Of the largest output. Training adds rounding of gradients.
+TOLERANCE, TRAINED_TOLERANCE = 1e-5, 1e-4
+# The record of these is of AVX2 and lies up to 4e-5 from what they compute in
+# float64, so other processors do not meet it to 1e-5.
+ROUNDED = dict(lors_adamixer_full=3e-5, lors_adamixer_shared_only=3e-5)
 HOOK = 'lors_plugin.RepAdapterHook'
 LORS_HOOK = 'lors_plugin.LORSHook'
 
@@ -122,7 +124,7 @@ def test_checkpoints_load_strictly(name):
     model = build(CASES[name])
     load_checkpoint(model, str(DATA / f'{name}.pt'), 'cpu', strict=True)
     run = compute_stack if hasattr(model, 'down') else compute
-    check(name, run(model))
+    check(name, run(model), ROUNDED.get(name, TOLERANCE))
 
 
 def test_shared_stacks_by_function():

@@ -92,14 +92,21 @@ def test_a_pass_without_backward_leaves_nothing_behind(
 
 @pytest.mark.filterwarnings('ignore:torch.utils.checkpoint')
 @pytest.mark.parametrize('kind', ['adamixer', 'lors'])
-def test_mixing_recomputed_by_mmengine(kind, tiny_decoder, decoder_inputs):
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+def test_mixing_recomputed_by_mmengine(
+    kind, dtype, tiny_decoder, decoder_inputs
+):
     """Its option ``activation_checkpointing`` names modules."""
-    inputs = decoder_inputs()
-    wanted = gradients(tiny_decoder(kind), inputs, None)
-    decoder = tiny_decoder(kind)
+    feats, *others = decoder_inputs()
+    inputs = [f.to(dtype) for f in feats], *(x.to(dtype) for x in others)
+    wanted = gradients(tiny_decoder(kind).to(dtype), inputs, None)
+    decoder = tiny_decoder(kind).to(dtype)
     names = dict(adamixer=['mixing.0', 'mixing.2'], lors=['mixing'])
     turn_on_activation_checkpointing(decoder, names[kind])
     found = gradients(decoder, inputs, None)
+    if dtype == torch.float64:
+        assert_close(found, wanted)
+        return
     assert found.keys() == wanted.keys()
     for name, want in wanted.items():
         # Sums of large gradients: the noise is relative to the largest.
