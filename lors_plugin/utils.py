@@ -107,6 +107,16 @@ def check_pattern(name: str, pattern: Any) -> re.Pattern:
         ) from None
 
 
+def check_targets(targets: Any, example: str) -> None:
+    """Raise an error unless targets are a list that is not empty."""
+    listed = isinstance(targets, Sequence) and not isinstance(targets, str)
+    if not listed or not targets:
+        raise ValueError(
+            f'targets={targets!r} must be a list of patterns, such as '
+            f"['{example}']"
+        )
+
+
 def build_part(name: str, build: Callable[[dict], Any], cfg: dict) -> Any:
     """Build what an option describes; errors name the option.
 

@@ -2,15 +2,9 @@
 # layer of the classes starts anew.
 _base_ = [
     '../_base_/models/efficientnetv2-dynamic.py',
-    '../_base_/datasets/parameternet_in1k.py',
+    '../_base_/datasets/parameternet_finetune_in1k.py',
     '../_base_/schedules/parameternet_finetune.py',
     '../_base_/default_runtime_cls.py',
 ]
-
-# As for training from scratch, but without random erasing.
-train_pipeline = [
-    step for step in _base_.train_pipeline if step.type != 'RandomErasing'
-]
-train_dataloader = dict(batch_size=64, dataset=dict(pipeline=train_pipeline))
 
 load_from = 'work_dirs/efficientnetv2-b0-dynamic_8xb512_in21k/epoch_90.pth'

@@ -8,6 +8,7 @@ from torch import nn
 from lors_plugin.utils import (
     check_at_least,
     check_pattern,
+    check_targets,
     has_own_forward,
     per_layer,
 )
@@ -51,15 +52,7 @@ def find_stacks(
     Raises:
         ValueError: If a pattern finds nothing or layers cannot share.
     """
-    if (
-        not isinstance(targets, Sequence)
-        or isinstance(targets, str)
-        or not targets
-    ):
-        raise ValueError(
-            f'targets={targets!r} must be a list of patterns, such as '
-            r"['layers\.(\d+)\.attn\.qkv']"
-        )
+    check_targets(targets, r'layers\.(\d+)\.attn\.qkv')
     linears = {}
     kinds = nn.Linear, nn.Conv2d, LowRankResidualLinear
     for name, module in model.named_modules():

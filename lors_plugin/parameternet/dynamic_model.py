@@ -11,7 +11,12 @@ from torch import nn
 
 from lors_plugin.registry import MODELS
 from lors_plugin.structure import build_module, read_only_layers
-from lors_plugin.utils import check_pattern, few, has_own_forward
+from lors_plugin.utils import (
+    check_pattern,
+    check_targets,
+    few,
+    has_own_forward,
+)
 
 from .dynamic_conv import DynamicConv2d
 from .dynamic_linear import DynamicLinear
@@ -48,15 +53,7 @@ def make_dynamic(
         >>> model = MobileNetV2()
         >>> names = make_dynamic(model, [r'layer\d\..*\.conv'], num_experts=4)
     """
-    if (
-        not isinstance(targets, Sequence)
-        or isinstance(targets, str)
-        or not targets
-    ):
-        raise ValueError(
-            f'targets={targets!r} must be a list of patterns, such as '
-            r"['layers\..*\.conv']"
-        )
+    check_targets(targets, r'layers\..*\.conv')
     # All are made before the first is replaced: routers have linear layers.
     new = {}
     for target in targets:
