@@ -178,6 +178,8 @@ def part_of(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ValueError: If there is none of that name.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'{model!r} is no model (torch.nn.Module)')
     try:
         return model.get_submodule(name)
     except AttributeError:

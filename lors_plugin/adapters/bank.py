@@ -86,7 +86,7 @@ class AdapterBank:
     """
 
     def __init__(self, model: nn.Module, max_merged: int = 4) -> None:
-        if adapters_of(model):
+        if adapters_of(part_of(model, '')):
             raise ValueError(
                 'the model has adapters already; take them off '
                 '(lors_plugin.adapters.remove_adapters) first'
@@ -144,7 +144,7 @@ class AdapterBank:
             try:
                 if len(self._merged) < self.max_merged:
                     self._apply(name)
-            except ValueError:
+            except BaseException:
                 del self._tasks[name]
                 raise
 

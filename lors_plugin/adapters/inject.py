@@ -164,7 +164,9 @@ def inject_adapters(
         kept |= SELECTIONS[method](host)
     else:
         found = (
-            match(host, targets) if targets else targets_of(host, placement)
+            targets_of(host, placement)
+            if targets is None
+            else match(host, targets)
         )
         wanted = _each_placed(host, found, method)
         names = _without(host, wanted, as_patterns('exclude', exclude))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lors_plugin.utils import check_at_least, check_number
+from lors_plugin.utils import check_at_least, check_choice, check_number
 
 from .adapter import Adapter, AdapterHook
 from .sites import NewWeight, SiteError, check_affine, pads_by_size
@@ -62,6 +62,7 @@ class LoRA(Adapter):
         check_at_least('rank', rank)
         check_number('alpha', alpha)
         check_number('dropout', dropout, 0, 1)
+        check_choice('bias', bias, (False, True))
         self.dropout = dropout
         self.A = nn.Parameter(torch.empty(rank, in_channels, *kernel_size))
         self.B = nn.Parameter(torch.empty(out_channels, rank))

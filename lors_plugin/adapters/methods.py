@@ -7,7 +7,7 @@ from typing import Any, Union
 
 from torch import Tensor, nn
 
-from lors_plugin.utils import check_choice
+from lors_plugin.utils import check_choice, check_pattern
 
 from .adapter import Adapter, RepAdapter
 from .lora import LoRA
@@ -69,7 +69,7 @@ def check_options(method: str, options: dict[str, Any]) -> None:
     """Check that a method has some options.
 
     Raises:
-        ValueError: If not.
+        ValueError: If not, or if their patterns are none.
     """
     check_choice('method', method, METHODS)
     known = []
@@ -83,6 +83,14 @@ def check_options(method: str, options: dict[str, Any]) -> None:
             f'method={method!r} has no option {odd[0]!r}; its options are '
             f'{known or "none"}'
         )
+    for name in PATTERNS.keys() & options.keys():
+        if not isinstance(options[name], dict):
+            raise ValueError(
+                f'{name}={options[name]!r} must be a dict of patterns and '
+                f'values of {PATTERNS[name]}'
+            )
+        for pattern in options[name]:
+            check_pattern(name, pattern)
 
 
 def options_per_layer(

@@ -13,7 +13,7 @@ from typing import NamedTuple, Union
 
 from torch import nn
 
-from lors_plugin.utils import check_choice, check_pattern
+from lors_plugin.utils import check_choice, check_pattern, check_targets
 
 from .sites import is_site
 
@@ -141,12 +141,14 @@ def as_patterns(option: str, value: Union[str, Sequence[str]]) -> list[str]:
     """Patterns of an option as a list; one alone may be without brackets.
 
     Raises:
-        ValueError: If one is no regular expression.
+        ValueError: If it is no list, or one is no regular expression.
     """
-    patterns = [value] if isinstance(value, str) else list(value)
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple, set)):
+        raise ValueError(f'{option}={value!r} must be a list of patterns')
     for pattern in patterns:
         check_pattern(option, pattern)
-    return patterns
+    return list(patterns)
 
 
 def match(
@@ -169,6 +171,7 @@ def match(
     """
     if isinstance(targets, str) or _is_pair(targets):
         targets = [targets]
+    check_targets(targets, 'layers.*')
     names = [name for name, _ in module.named_modules() if name]
     found = {}
     for target in targets:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lors_plugin.adapters import (
+    AdapterBank,
     LoRA,
     adapter_checkpoint,
     adapters_of,
@@ -139,6 +140,16 @@ def test_dropout_of_the_input_in_training_only():
             dict(method='lora', targets='0', rank_pattern={'3': 2}),
             "rank_pattern: '3' fits none of the adapted layers",
         ),
+        (dict(method='lora', targets='0', rank_pattern=3), 'rank_pattern=3 '),
+        (
+            dict(method='lora', targets='0', alpha_pattern={'[': 1}),
+            r"alpha_pattern: '\[' is no regular",
+        ),
+        # True in Python, and PEFT's option of this name takes such words.
+        (dict(method='lora', targets='0', bias='none'), "bias='none' must"),
+        (dict(targets=[]), r'targets=\[\] must be a list'),
+        (dict(targets=5), 'targets=5 must be a list'),
+        (dict(exclude=5, targets='0'), 'exclude=5 must be a list'),
         (
             dict(method='linear_probe', trainable='3'),
             "'3' matches no parameter",
@@ -151,6 +162,12 @@ def test_bad_options(options, match):
         inject_adapters(model, '', **options)
     assert not adapters_of(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize('use', [inject_adapters, AdapterBank])
+def test_no_model(use):
+    with pytest.raises(ValueError, match='None is no model'):
+        use(None)
 
 
 def test_nothing_to_train_is_an_error():
