@@ -31,9 +31,11 @@ MIM_ITEMS = ('configs', 'tools', 'model-index.yml')
 # A link or an image in Markdown whose target is in the repository.
 RELATIVE = r'(!?)\[([^\]]*)\]\((?!\w+:|#)([^)]*)\)'
 IMAGE = r'!\[[^\]]*\]\((?!\w+:)[^)]*\)'
-# Of ``tools``, what is for a checkout: it measures or checks this project.
+# Of ``tools``, what is for a checkout: it installs, measures, documents or
+# checks this project.
 CHECKOUT_ONLY = (
-    'benchmarks', 'gpu_check.sh', 'lint', 'run_tests.sh', 'studies'
+    'benchmarks', 'build_docs.sh', 'gpu_check.sh', 'lint', 'quickstart.sh',
+    'run_tests.sh', 'setup_env.sh', 'studies',
 )  # fmt: skip
 
 
