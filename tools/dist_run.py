@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 EXIT_REQUEUE = 75  # as in lors_plugin.engine.hooks.checkpoint_hook
-EXIT_USER_ERROR = 2  # as in tool_utils.py; the message was printed
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130  # as in tool_utils.py: told there
 
 
 def run():
@@ -27,14 +27,18 @@ def run():
         main()
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        for code in (EXIT_REQUEUE, EXIT_USER_ERROR):
+        for code in (EXIT_REQUEUE, EXIT_USER_ERROR, EXIT_INTERRUPTED):
             if code in codes:
                 return code
         raise
     except SignalException as error:
-        if error.sigval != signal.SIGTERM:
+        codes = {
+            signal.SIGTERM: EXIT_REQUEUE,
+            signal.SIGINT: EXIT_INTERRUPTED,
+        }
+        if error.sigval not in codes:
             raise
-        return EXIT_REQUEUE
+        return codes[error.sigval]
     return 0
 
 

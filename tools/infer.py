@@ -21,7 +21,7 @@ from pathlib import Path
 import cv2
 import torch
 from mmengine.config import DictAction
-from tool_utils import user_errors
+from tool_utils import EXIT_INTERRUPTED, user_errors
 from tqdm import tqdm
 
 import lors_plugin  # noqa: F401  (first: it makes mmcv.ops importable)
@@ -39,7 +39,7 @@ from lors_plugin.inference.predictor import ONNX
 from lors_plugin.inference.writers import FORMATS, Results
 from lors_plugin.visualization.painter import Painter
 
-EXIT_FAILURES, EXIT_INTERRUPTED = 1, 130
+EXIT_FAILURES = 1
 # Classes of a classifier that are told per image.
 TOP_CLASSES = 5
 

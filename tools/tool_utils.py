@@ -32,7 +32,7 @@ from lors_plugin.engine.preflight import (
 from lors_plugin.engine.strategies import check_strategy
 from lors_plugin.utils import is_first_rank
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 def add_common_arguments(parser):
@@ -86,7 +86,7 @@ def add_common_arguments(parser):
 
 @contextlib.contextmanager
 def user_errors(step, debug, kinds=(ValueError, FileNotFoundError)):
-    """Turn a user's mistake into one message and exit code 2.
+    """Turn a user's mistake into one message and exit code 2, Ctrl-C into 130.
 
     Args:
         step (str): What was being done, or '' if the message says it all.
@@ -108,6 +108,12 @@ def user_errors(step, debug, kinds=(ValueError, FileNotFoundError)):
                 text += '(--debug shows the whole traceback)'
             sys.stderr.write(f'error: {text}\n')
         raise SystemExit(EXIT_USER_ERROR) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        if is_first_rank():
+            sys.stderr.write('\ninterrupted\n')
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def load_config(args):

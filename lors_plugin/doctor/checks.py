@@ -245,7 +245,7 @@ def import_remedy(error: str) -> str:
             '--no-deps opencv-python-headless'
         )
     if 'mmcv._ext' in error:
-        return 'import lors_plugin before mmdet, it stands in for mmcv._ext'
+        return 'import lors_plugin.models first: it stands in for mmcv._ext'
     if 'numpy' in error.lower():
         return 'a package was built for another numpy: reinstall that package'
     return 'reinstall it: bash tools/run_tests.sh sets an environment up'

@@ -119,3 +119,12 @@ def test_checks_can_be_turned_off(detection, fails):
     Path('none.pth').write_bytes(b'')
     assert 'bush' in fails(test.main, *argv)
     assert 'bush' not in fails(test.main, *argv, '--no-checks')
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    from tool_utils import user_errors
+
+    with pytest.raises(SystemExit) as ended, user_errors('', False):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == '\ninterrupted\n'

@@ -4,6 +4,8 @@ Real processes are started in ``tests/test_training.py``.
 """
 
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +169,19 @@ def test_own_thread_count_is_kept(tmp_path):
     python = fake_python(tmp_path)
     done = run('dist_train.sh', 'c', 1, PYTHON=python, OMP_NUM_THREADS='5')
     assert done.stdout.startswith('threads=5\n')
+
+
+@pytest.mark.parametrize(('name', 'code'), [('SIGTERM', 75), ('SIGINT', 130)])
+def test_torchrun_ended_by_a_signal(name, code):
+    before = signal.getsignal(signal.SIGUSR1)
+    dist_run = runpy.run_path(str(TOOLS / 'dist_run.py'))
+    run, signum = dist_run['run'], getattr(signal, name)
+
+    def main():
+        raise dist_run['SignalException']('ended', sigval=signum)
+
+    run.__globals__['main'] = main
+    try:
+        assert run() == code
+    finally:
+        signal.signal(signal.SIGUSR1, before)
