@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from mmengine.dataset import base_dataset
 from mmengine.fileio.handlers.registry_utils import file_handlers
 from mmengine.logging import MessageHub, MMLogger
@@ -20,6 +21,15 @@ from yapf.yapflib import yapf_api
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, FULL_SIZE = {}, {}
+
+
+def pytest_configure():
+    """Take one thread per process where nothing else is asked for.
+
+    Tensors are small here, and a forked child has one thread anyway.
+    """
+    threads = os.environ.setdefault('OMP_NUM_THREADS', '1')
+    torch.set_num_threads(int(threads))
 
 
 def pytest_collection_modifyitems(items):
