@@ -17,7 +17,8 @@ HERE = 'zh_cn' if tags.has('zh_cn') else 'en'  # noqa: F821
 HOME = os.environ.get('LORS_PLUGIN_HOME', '').rstrip('/')
 
 project = 'lors_plugin'
-copyright = 'lors_plugin contributors, Apache-2.0'
+author = 'lors_plugin contributors'
+copyright = f'{author}, Apache-2.0'
 version = release = runpy.run_path(str(ROOT / 'lors_plugin' / 'version.py'))[
     '__version__'
 ]
@@ -224,10 +225,23 @@ def add_language_link(app, pagename, templatename, context, doctree):
     context['other_page'] = f'../{other}/{pagename if there else "index"}.html'
 
 
+def mend_chinese_search():
+    """Name the stemmer of the Chinese search, which is the English one.
+
+    Sphinx 9.0 calls it ``ChineseStemmer`` in the pages, and every search ends
+    in a JavaScript error (sphinx-doc/sphinx#14229).
+    """
+    from sphinx.search.zh import SearchChinese
+
+    SearchChinese.language_name = 'English'
+
+
 def setup(app):
     """Connect what is above to Sphinx."""
     if HERE == 'en':
         read_own_modules_only()
+    else:
+        mend_chinese_search()
     app.connect('source-read', read_page)
     app.connect('doctree-resolved', resolve_site_links)
     app.connect('missing-reference', find_exported)

@@ -338,7 +338,7 @@ def read_safely(trust: bool = False) -> None:
     all the same that PyTorch refused as unsafe; pickles and YAML files of a
     data set may run code. For the whole process. Every tool calls it; call
     it yourself before ``init_detector``, an inferencer or a runner of your
-    own reads a file of somebody else.
+    own reads a file from others.
 
     Args:
         trust (bool): Allow files to run code of their own while they are

@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -430,3 +431,19 @@ def goldens():
 def root():
     """Root of the checkout."""
     return ROOT
+
+
+@pytest.fixture(scope='module')
+def browser():
+    """A headless Chromium of the system."""
+    playwright = pytest.importorskip('playwright.sync_api')
+    names = ('chromium', 'chromium-browser', 'google-chrome')
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip('there is no Chromium: apt install chromium')
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(
+            executable_path=path, args=['--no-sandbox']
+        )
+        yield chromium
+        chromium.close()

@@ -135,7 +135,9 @@ def _known_files(
             path.is_relative_to(root)
             and any(p.startswith('.') for p in path.relative_to(root).parts)
         )
-        if hidden or not path.is_file():
+        # A link that leads nowhere is an input that cannot be read.
+        broken = path.is_symlink() and not path.exists()
+        if hidden or not (broken or path.is_file()):
             continue
         if results is not None and results in path.absolute().parents:
             continue

@@ -5,25 +5,17 @@ from typing import Optional
 
 import numpy as np
 from matplotlib.colors import hsv_to_rgb
-from matplotlib.font_manager import get_font_names
 from mmdet.visualization import DetLocalVisualizer
 
 from lors_plugin.inference.prediction import Prediction, name_of
+
+from .fonts import columns, font_families
 
 # RGB
 WHITE, DARK = (255, 255, 255), (40, 40, 40)
 HEADER = 34  # height in pixels
 # Pixels of the longer side of an image for which boxes are two pixels wide.
 USUAL_SIDE = 1000
-# Fonts of other scripts; those that are not installed are left out.
-FONTS = (
-    'Noto Sans CJK SC',
-    'Noto Sans CJK JP',
-    'Source Han Sans SC',
-    'Microsoft YaHei',
-    'PingFang SC',
-    'WenQuanYi Micro Hei',
-)
 
 
 class Painter:
@@ -36,6 +28,8 @@ class Painter:
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = classes
         self.visualizer = DetLocalVisualizer()
+        # Of boxes; headers put a font of even widths first.
+        self.families = font_families(''.join(classes))
         # Bright, and neighbours differ most.
         hues = (30 + 111 * np.arange(max(len(classes), 1))) % 180 / 180
         colors = [hsv_to_rgb((hue, 2 / 3, 1)) for hue in hues]
@@ -89,14 +83,14 @@ class Painter:
                 8 * scale,
                 'k',
                 horizontal_alignments='left' if left else 'right',
-                font_families=_families('sans-serif'),
+                font_families=[self.families],
                 bboxes=ground,
             )
         return self.visualizer.get_image()
 
     def header(self, width: int, parts: Sequence[tuple]) -> np.ndarray:
         """Write texts in their colours on a bar above a picture."""
-        total = sum(len(text) + 2 for text, _ in parts)
+        total = sum(columns(text) + 2 for text, _ in parts)
         advance = min(8.4, (width - 16) / total)  # pixels of a character
         size = advance / 0.602 * 72 / self.visualizer.dpi
         bar = np.full((HEADER, width, 3), DARK, np.uint8)
@@ -109,9 +103,9 @@ class Painter:
                 size,
                 color,
                 vertical_alignments='center',
-                font_families=_families('monospace'),
+                font_families=[['monospace', *self.families[1:]]],
             )
-            x += (len(text) + 2) * advance
+            x += (columns(text) + 2) * advance
         return self.visualizer.get_image()
 
     def prediction(
@@ -151,9 +145,3 @@ class Painter:
         parts = list(zip(texts, colors))[::-1]
         parts = parts or [('no class with such a score', WHITE)]
         return np.vstack([self.header(image.shape[1], parts), image])
-
-
-def _families(generic: str) -> list[list[str]]:
-    """Name a font and fallbacks for other scripts, for one text."""
-    installed = get_font_names()
-    return [[generic, *(name for name in FONTS if name in installed)]]

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
+from .fonts import font_families  # noqa: E402
+
 # From fine to coarse; further levels take colours of a map.
 LEVEL_COLORS = ('#ffe14d', '#ff8c1a', '#f0288c', '#3fa9f5')
 MARKERS = 'osD^vP*X<>'
@@ -125,6 +127,7 @@ def draw_texts(ax: Axes, view: StageView) -> None:
             np.clip(x1, left, right),
             np.clip(y1, top + 0.04 * (bottom - top), bottom),
             text,
+            family=font_families(text),
             color='white',
             fontsize=8,
             ha='right' if x1 > left + 0.85 * (right - left) else 'left',
@@ -282,6 +285,7 @@ def sampling_figure(
         0.5,
         1 - 0.08 / total[1],
         title,
+        family=font_families(title),
         ha='center',
         va='top',
         fontsize=min(11, 115 * total[0] / len(title)),

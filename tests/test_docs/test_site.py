@@ -116,6 +116,36 @@ def test_reference_holds_what_the_packages_export(site):
         assert name in anchors
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'name',
+    [
+        'en/user_guides/adapters',  # long paths in the text
+        'en/api/language',  # long types in signatures
+        'en/api/ops',  # long names in lists of parameters
+        'zh_cn/user_guides/adapters',
+    ],
+)
+def test_pages_fit_a_phone(site, browser, name):
+    page = browser.new_page(viewport=dict(width=390, height=800))
+    page.goto((site / f'{name}.html').as_uri())
+    width = page.evaluate('document.documentElement.scrollWidth')
+    assert width == 390
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'language, word', [('en', 'overlap'), ('zh_cn', '适配器')]
+)
+def test_search_finds_pages(site, browser, language, word):
+    """Sphinx 9.0 alone names a stemmer for Chinese that does not exist."""
+    page = browser.new_page()
+    page.goto((site / language / 'search.html').as_uri() + f'?q={word}')
+    link = page.locator('#search-results li a').first
+    link.wait_for(timeout=20_000)
+    assert link.get_attribute('href').endswith('.html')
+
+
 def test_model_zoo_has_every_config():
     zoo = runpy.run_path(str(ROOT / 'docs' / 'model_zoo.py'))['model_zoo']()
     rows = {}

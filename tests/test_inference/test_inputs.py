@@ -65,6 +65,13 @@ def test_results_of_an_earlier_run_are_no_inputs(folder):
     assert len(found) == 1
 
 
+def test_links_that_lead_nowhere_are_named(folder):
+    Path('photos/c.png').symlink_to('/nowhere/c.png')
+    Path('photos/d.txt').symlink_to('/nowhere/d.txt')
+    assert 'photos/c.png' in names(find_sources(['photos']))
+    assert 'photos/d.txt' not in names(find_sources(['photos']))
+
+
 def test_coco_files_name_images_and_their_ids(folder):
     images = [dict(id=7, file_name='a.jpg'), dict(id=3, file_name='no.jpg')]
     content = dict(images=images, annotations=[], categories=[])

@@ -1,7 +1,6 @@
 """``tools/demo.py``: what the page does, and the page in a browser."""
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -160,22 +159,6 @@ def test_without_gradio(tool, detector, monkeypatch, capsys):
         tool.main(['tiny model.py', 'w.pth'])
     assert error.value.code == 2
     assert 'pip install "gradio>=6"' in capsys.readouterr().err
-
-
-@pytest.fixture
-def browser():
-    """A headless Chromium of the system."""
-    playwright = pytest.importorskip('playwright.sync_api')
-    names = ('chromium', 'chromium-browser', 'google-chrome')
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip('there is no Chromium: apt install chromium')
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(
-            executable_path=path, args=['--no-sandbox']
-        )
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
