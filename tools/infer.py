@@ -4,8 +4,9 @@
 
 INPUT is an image, a folder, a pattern in quotes ('photos/**/*.jpg'), a video,
 the number of a webcam or a COCO file. CHECKPOINT holds a whole model or
-adapters alone, or is an ONNX file of tools/export.py. DIR/pictures has
-drawings and annotated videos. docs/en/user_guides/inference.md tells more.
+adapters alone, or is an ONNX or OpenVINO file of tools/export.py.
+DIR/pictures has drawings and annotated videos.
+docs/en/user_guides/inference.md tells more.
 
 Exit code 1 means that some inputs could not be read, and 2 a mistake in the
 command; 130 that it was interrupted: what was done by then is written.
@@ -35,7 +36,7 @@ from lors_plugin.inference import (
     read_frames,
 )
 from lors_plugin.inference.inputs import read_coco
-from lors_plugin.inference.predictor import ONNX
+from lors_plugin.inference.predictor import EXPORTED
 from lors_plugin.inference.writers import FORMATS, Results
 from lors_plugin.visualization.painter import Painter
 
@@ -50,7 +51,8 @@ def add_model_arguments(parser):
     add('config', help='config of the training, or of the merged model')
     add(
         'checkpoint',
-        help='weights, an adapter file, or NAME.onnx of tools/export.py',
+        help='weights, an adapter file, or NAME.onnx or NAME.xml of '
+        'tools/export.py',
     )
     add(
         '--base',
@@ -176,8 +178,8 @@ def load(args):
     cv2.setLogLevel(0)  # what cannot be read is named at the end
     read_safely(args.trust)
     cfg = load_config(args.config, args.cfg_options)
-    onnx = Path(args.checkpoint).suffix.lower() == ONNX
-    cuda = torch.cuda.is_available() and not onnx
+    exported = Path(args.checkpoint).suffix.lower() in EXPORTED
+    cuda = torch.cuda.is_available() and not exported
     device = args.device or ('cuda' if cuda else 'cpu')
     predictor = load_predictor(
         cfg, args.checkpoint, device, args.trust, args.amp, args.base

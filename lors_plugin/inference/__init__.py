@@ -4,7 +4,7 @@ from .errors import InferenceError
 from .inputs import Frame, Source, find_sources, read_frames
 from .prediction import Prediction
 from .predictor import (
-    OnnxPredictor,
+    ExportedPredictor,
     Predictor,
     TorchPredictor,
     adapters_off,
@@ -15,7 +15,7 @@ from .tiles import TiledPredictor
 __all__ = [
     'Frame',
     'InferenceError',
-    'OnnxPredictor',
+    'ExportedPredictor',
     'Prediction',
     'Predictor',
     'Source',

@@ -1,13 +1,12 @@
 """Trained models as functions from images to predictions.
 
 A checkpoint runs in PyTorch, a file of ``tools/export.py`` in ONNX
-Runtime. Both read and resize images by the test pipeline of the config, so
-that they see the same pixels as in ``tools/test.py``.
+Runtime or OpenVINO. All read and resize images by the test pipeline of the
+config, so that they see the same pixels as in ``tools/test.py``.
 """
 
 import abc
 import contextlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,9 +35,9 @@ from lors_plugin.checkpoints import (
     read_weights,
     weights_of,
 )
+from lors_plugin.deploy.engines import open_engine, read_metadata
 from lors_plugin.engine.checkpoint_fit import check_weights
 from lors_plugin.engine.hooks.finite_predictions_hook import not_finite
-from lors_plugin.export.onnx_file import ExportError, new_session
 from lors_plugin.reparam.structure import (
     adapt,
     build_base,
@@ -50,7 +49,8 @@ from lors_plugin.utils import type_name
 from .errors import InferenceError
 from .prediction import Prediction, name_of
 
-ONNX = '.onnx'
+# Files of tools/export.py.
+EXPORTED = ('.onnx', '.xml')
 
 
 def load_predictor(
@@ -66,8 +66,8 @@ def load_predictor(
     Args:
         cfg (Config): The config of the training, or of the merged model.
         checkpoint (str | Path): Weights of the whole model, an adapter file
-            (``adapter_only``), or an ONNX file of ``tools/export.py``, for
-            which no model is built.
+            (``adapter_only``), or an ONNX or OpenVINO file of
+            ``tools/export.py``, for which no model is built.
         device (str): Where PyTorch runs. Defaults to 'cpu'.
         trust (bool): Allow the file to run code of its own while it is
             read. Defaults to False.
@@ -92,14 +92,14 @@ def load_predictor(
         ) from None
     if kind == 'cuda' and not torch.cuda.is_available():
         raise InferenceError(f'device {device}: PyTorch finds no CUDA GPU')
-    if Path(checkpoint).suffix.lower() != ONNX:
+    if Path(checkpoint).suffix.lower() not in EXPORTED:
         return TorchPredictor(cfg, checkpoint, device, trust, amp, base)
     if amp or base or kind != 'cpu':
         raise InferenceError(
-            f'{checkpoint} runs in ONNX Runtime on the CPU: leave out '
-            'device, mixed precision and base'
+            f'{checkpoint} is an exported file and runs on the CPU: leave '
+            'out device, mixed precision and base'
         )
-    return OnnxPredictor(cfg, checkpoint)
+    return ExportedPredictor(cfg, checkpoint)
 
 
 class Predictor(abc.ABC):
@@ -464,22 +464,16 @@ def adapters_off(model: nn.Module) -> Iterator[int]:
             scale.copy_(value)
 
 
-class OnnxPredictor(Predictor):
-    """Predict in ONNX Runtime; see :func:`load_predictor`."""
+class ExportedPredictor(Predictor):
+    """Predict by an exported file; see :func:`load_predictor`."""
 
     def __init__(self, cfg: Config, path: Union[str, Path]) -> None:
         super().__init__(cfg)
-        if not Path(path).is_file():
-            raise InferenceError(f'{path} does not exist')
         try:
-            self.session = new_session(path)
-        except ExportError:
-            raise
-        except Exception as error:
-            # Errors of ONNX Runtime have no common base below Exception.
-            text = str(error).strip().split('\n')[0]
-            raise InferenceError(f'{path} cannot be read: {text}') from error
-        said = self.session.get_modelmeta().custom_metadata_map
+            self.engine = open_engine(path)
+        except (OSError, ValueError, ImportError) as error:
+            raise InferenceError(str(error)) from error
+        said = read_metadata(self.engine.metadata)
         if 'input' not in said or 'size_divisor' not in said:
             raise InferenceError(
                 f'{path} was not written by tools/export.py: its '
@@ -487,19 +481,17 @@ class OnnxPredictor(Predictor):
             )
         self.kind = said['input']
         self.order = said['channel_order']
-        self.mean, self.std = (json.loads(said[k]) for k in ('mean', 'std'))
+        self.mean, self.std = said['mean'], said['std']
         self.divisor = int(said['size_divisor'])
-        classes = json.loads(said['classes'])
         with self._scope():
-            self.classes = tuple(classes) or config_classes(cfg)
-        names = [entry.name for entry in self.session.get_outputs()]
-        self.detects = 'boxes' in names
-        shape = self.session.get_inputs()[0].shape
-        # Names stand for sizes that are open.
-        self.one_image = shape[0] == 1
-        sides = shape[2:]
-        fixed = all(isinstance(side, int) for side in sides)
-        self.fixed: Optional[tuple[int, int]] = tuple(sides) if fixed else None
+            self.classes = tuple(said['classes']) or config_classes(cfg)
+        self.detects = 'boxes' in self.engine.outputs
+        number, _, *sides = self.engine.shapes['images']
+        self.one_image = number == 1
+        # Sizes that are open are None.
+        self.fixed: Optional[tuple[int, int]] = (
+            None if None in sides else tuple(sides)
+        )
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Prediction]:
         """Predict for a batch, see :class:`Predictor`."""
@@ -520,12 +512,11 @@ class OnnxPredictor(Predictor):
         inputs = dict(images=batch)
         if self.detects:
             inputs['sizes'] = np.array([s[::-1] for s in shapes], np.float32)
-        names = [entry.name for entry in self.session.get_outputs()]
         try:
-            found = dict(zip(names, self.session.run(None, inputs)))
+            found = self.engine.run(inputs)
         except Exception as error:
             text = str(error).strip().split('\n')[0]
-            raise InferenceError(f'ONNX Runtime: {text}') from error
+            raise InferenceError(f'{self.engine.name}: {text}') from error
         if not all(np.isfinite(value).all() for value in found.values()):
             raise InferenceError('the prediction holds NaN or inf')
         return [

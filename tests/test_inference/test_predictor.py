@@ -74,28 +74,29 @@ def test_a_batch_predicts_as_single_images(predictor, photo, kind):
 
 
 @pytest.mark.parametrize(
-    ('kind', 'options'),
+    ('kind', 'ending', 'options'),
     [
-        ('detector', []),
-        ('classifier', ['--input', 'uint8', '--static']),
-        ('classifier', ['--input', 'normalized']),
+        ('detector', 'onnx', []),
+        ('classifier', 'onnx', ['--input', 'uint8', '--static']),
+        ('classifier', 'xml', ['--input', 'normalized']),
     ],
 )
-def test_onnx_files_predict_as_pytorch(
+def test_exported_files_predict_as_pytorch(
     predictor,
     weights,
     photo,
     tmp_path,
     kind,
+    ending,
     options,
     new_config,
 ):
-    pytest.importorskip('onnxruntime')
+    pytest.importorskip('openvino' if ending == 'xml' else 'onnxruntime')
     import export
 
     cfg = new_config(kind)
     (tmp_path / 'config.py').write_text(cfg.pretty_text)
-    path = tmp_path / 'model.onnx'
+    path = tmp_path / f'model.{ending}'
     argv = [str(tmp_path / 'config.py'), str(weights[kind]), str(path)]
     assert export.main([*argv, '--no-check', *options]) == 0
     found = load_predictor(cfg, path)
@@ -115,12 +116,14 @@ def test_onnx_files_predict_as_pytorch(
         load_predictor(cfg, path, amp=True)
 
 
-@pytest.mark.parametrize('content', [b'', b'text'])
-def test_onnx_files_of_others(tmp_path, content, new_config):
-    pytest.importorskip('onnxruntime')
-    path = tmp_path / 'a.onnx'
-    path.write_bytes(content)
-    with pytest.raises(InferenceError, match=r'a\.onnx'):
+@pytest.mark.parametrize('name', ['a.onnx', 'a.xml'])
+@pytest.mark.parametrize('content', [None, b'', b'text'])
+def test_exported_files_of_others(tmp_path, content, name, new_config):
+    pytest.importorskip('openvino' if name == 'a.xml' else 'onnxruntime')
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InferenceError, match=name):
         load_predictor(new_config('detector'), path)
 
 
