@@ -353,7 +353,9 @@ def build_page(demo: Demo, samples: list, title: str, max_upload: int = 20):
             try:
                 return demo.look(path), 'Drawing ...'
             except (InferenceError, RuntimeError) as error:
-                return None, f'**This photo cannot be used.** {error}'
+                # Uploads lie in a folder that says nothing to the visitor.
+                text = str(error).replace(path, Path(path).name)
+                return None, f'**This photo cannot be used.** {text}'
 
         def show(found, score_thr, chosen, said):
             if found is None:
