@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from mmengine.config import DictAction
 
-import lors_plugin  # noqa: F401 - first: it makes mmcv.ops importable
+import lors_plugin.models  # noqa: F401 - before the hosts
 from lors_plugin.adamixer import AdaMixer
 from lors_plugin.build import (
     build_model,

@@ -4,11 +4,6 @@ Papers: `AdaMixer <https://arxiv.org/abs/2203.16507>`_ and `LORS
 <https://arxiv.org/abs/2403.04303>`_, section 3.4.
 """
 
-# ruff: noqa: E402
-from lors_plugin.compat import drop_debug_messages
-
-drop_debug_messages()  # before the first import of a host
-
 from .criterion import SetCriterion
 from .decoder import AdaMixerDecoder
 from .detector import AdaMixer

@@ -130,6 +130,12 @@ def read_weights(
     return weights_of(load_checkpoint_file(path, trust), ema, path)
 
 
+def state_of(content: dict) -> Any:
+    """Return what MMEngine, many other programs and DeepSpeed call weights."""
+    names = ('state_dict', 'model', 'module')
+    return next((content[n] for n in names if n in content), content)
+
+
 def weights_of(
     content: dict, ema: bool = True, path: Any = 'the checkpoint'
 ) -> dict[str, Tensor]:
@@ -150,7 +156,7 @@ def weights_of(
     Raises:
         ConversionError: If there are no weights, or keys are no names.
     """
-    state = content.get('state_dict', content.get('model', content))
+    state = state_of(content)
     if not ema:
         state = content.get('ema_state_dict') or state
     weights: dict[str, Tensor] = {}
@@ -208,7 +214,7 @@ def check_content(content: Any, path: Any) -> dict:
                 f'{path}: its {name} is a {type(value).__name__}, not a '
                 'dictionary'
             )
-    state = content.get('state_dict', content.get('model', content))
+    state = state_of(content)
     for weights in (state, content.get('ema_state_dict')):
         if isinstance(weights, dict):
             _check_values(weights, path)

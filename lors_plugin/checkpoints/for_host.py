@@ -5,7 +5,7 @@ from collections import OrderedDict
 from typing import Any
 
 from .convert import ConversionError
-from .files import check_content, unwrapped_key
+from .files import check_content, state_of, unwrapped_key
 
 # Entries that MMEngine executes as Python, in `meta` and `message_hub`.
 _CONFIG_TEXTS = ('cfg', 'config')
@@ -16,7 +16,7 @@ def content_for_host(content: Any, path: Any) -> dict:
 
     The texts of configs are left out: the runner executes one when it
     resumes, inferencers another. Names of weights are unwrapped, which the
-    host does for ``module.`` only.
+    host does for ``module.`` only, and weights are always its ``state_dict``.
 
     Args:
         content (Any): What was read.
@@ -36,10 +36,12 @@ def content_for_host(content: Any, path: Any) -> dict:
     if isinstance(hub, dict) and isinstance(hub.get('runtime_info'), dict):
         info = _without_config(hub['runtime_info'])
         content['message_hub'] = {**hub, 'runtime_info': info}
-    if 'state_dict' not in content:
-        return _unwrap(content, path)
-    content['state_dict'] = _unwrap(content['state_dict'], path)
-    return content
+    found = state_of(content)
+    state = _unwrap(found, path)
+    # Some hooks of the host look nowhere else.
+    if found is content:
+        return dict(state_dict=state)
+    return {**content, 'state_dict': state}
 
 
 def _without_config(values: dict) -> dict:

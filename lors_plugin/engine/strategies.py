@@ -106,6 +106,12 @@ def _problems_of_deepspeed(cfg: dict, strategy: dict) -> list[str]:
     ):
         if wrapper.get(name):
             found.append(f'optim_wrapper.{name}: set strategy.{other}')
+    if (strategy.get('zero_optimization') or {}).get('stage') == 3:
+        found.append(
+            'strategy.zero_optimization.stage: 3 needs the same modules in '
+            'the same order on all ranks, but the losses of a batch without '
+            'boxes leave some out, where it fails; set 2'
+        )
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     if hook.get('type') == 'lors_plugin.CheckpointHook':
         found.append(

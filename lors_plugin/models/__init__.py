@@ -2,6 +2,7 @@
 
 from lors_plugin.adapters import build_adapted_model
 from lors_plugin.compat import (
+    drop_debug_messages,
     explain_import,
     register_configs,
     register_safe_globals,
@@ -25,6 +26,7 @@ from lors_plugin.parameternet import (
 from .simple_feature_pyramid import SimpleFeaturePyramid
 
 try:
+    drop_debug_messages()  # of MMDetection's import
     from lors_plugin.adamixer import (
         AdaMixer,
         AdaMixerDecoder,

@@ -282,11 +282,19 @@ def test_failure_while_renaming_leaves_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     'content',
-    [STATE, dict(state_dict=STATE), dict(model=STATE), OrderedDict(STATE)],
-    ids=['bare', 'state_dict', 'model', 'ordered'],
+    [
+        STATE,
+        dict(state_dict=STATE),
+        dict(model=STATE),
+        dict(module=STATE),  # DeepSpeed
+        OrderedDict(STATE),
+    ],
+    ids=['bare', 'state_dict', 'model', 'module', 'ordered'],
 )
 def test_weights_wherever_they_are(content):
     assert_close(weights_of(content), STATE)
+    # EMAHook of MMEngine looks nowhere else.
+    assert_close(content_for_host(content, 'a.pth')['state_dict'], STATE)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,15 @@ DEEP = dict(
         (
             DEEP,
             dict(
+                strategy=dict(
+                    type='DeepSpeedStrategy', zero_optimization=dict(stage=3)
+                )
+            ),
+            'same order on all ranks.*set 2',
+        ),
+        (
+            DEEP,
+            dict(
                 default_hooks=dict(
                     checkpoint=dict(type='lors_plugin.CheckpointHook')
                 )
