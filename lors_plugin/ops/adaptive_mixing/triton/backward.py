@@ -41,9 +41,7 @@ def spatial_bwd(
     BP: tl.constexpr,
     BC: tl.constexpr,
     BQ: tl.constexpr,
-    BK: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HOW: tl.constexpr,
     p_0,
 ):
     """Gradients before the second norm and of the spatial matrix."""
@@ -57,20 +55,14 @@ def spatial_bwd(
         o = o_q[:, None] * C + o_c[None, :]
         b_z = matmul(
             tl.zeros((BQ, BC), tl.float32),
-            p_st,
-            P,
-            1,
-            p_y,
-            C,
-            1,
+            (p_st, P, 1),
+            (p_y, C, 1),
             o_q,
             o_c,
             Q,
             C,
             P,
-            BK,
-            DOT,
-            PRECISION,
+            HOW,
             p_0,
             RELU=True,
         )
@@ -97,20 +89,14 @@ def spatial_bwd(
         o_q = i_q + tl.arange(0, BQ)
         b_ds = matmul(
             tl.zeros((BQ, BP), tl.float32),
-            p_dz,
-            C,
-            1,
-            p_y,
-            1,
-            C,
+            (p_dz, C, 1),
+            (p_y, 1, C),
             o_q,
             o_p,
             Q,
             P,
             C,
-            BK,
-            DOT,
-            PRECISION,
+            HOW,
             p_0,
             RELU=True,
         )
@@ -162,6 +148,7 @@ def adaptive_mixing_bwd_kernel(
     FRESH: tl.constexpr,
 ):
     """All gradients of groups of queries, one after the other."""
+    HOW: tl.constexpr = (BK, DOT, PRECISION)
     o_p = tl.arange(0, BP)
     o_c = tl.arange(0, BC)
     m_pc = (o_p < P)[:, None] & (o_c < C)[None, :]
@@ -199,9 +186,7 @@ def adaptive_mixing_bwd_kernel(
             BP,
             BC,
             BKC,
-            BK,
-            DOT,
-            PRECISION,
+            HOW,
             p_0,
         )
         store(p_y, (b_y - y_mean) * y_rstd, C, 1, o_p, o_c, m_pc)
@@ -224,9 +209,7 @@ def adaptive_mixing_bwd_kernel(
                 BP,
                 BQ,
                 BKS,
-                BK,
-                DOT,
-                PRECISION,
+                HOW,
                 p_0,
             )
         p_sf = p_st if KS > 0 else p_s
@@ -244,9 +227,7 @@ def adaptive_mixing_bwd_kernel(
             BP,
             BC,
             BQ,
-            BK,
-            DOT,
-            PRECISION,
+            HOW,
             p_0,
         )
         if KS > 0:
@@ -267,32 +248,13 @@ def adaptive_mixing_bwd_kernel(
                 BP,
                 BQ,
                 BKS,
-                BK,
-                DOT,
-                PRECISION,
+                HOW,
                 p_0,
                 p_0 if FRESH else None,
             )
 
         b = tl.zeros((BP, BC), tl.float32)
-        b = matmul(
-            b,
-            p_sf,
-            1,
-            P,
-            p_dz,
-            C,
-            1,
-            o_p,
-            o_c,
-            P,
-            C,
-            Q,
-            BK,
-            DOT,
-            PRECISION,
-            p_0,
-        )
+        b = matmul(b, (p_sf, 1, P), (p_dz, C, 1), o_p, o_c, P, C, Q, HOW, p_0)
         b_y = tl.load(p_y + o_pc, mask=m_pc, other=0).to(tl.float32)
         b_g = tl.where(b_y > 0, b, 0.0)
         mean_g = tl.sum(tl.sum(b_g, 1), 0) / (P * C)
@@ -325,54 +287,20 @@ def adaptive_mixing_bwd_kernel(
                 BP,
                 BC,
                 BKC,
-                BK,
-                DOT,
-                PRECISION,
+                HOW,
                 p_0,
                 p_0 if FRESH else None,
             )
             b = matmul(
-                b,
-                p_u,
-                KR,
-                1,
-                p_l,
-                1,
-                KR,
-                o_p,
-                o_c,
-                P,
-                C,
-                KR,
-                BK,
-                DOT,
-                PRECISION,
-                p_0,
+                b, (p_u, KR, 1), (p_l, 1, KR), o_p, o_c, P, C, KR, HOW, p_0
             )
-        b = matmul(
-            b, p_y, C, 1, p_m, 1, C, o_p, o_c, P, C, C, BK, DOT, PRECISION, p_0
-        )
+        b = matmul(b, (p_y, C, 1), (p_m, 1, C), o_p, o_c, P, C, C, HOW, p_0)
         store(p_dx + i_m * P * C, b, C, 1, o_p, o_c, m_pc)
         for i_c in range(0, C, BQ):
             o_k = i_c + tl.arange(0, BQ)
             b_dm = tl.zeros((BQ, BC), tl.float32)
             b_dm = matmul(
-                b_dm,
-                p_xm,
-                1,
-                C,
-                p_y,
-                C,
-                1,
-                o_k,
-                o_c,
-                C,
-                C,
-                P,
-                BK,
-                DOT,
-                PRECISION,
-                p_0,
+                b_dm, (p_xm, 1, C), (p_y, C, 1), o_k, o_c, C, C, P, HOW, p_0
             )
             m = (o_k < C)[:, None] & (o_c < C)[None, :]
             store(p_dm, b_dm, C, 1, o_k, o_c, m)

@@ -9,6 +9,10 @@ the level-2 cache.
 
 Left factors are matrices of ``K r`` columns, right factors of ``K r`` rows.
 The cores are the blocks on the diagonal of a matrix between them.
+
+A matrix that is multiplied is given as its pointer and the strides of its
+rows and columns. ``HOW`` holds what is the same for all products of a kernel:
+the length of a slice, the type and the precision.
 """
 
 import triton
@@ -18,20 +22,14 @@ import triton.language as tl
 @triton.jit
 def matmul(
     b,  # (len(o_i), len(o_j)), what to add to
-    p_a,
-    A_ROW: tl.constexpr,
-    A_COL: tl.constexpr,
-    p_b,
-    B_ROW: tl.constexpr,
-    B_COL: tl.constexpr,
+    a_matrix,
+    b_matrix,
     o_i,
     o_j,
     I: tl.constexpr,  # noqa: E741
     J: tl.constexpr,
     D: tl.constexpr,
-    BK: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HOW: tl.constexpr,
     p_0,
     CORE: tl.constexpr = 0,
     RELU: tl.constexpr = False,
@@ -45,6 +43,13 @@ def matmul(
     unroll all loops, share offsets between products and keep them all in
     registers.
     """
+    p_a, p_b = a_matrix[0], b_matrix[0]
+    A_ROW: tl.constexpr = a_matrix[1]
+    A_COL: tl.constexpr = a_matrix[2]
+    B_ROW: tl.constexpr = b_matrix[1]
+    B_COL: tl.constexpr = b_matrix[2]
+    BK: tl.constexpr = HOW[0]
+    DOT: tl.constexpr = HOW[1]
     i_0 = tl.multiple_of(tl.load(p_0, volatile=True), 16)
     o_i += i_0
     o_j += i_0
@@ -63,7 +68,7 @@ def matmul(
         b_b = tl.load(p_b + o_b, mask=m_b, other=0).to(DOT)
         if RELU:
             b_b = tl.where(b_b > 0, b_b, 0.0).to(DOT)
-        b = tl.dot(b_a, b_b, b, input_precision=PRECISION)
+        b = tl.dot(b_a, b_b, b, input_precision=HOW[2])
     return b
 
 
@@ -97,9 +102,7 @@ def channel_step(
     BP: tl.constexpr,
     BC: tl.constexpr,
     BKR: tl.constexpr,
-    BK: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HOW: tl.constexpr,
     p_0,
 ):
     """Multiply ``x (M + L E R)``, the low-rank part kept in factors."""
@@ -112,67 +115,29 @@ def channel_step(
         m_t = (o_p < P)[:, None] & (o_j < KR)[None, :]
         b_0 = tl.zeros((BP, BKR), tl.float32)
         b_t = matmul(
-            b_0,
-            p_x,
-            C,
-            1,
-            p_l,
-            KR,
-            1,
-            o_p,
-            o_j,
-            P,
-            KR,
-            C,
-            BK,
-            DOT,
-            PRECISION,
-            p_0,
+            b_0, (p_x, C, 1), (p_l, KR, 1), o_p, o_j, P, KR, C, HOW, p_0
         )
         store(p_t, b_t, KR, 1, o_p, o_j, m_t)
         tl.debug_barrier()
         b_u = matmul(
             b_0,
-            p_t,
-            KR,
-            1,
-            p_e,
-            R,
-            1,
+            (p_t, KR, 1),
+            (p_e, R, 1),
             o_p,
             o_j,
             P,
             KR,
             KR,
-            BK,
-            DOT,
-            PRECISION,
+            HOW,
             p_0,
             CORE=R,
         )
         store(p_u, b_u, KR, 1, o_p, o_j, m_t)
         tl.debug_barrier()
         b_y = matmul(
-            b_y,
-            p_u,
-            KR,
-            1,
-            p_r,
-            C,
-            1,
-            o_p,
-            o_c,
-            P,
-            C,
-            KR,
-            BK,
-            DOT,
-            PRECISION,
-            p_0,
+            b_y, (p_u, KR, 1), (p_r, C, 1), o_p, o_c, P, C, KR, HOW, p_0
         )
-    return matmul(
-        b_y, p_x, C, 1, p_m, C, 1, o_p, o_c, P, C, C, BK, DOT, PRECISION, p_0
-    )
+    return matmul(b_y, (p_x, C, 1), (p_m, C, 1), o_p, o_c, P, C, C, HOW, p_0)
 
 
 @triton.jit
@@ -190,33 +155,16 @@ def spatial_step(
     BP: tl.constexpr,
     BQ: tl.constexpr,
     BKR: tl.constexpr,
-    BK: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HOW: tl.constexpr,
     p_0,
 ):
     """Form ``S + L E R``: fewer products than keeping the factors."""
     KR: tl.constexpr = K * R
     o_p = tl.arange(0, BP)
     o_j = tl.arange(0, BKR)
+    b_0 = tl.zeros((BP, BKR), tl.float32)
     b_f = matmul(
-        tl.zeros((BP, BKR), tl.float32),
-        p_r,
-        1,
-        P,
-        p_e,
-        1,
-        R,
-        o_p,
-        o_j,
-        P,
-        KR,
-        KR,
-        BK,
-        DOT,
-        PRECISION,
-        p_0,
-        CORE=R,
+        b_0, (p_r, 1, P), (p_e, 1, R), o_p, o_j, P, KR, KR, HOW, p_0, CORE=R
     )
     m_f = (o_p < P)[:, None] & (o_j < KR)[None, :]
     store(p_f, b_f, KR, 1, o_p, o_j, m_f)
@@ -227,22 +175,7 @@ def spatial_step(
         o = o_q[:, None] * P + o_p[None, :]
         b_s = tl.load(p_s + o, mask=m, other=0).to(tl.float32)
         b_s = matmul(
-            b_s,
-            p_l,
-            KR,
-            1,
-            p_f,
-            1,
-            KR,
-            o_q,
-            o_p,
-            Q,
-            P,
-            KR,
-            BK,
-            DOT,
-            PRECISION,
-            p_0,
+            b_s, (p_l, KR, 1), (p_f, 1, KR), o_q, o_p, Q, P, KR, HOW, p_0
         )
         store(p_st, b_s, P, 1, o_q, o_p, m)
     tl.debug_barrier()
@@ -283,6 +216,7 @@ def adaptive_mixing_fwd_kernel_steps(
     EPS: tl.constexpr,
 ):
     """Mix groups of queries, one after the other; scratch is float32."""
+    HOW: tl.constexpr = (BK, DOT, PRECISION)
     o_p = tl.arange(0, BP)
     o_c = tl.arange(0, BC)
     m_pc = (o_p < P)[:, None] & (o_c < C)[None, :]
@@ -311,9 +245,7 @@ def adaptive_mixing_fwd_kernel_steps(
             BP,
             BC,
             BKC,
-            BK,
-            DOT,
-            PRECISION,
+            HOW,
             p_0,
         )
         y_mean = tl.sum(tl.sum(b_y, 1), 0) / (P * C)
@@ -339,9 +271,7 @@ def adaptive_mixing_fwd_kernel_steps(
                 BP,
                 BQ,
                 BKS,
-                BK,
-                DOT,
-                PRECISION,
+                HOW,
                 p_0,
             )
         z_sum = 0.0
@@ -350,22 +280,7 @@ def adaptive_mixing_fwd_kernel_steps(
             b_z = tl.zeros((BQ, BC), tl.float32)
             p_a = p_st if KS > 0 else p_sm
             b_z = matmul(
-                b_z,
-                p_a,
-                P,
-                1,
-                p_y,
-                C,
-                1,
-                o_q,
-                o_c,
-                Q,
-                C,
-                P,
-                BK,
-                DOT,
-                PRECISION,
-                p_0,
+                b_z, (p_a, P, 1), (p_y, C, 1), o_q, o_c, Q, C, P, HOW, p_0
             )
             m_qc = (o_q < Q)[:, None] & (o_c < C)[None, :]
             store(p_z, b_z, C, 1, o_q, o_c, m_qc)

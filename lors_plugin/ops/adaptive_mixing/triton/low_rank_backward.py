@@ -39,9 +39,7 @@ def spatial_low_rank_bwd(
     BP: tl.constexpr,
     BQ: tl.constexpr,
     BKR: tl.constexpr,
-    BK: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HOW: tl.constexpr,
     p_0,
     p_fresh,  # p_0 or None, see store
 ):
@@ -53,55 +51,21 @@ def spatial_low_rank_bwd(
         o_q = i_q + tl.arange(0, BQ)
         b_dl = tl.zeros((BQ, BKR), tl.float32)
         b_dl = matmul(
-            b_dl,
-            p_ds,
-            P,
-            1,
-            p_f,
-            KR,
-            1,
-            o_q,
-            o_j,
-            Q,
-            KR,
-            P,
-            BK,
-            DOT,
-            PRECISION,
-            p_0,
+            b_dl, (p_ds, P, 1), (p_f, KR, 1), o_q, o_j, Q, KR, P, HOW, p_0
         )
         m = (o_q < Q)[:, None] & (o_j < KR)[None, :]
         store(p_dl, b_dl, KR, 1, o_q, o_j, m, p_fresh)
     b = tl.zeros((BKR, BP), tl.float32)
-    b = matmul(
-        b, p_l, 1, KR, p_ds, P, 1, o_j, o_p, KR, P, Q, BK, DOT, PRECISION, p_0
-    )
+    b = matmul(b, (p_l, 1, KR), (p_ds, P, 1), o_j, o_p, KR, P, Q, HOW, p_0)
     m = (o_j < KR)[:, None] & (o_p < P)[None, :]
     store(p_a, b, P, 1, o_j, o_p, m, p_fresh)
     tl.debug_barrier()
     b = tl.zeros((BKR, BKR), tl.float32)
-    b = matmul(
-        b, p_a, P, 1, p_r, 1, P, o_j, o_j, KR, KR, P, BK, DOT, PRECISION, p_0
-    )
+    b = matmul(b, (p_a, P, 1), (p_r, 1, P), o_j, o_j, KR, KR, P, HOW, p_0)
     store_cores(p_de, b, K, R, BKR)
+    b = tl.zeros((BP, BKR), tl.float32)
     b = matmul(
-        tl.zeros((BP, BKR), tl.float32),
-        p_a,
-        1,
-        P,
-        p_e,
-        R,
-        1,
-        o_p,
-        o_j,
-        P,
-        KR,
-        KR,
-        BK,
-        DOT,
-        PRECISION,
-        p_0,
-        CORE=R,
+        b, (p_a, 1, P), (p_e, R, 1), o_p, o_j, P, KR, KR, HOW, p_0, CORE=R
     )
     m = (o_p < P)[:, None] & (o_j < KR)[None, :]
     store(p_dr, b, 1, P, o_p, o_j, m, p_fresh)
@@ -127,9 +91,7 @@ def channel_low_rank_bwd(
     BP: tl.constexpr,
     BC: tl.constexpr,
     BKR: tl.constexpr,
-    BK: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HOW: tl.constexpr,
     p_0,
     p_fresh,  # p_0 or None, see store
 ):
@@ -140,46 +102,22 @@ def channel_low_rank_bwd(
     o_j = tl.arange(0, BKR)
     m_t = (o_p < P)[:, None] & (o_j < KR)[None, :]
     b = tl.zeros((BKR, BC), tl.float32)
-    b = matmul(
-        b, p_u, 1, KR, p_dy, C, 1, o_j, o_c, KR, C, P, BK, DOT, PRECISION, p_0
-    )
+    b = matmul(b, (p_u, 1, KR), (p_dy, C, 1), o_j, o_c, KR, C, P, HOW, p_0)
     m = (o_j < KR)[:, None] & (o_c < C)[None, :]
     store(p_dr, b, C, 1, o_j, o_c, m, p_fresh)
     b_0 = tl.zeros((BP, BKR), tl.float32)
-    b = matmul(
-        b_0, p_dy, C, 1, p_r, 1, C, o_p, o_j, P, KR, C, BK, DOT, PRECISION, p_0
-    )
+    b = matmul(b_0, (p_dy, C, 1), (p_r, 1, C), o_p, o_j, P, KR, C, HOW, p_0)
     store(p_v, b, KR, 1, o_p, o_j, m_t, p_fresh)
     tl.debug_barrier()
     b = tl.zeros((BKR, BKR), tl.float32)
-    b = matmul(
-        b, p_t, 1, KR, p_v, KR, 1, o_j, o_j, KR, KR, P, BK, DOT, PRECISION, p_0
-    )
+    b = matmul(b, (p_t, 1, KR), (p_v, KR, 1), o_j, o_j, KR, KR, P, HOW, p_0)
     store_cores(p_de, b, K, R, BKR)
     b = matmul(
-        b_0,
-        p_v,
-        KR,
-        1,
-        p_e,
-        1,
-        R,
-        o_p,
-        o_j,
-        P,
-        KR,
-        KR,
-        BK,
-        DOT,
-        PRECISION,
-        p_0,
-        CORE=R,
+        b_0, (p_v, KR, 1), (p_e, 1, R), o_p, o_j, P, KR, KR, HOW, p_0, CORE=R
     )
     store(p_w, b, KR, 1, o_p, o_j, m_t, p_fresh)
     tl.debug_barrier()
     b = tl.zeros((BC, BKR), tl.float32)
-    b = matmul(
-        b, p_x, 1, C, p_w, KR, 1, o_c, o_j, C, KR, P, BK, DOT, PRECISION, p_0
-    )
+    b = matmul(b, (p_x, 1, C), (p_w, KR, 1), o_c, o_j, C, KR, P, HOW, p_0)
     m = (o_c < C)[:, None] & (o_j < KR)[None, :]
     store(p_dl, b, KR, 1, o_c, o_j, m, p_fresh)
