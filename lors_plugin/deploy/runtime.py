@@ -12,7 +12,7 @@ padded, so that results are those of the host's inferencers.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -109,10 +109,10 @@ class _Model:
             ready.append(image)
             scales.append(scale)
             if len(ready) == self.batch_size:
-                yield self._stack(ready), scales
+                yield stack(ready, self.engine, self.metadata), scales
                 ready, scales = [], []
         if ready:
-            yield self._stack(ready), scales
+            yield stack(ready, self.engine, self.metadata), scales
 
     def _read(self, image: Image) -> np.ndarray:
         gray = self.channels == 1
@@ -121,37 +121,6 @@ class _Model:
         if is_rgb and not gray:
             found = found[..., ::-1]
         return np.ascontiguousarray(found)
-
-    def _stack(self, images: list) -> dict[str, np.ndarray]:
-        """Normalise images, pad them to one size and stack them."""
-        said = self.metadata
-        divisor = said['size_divisor'] or 1
-        largest = [max(sides) for sides in zip(*(i.shape[:2] for i in images))]
-        target = [
-            fixed or -(-side // divisor) * divisor
-            for fixed, side in zip(self.fixed, largest)
-        ]
-        kind = np.uint8 if said['input'] == 'uint8' else np.float32
-        # The number of images of a file may be fixed.
-        number = self.engine.shapes['images'][0] or len(images)
-        batch = np.zeros((number, self.channels, *target), kind)
-        for place, image in zip(batch, images):
-            if image.ndim == 2:
-                image = image[..., None]
-            elif said['channel_order'] == 'RGB':
-                image = image[..., ::-1]
-            value = 0
-            if said['input'] == 'normalized':
-                value, image = said['pad_value'], image.astype(np.float32)
-                if said['mean'] is not None:
-                    image -= np.float32(said['mean'])
-                    image /= np.float32(said['std'])
-            place[...] = pad(image, target, value).transpose(2, 0, 1)
-        if 'sizes' not in self.engine.shapes:
-            return dict(images=batch)
-        sizes = [image.shape[1::-1] for image in images]
-        sizes += sizes[-1:] * (number - len(sizes))
-        return dict(images=batch, sizes=np.float32(sizes))
 
 
 class Detector(_Model):
@@ -245,6 +214,56 @@ class Classifier(_Model):
             for values in scores[: len(scales)]:
                 labels = np.argsort(-values, kind='stable')[: self.top]
                 yield dict(labels=labels, scores=values[labels])
+
+
+def stack(
+    images: Sequence[np.ndarray], engine: Any, metadata: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Normalise images as a file wants them, pad them to one size, stack them.
+
+    Args:
+        images (Sequence[np.ndarray]): Shapes (H, W, 3) in BGR, or (H, W) or
+            (H, W, 1) in gray; resized, pixels from 0 to 255. As many as the
+            file takes at the most.
+        engine (Any): Of the file.
+        metadata (Mapping): What :func:`~.engines.read_metadata` returned.
+
+    Returns:
+        dict[str, np.ndarray]: ``images`` (B, C, H, W) and, for detectors,
+        ``sizes`` (B, 2).
+
+    Raises:
+        ValueError: If one is larger than the file takes.
+    """
+    count, channels, *fixed = engine.shapes['images']
+    divisor = int(metadata['size_divisor'] or 1)
+    largest = [max(sides) for sides in zip(*(i.shape[:2] for i in images))]
+    target = [
+        side or -(-most // divisor) * divisor
+        for side, most in zip(fixed, largest)
+    ]
+    kind = np.uint8 if metadata['input'] == 'uint8' else np.float32
+    # The number of images of a file may be fixed.
+    number = count or len(images)
+    batch = np.zeros((number, channels, *target), kind)
+    for place, image in zip(batch, images):
+        if image.ndim == 2:
+            image = image[..., None]
+        elif metadata['channel_order'] == 'RGB':
+            image = image[..., ::-1]
+        value = 0
+        if metadata['input'] == 'normalized':
+            value = metadata.get('pad_value', 0)
+            image = image.astype(np.float32)
+            if metadata['mean'] is not None:
+                image -= np.float32(metadata['mean'])
+                image /= np.float32(metadata['std'])
+        place[...] = pad(image, target, value).transpose(2, 0, 1)
+    if 'sizes' not in engine.shapes:
+        return dict(images=batch)
+    sizes = [image.shape[1::-1] for image in images]
+    sizes += sizes[-1:] * (number - len(sizes))
+    return dict(images=batch, sizes=np.float32(sizes))
 
 
 def load(

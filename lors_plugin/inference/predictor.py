@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
-from torch import Tensor, nn
+from torch import nn
 
 from lors_plugin.adapters import (
     AdapterFileError,
@@ -36,6 +36,7 @@ from lors_plugin.checkpoints import (
     weights_of,
 )
 from lors_plugin.deploy.engines import open_engine, read_metadata
+from lors_plugin.deploy.runtime import stack
 from lors_plugin.engine.checkpoint_fit import check_weights
 from lors_plugin.engine.hooks.finite_predictions_hook import not_finite
 from lors_plugin.reparam.structure import (
@@ -471,94 +472,62 @@ class ExportedPredictor(Predictor):
         super().__init__(cfg)
         try:
             self.engine = open_engine(path)
-        except (OSError, ValueError, ImportError) as error:
+        except (ImportError, OSError, ValueError) as error:
             raise InferenceError(str(error)) from error
-        said = read_metadata(self.engine.metadata)
-        if 'input' not in said or 'size_divisor' not in said:
+        self.said = read_metadata(self.engine.metadata)
+        if 'input' not in self.said or 'size_divisor' not in self.said:
             raise InferenceError(
                 f'{path} was not written by tools/export.py: its '
                 'metadata do not say what images it takes'
             )
-        self.kind = said['input']
-        self.order = said['channel_order']
-        self.mean, self.std = said['mean'], said['std']
-        self.divisor = int(said['size_divisor'])
         with self._scope():
-            self.classes = tuple(said['classes']) or config_classes(cfg)
+            self.classes = tuple(self.said['classes']) or config_classes(cfg)
         self.detects = 'boxes' in self.engine.outputs
-        number, _, *sides = self.engine.shapes['images']
-        self.one_image = number == 1
-        # Sizes that are open are None.
-        self.fixed: Optional[tuple[int, int]] = (
-            None if None in sides else tuple(sides)
-        )
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Prediction]:
         """Predict for a batch, see :class:`Predictor`."""
-        if self.one_image and len(images) > 1:
-            return [self([image])[0] for image in images]
+        step = self.engine.shapes['images'][0] or len(images)
+        if len(images) > step:
+            starts = range(0, len(images), step)
+            return [p for i in starts for p in self(images[i : i + step])]
         packed = [self.prepare(image) for image in images]
-        arrays = [self._array(item['inputs']) for item in packed]
-        shapes = [array.shape[1:] for array in arrays]
-        shape = self._shape(shapes)
-        batch = np.stack(
-            [
-                np.pad(
-                    array, [(0, 0), *((0, b - a) for a, b in zip(s, shape))]
-                )
-                for array, s in zip(arrays, shapes)
-            ]
-        )
-        inputs = dict(images=batch)
-        if self.detects:
-            inputs['sizes'] = np.array([s[::-1] for s in shapes], np.float32)
+        arrays = [item['inputs'].numpy().transpose(1, 2, 0) for item in packed]
+        self._check_sizes(arrays)
         try:
-            found = self.engine.run(inputs)
+            found = self.engine.run(stack(arrays, self.engine, self.said))
         except Exception as error:
+            # Errors of engines have no common base below Exception.
             text = str(error).strip().split('\n')[0]
             raise InferenceError(f'{self.engine.name}: {text}') from error
+        # Of a fixed number of images, the last ones may be empty.
+        found = {name: value[: len(images)] for name, value in found.items()}
         if not all(np.isfinite(value).all() for value in found.values()):
             raise InferenceError('the prediction holds NaN or inf')
         return [
             self._prediction(
                 {name: value[index] for name, value in found.items()},
-                packed[index]['data_samples'].metainfo,
+                item['data_samples'].metainfo,
             )
-            for index in range(len(images))
+            for index, item in enumerate(packed)
         ]
 
-    def _array(self, image: Tensor) -> np.ndarray:
-        """Bring the channels into the order and type of the file."""
-        array = image.numpy()
-        if len(array) == 3 and self.order == 'RGB':
-            array = array[::-1]
-        if self.kind == 'uint8':
-            return np.ascontiguousarray(array, np.uint8)
-        array = array.astype(np.float32)
-        if self.kind == 'normalized' and self.mean is not None:
-            mean, std = (
-                np.array(value, np.float32)[:, None, None]
-                for value in (self.mean, self.std)
-            )
-            array = (array - mean) / std
-        return array
-
-    def _shape(self, shapes: Sequence[tuple]) -> tuple[int, int]:
-        """Choose the common height and width of a batch."""
-        sides = np.max(shapes, 0)
-        if self.fixed is None:
-            shape = -(-sides // self.divisor) * self.divisor
-            return tuple(shape.tolist())
-        if (sides > self.fixed).any() or (
-            not self.detects and tuple(sides) != self.fixed
+    def _check_sizes(self, images: Sequence[np.ndarray]) -> None:
+        """Refuse images of other sizes than a file of one size takes."""
+        fixed = self.engine.shapes['images'][2:]
+        if None in fixed:
+            return
+        height, width = np.max([image.shape[:2] for image in images], 0)
+        if (
+            height > fixed[0]
+            or width > fixed[1]
+            or (not self.detects and (height, width) != fixed)
         ):
             raise InferenceError(
-                f'the file takes images of {self.fixed[1]} x {self.fixed[0]} '
-                f'alone, and the test pipeline makes {sides[1]} x {sides[0]}; '
-                'export it without --fixed-size and --static, or with --shape '
-                'of that size'
+                f'the file takes images of {fixed[1]} x {fixed[0]} alone, and '
+                f'the test pipeline makes {width} x {height}; export it '
+                'without --fixed-size and --static, or with --shape of that '
+                'size'
             )
-        return self.fixed
 
     def _prediction(self, found: Mapping, meta: Mapping) -> Prediction:
         scores = found['scores']
