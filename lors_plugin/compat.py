@@ -3,7 +3,9 @@
 Nothing outside this file patches a host.
 """
 
+import ast
 import codecs
+import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
@@ -13,6 +15,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -211,6 +214,30 @@ def register_configs() -> None:
 
     fromfile.by_host = host_fromfile
     Config.fromfile = staticmethod(fromfile)
+
+
+@contextlib.contextmanager
+def changed_configs(change: Callable[[ast.Module], ast.Module]) -> Iterator:
+    """Change the syntax trees of configs that MMEngine evaluates in a block.
+
+    Args:
+        change (Callable): Takes and returns the tree of a file in Python, of
+            which MMEngine has removed ``_base_``.
+    """
+    from mmengine.config import config as host
+
+    original = host.RemoveAssignFromAST
+
+    class Changed(original):
+        def visit(self, node):
+            node = super().visit(node)
+            return change(node) if isinstance(node, ast.Module) else node
+
+    host.RemoveAssignFromAST = Changed
+    try:
+        yield
+    finally:
+        host.RemoveAssignFromAST = original
 
 
 def _remove_scope(part):

@@ -16,8 +16,6 @@ import difflib
 import inspect
 import logging
 import os
-import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -27,6 +25,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from lors_plugin.compat import (
+    changed_configs,
     drop_debug_messages,
     package_folder,
     register_configs,
@@ -330,26 +329,20 @@ def _evaluate_with(
                     f'({_where_read(name, root)}). Override what is computed '
                     f'from it instead: {few(entries, 8)}'
                 )
-    with tempfile.TemporaryDirectory() as folder:
-        copy = _write_copy(root, statements, Path(folder))
-        try:
-            new = Config.fromfile(copy)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ConfigVariableError(
-                f'--cfg-options {" ".join(variables)}: {root.path} cannot be '
-                f'computed with it ({type(error).__name__}: {error})'
-            ) from error
+    try:
+        with changed_configs(_Override(statements).visit):
+            new = Config.fromfile(cfg.filename)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigVariableError(
+            f'--cfg-options {" ".join(variables)}: {root.path} cannot be '
+            f'computed with it ({type(error).__name__}: {error})'
+        ) from error
     print_log(
         f'--cfg-options: {few(list(variables), 9)} from where '
         f'{root.path.name} sets it',
         logger='current',
     )
-    return Config(
-        new.to_dict(),
-        cfg_text=cfg.text,
-        filename=cfg.filename,
-        env_variables=cfg.env_variables,
-    )
+    return new
 
 
 def _assignment(name: str, inner: list[str], value: Any) -> str:
@@ -404,42 +397,6 @@ class _Override(ast.NodeTransformer):
         return node
 
     visit_FunctionDef = visit_Lambda = visit_ClassDef = _visit_scope
-
-
-def _write_copy(
-    source: _Source, statements: Mapping[str, list[ast.stmt]], folder: Path
-) -> Path:
-    """Write a config and what it inherits with other values.
-
-    Returns:
-        Path: The copy, in a directory of its own below ``folder``.
-    """
-    if source.fixed or source.tree is None:
-        return source.path
-    bases = [
-        name
-        if '::' in name
-        else str(_write_copy(source.bases[name], statements, folder))
-        if name in source.bases
-        else name
-        for name in _base_names(source.tree)[0]
-    ]
-    text = source.path.read_text(encoding='utf-8')
-    # What MMEngine would take from the path of the copy.
-    here = str(source.path.parent).replace('\\', '/')
-    text = re.sub(r'\{\{\s*fileDirname\s*\}\}', lambda _: here, text)
-    tree = _Override(statements).visit(ast.parse(text))
-    for statement in tree.body:
-        if isinstance(statement, ast.Assign) and (
-            isinstance(statement.targets[0], ast.Name)
-            and statement.targets[0].id == BASE
-        ):
-            statement.value = ast.parse(repr(bases), mode='eval').body
-    target = Path(tempfile.mkdtemp(dir=folder)) / source.path.name
-    target.write_text(
-        ast.unparse(ast.fix_missing_locations(tree)), encoding='utf-8'
-    )
-    return target
 
 
 def _warn_of_unknown(options: Mapping[str, Any], cfg: Config) -> None:
