@@ -24,6 +24,7 @@ from lors_plugin.adapters import (
     load_adapter_checkpoint,
 )
 from lors_plugin.adapters.checkpoint import META
+from lors_plugin.ops import self_check
 
 ROOT = Path(__file__).resolve().parents[1]
 HELPERS = ROOT / 'tests' / 'helpers'
@@ -140,7 +141,7 @@ def launch(quick_python):
     ``launch(config, number, *words)`` returns what was printed.
     """
 
-    def launch(config, number, *words, code=0, **env):
+    def launch(config, number, *words, code=0, timeout=300, **env):
         paths = os.pathsep.join(map(str, [ROOT, HELPERS]))
         command = [quick_python, ROOT / 'tools' / 'train.py', config]
         if number:
@@ -152,7 +153,7 @@ def launch(quick_python):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=timeout,
         )
         assert result.returncode == code, result.stdout[-6000:]
         return result.stdout
@@ -556,7 +557,9 @@ def test_training_on_gpus(data, launch, tmp_path, gpus, amp):
     words = ['--work-dir', tmp_path, *(['--amp'] if amp else [])]
     # No notice to stop by the hook of the tests above.
     words += ['--cfg-options', 'custom_hooks=[]', 'custom_imports=None']
-    text = launch(config, gpus, *words)
+    # A card that is not known yet is checked before.
+    limit = 300 + self_check.Limits().total
+    text = launch(config, gpus, *words, timeout=limit)
     assert 'Triton kernels run for' in text or 'PyTorch operators' in text
     losses = logged(tmp_path)
     assert len(losses) == 2 * -(-2 // gpus) and np.isfinite(losses).all()

@@ -59,6 +59,12 @@ def start(run, owner):
     """
     if not hasattr(os, 'pidfd_open'):  # on Linux only
         return sys.executable
+    import torch
+
+    # The hosts ask for GPUs as they are imported, and what is forked from a
+    # process that has asked cannot use them.
+    if torch.cuda.is_available():
+        return sys.executable
     # In a short path, as sockets need it.
     folder = Path(tempfile.gettempdir(), f'quick-python-{run}')
     with contextlib.suppress(FileExistsError):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lors_plugin.ops import share_levels
-from lors_plugin.ops.backend import device_verdict
+from lors_plugin.ops.backend import FULL_CAPABILITY, device_verdict
 from lors_plugin.ops.self_check import probe
 
 pytest.importorskip('triton')
@@ -230,18 +230,20 @@ def test_cuda_graph(device, operator):
 
 
 def need_memory(gigabytes):
+    torch.cuda.empty_cache()  # what earlier tests left
     free = torch.cuda.mem_get_info()[0] / 1e9
     if free < gigabytes:
         pytest.skip(f'needs {gigabytes} GB of free GPU memory, has {free:.0f}')
 
 
 @ON_GPU
-@pytest.mark.parametrize(
-    ('dtype', 'gigabytes'), [(torch.float16, 24), (torch.float32, 44)]
-)
-def test_mixing_beyond_32_bits(device, dtype, gigabytes):
-    """The last queries of 2^31 elements, forward and backward of ``x``."""
-    need_memory(gigabytes)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
+def test_mixing_beyond_32_bits(device, dtype):
+    """The last queries of 2^31 elements, forward and backward."""
+    # In GB; on older cards, backward makes copies in float32 of half types.
+    old = torch.cuda.get_device_capability() < FULL_CAPABILITY
+    copies = 32 if old and dtype != torch.float32 else 0
+    need_memory(12 * dtype.itemsize + copies)
     points, width, out_points = 32, 64, 128
     each = width**2 + points * out_points
     queries = 2**31 // each + 100
@@ -252,18 +254,17 @@ def test_mixing_beyond_32_bits(device, dtype, gigabytes):
     assert weights.numel() > 2**31
     last = slice(queries - 7, None)
     mix = probe.adaptive_mixing
-    x.requires_grad_()
-    out = mix(x, weights, backend='triton')
-    few = x.detach()[:, last].requires_grad_()
-    wanted = mix(few, weights[:, last], backend='triton')
+    few = [t[:, last].clone().requires_grad_() for t in (x, weights)]
+    many = [t.requires_grad_() for t in (x, weights)]
+    out, wanted = (mix(*pair, backend='triton') for pair in (many, few))
     assert torch.equal(out[:, last], wanted)
     grad = torch.randn_like(wanted)
-    right = torch.autograd.grad(wanted, few, grad)[0]
     whole = torch.zeros_like(out)
     whole[:, last] = grad
-    found = torch.autograd.grad(out, x, whole)[0]
-    assert torch.equal(found[:, last], right)
-    assert not found[:, : queries - 7].count_nonzero()
+    right = torch.autograd.grad(wanted, few, grad)
+    for a, b in zip(torch.autograd.grad(out, many, whole), right):
+        assert torch.equal(a[:, last], b)
+        assert not a[:, : queries - 7].count_nonzero()
 
 
 @ON_GPU

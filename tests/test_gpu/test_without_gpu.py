@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import quick_python
 import torch
 
 HERE = Path(__file__).parent
@@ -70,3 +71,9 @@ def test_what_can_run_on_a_cpu(tmp_path):
         'test_sampling_beyond_32_bits', 'test_compiled_detector',
         'test_export_of_a_model_on_the_gpu',
     }  # fmt: skip
+
+
+def test_no_process_is_forked_where_there_is_a_gpu(monkeypatch):
+    """What is forked after the hosts have asked for GPUs cannot use them."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert quick_python.start('gpu', os.getpid()) == sys.executable
