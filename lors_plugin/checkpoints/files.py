@@ -110,8 +110,25 @@ def check_is_file(
             return
         problem = 'is no file'
         if stat.S_ISDIR(mode):
-            problem = 'is a directory; name a file in it'
+            problem = _about_directory(Path(path))
     raise MissingCheckpointError(f'{what} {path} {problem}')
+
+
+def _about_directory(path: Path) -> str:
+    """Say what a directory is that is not the file it should be."""
+    if (path / 'rank0.pth').is_file():
+        return (
+            'is a directory of shards of FSDP, which nothing here puts '
+            "together; train with strategy.state_dict_cfg='full'"
+        )
+    if any(path.glob('*mp_rank_00_model_states.pt')):
+        folder, whole = path.parent, path.parent / 'whole'
+        return (
+            'is a directory of DeepSpeed; make a file of it by `python -m '
+            f'deepspeed.utils.zero_to_fp32 {folder} {whole} -t {path.name}` '
+            f'and name {whole / "pytorch_model.bin"}'
+        )
+    return 'is a directory; name a file in it'
 
 
 def read_weights(

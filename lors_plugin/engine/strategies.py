@@ -57,7 +57,7 @@ def check_strategy(cfg: dict) -> None:
         if name in HOOKS:
             problems.append(f'custom_hooks ({name}): {HOOKS[name]}')
     if kind == 'FSDPStrategy':
-        problems += _problems_of_fsdp(cfg)
+        problems += _problems_of_fsdp(cfg, strategy)
     elif kind == 'DeepSpeedStrategy':
         problems += _problems_of_deepspeed(cfg, strategy)
     if problems:
@@ -67,10 +67,19 @@ def check_strategy(cfg: dict) -> None:
         )
 
 
-def _problems_of_fsdp(cfg: dict) -> list[str]:
+def _problems_of_fsdp(cfg: dict, strategy: dict) -> list[str]:
     wrapper = cfg.get('optim_wrapper') or {}
     kind = type_name(wrapper.get('type', 'OptimWrapper'))
     found = []
+    saved = strategy.get('state_dict_cfg', 'local')
+    if isinstance(saved, dict):
+        saved = saved.get('state_dict_type', 'local')
+    if getattr(saved, 'name', saved) not in ('full', 'FULL_STATE_DICT'):
+        found.append(
+            f'strategy.state_dict_cfg: {saved!r} (the default) writes a '
+            'directory of shards, from which neither testing nor merging nor '
+            "an export can start; set 'full'"
+        )
     if wrapper.get('clip_grad') and kind != type_name(WRAPPER):
         found.append(
             f'optim_wrapper.clip_grad: {kind} clips each shard by its own '

@@ -214,6 +214,27 @@ def test_no_file(tmp_path, name, why):
         load_checkpoint_file(path)
 
 
+@pytest.mark.parametrize(
+    ('name', 'why'),
+    [
+        ('rank0.pth', "strategy.state_dict_cfg='full'"),
+        ('mp_rank_00_model_states.pt', '-m deepspeed.utils.zero_to_fp32 '),
+        (
+            'zero_pp_rank_0_mp_rank_00_model_states.pt',
+            r'RUN RUN/whole -t epoch_2.pth. and name RUN/whole/pytorch_model',
+        ),
+    ],
+)
+def test_directories_of_sharded_training(tmp_path, name, why):
+    """How one file comes of them."""
+    folder = tmp_path / 'epoch_2.pth'
+    folder.mkdir()
+    (folder / name).touch()
+    why = why.replace('RUN', str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f'is a directory of .*{why}'):
+        load_checkpoint_file(folder)
+
+
 @pytest.mark.parametrize('trust', [False, True])
 def test_archive_that_would_fill_the_memory(tmp_path, trust):
     whole, path = tmp_path / 'whole.pth', tmp_path / 'a.pth'

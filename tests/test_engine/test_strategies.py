@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from torch.distributed.fsdp import StateDictType
 
 from lors_plugin.engine.optim import ShardedOptimWrapper
 from lors_plugin.engine.strategies import check_strategy
@@ -30,7 +31,7 @@ def test_configs(monkeypatch, name):
 
 FSDP = dict(
     runner_type='FlexibleRunner',
-    strategy=dict(type='FSDPStrategy'),
+    strategy=dict(type='FSDPStrategy', state_dict_cfg='full'),
     optim_wrapper=dict(type='lors_plugin.ShardedOptimWrapper'),
 )
 DEEP = dict(
@@ -72,6 +73,21 @@ DEEP = dict(
         ),
         (FSDP, dict(activation_checkpointing=['backbone']), 'with_cp=True'),
         (FSDP, dict(resume=True), 'by load_from'),
+        (
+            FSDP,
+            dict(strategy=dict(type='FSDPStrategy')),
+            "state_dict_cfg: 'local' .* directory of shards",
+        ),
+        (
+            FSDP,
+            dict(
+                strategy=dict(
+                    type='FSDPStrategy',
+                    state_dict_cfg=dict(state_dict_type='SHARDED_STATE_DICT'),
+                )
+            ),
+            "'SHARDED_STATE_DICT'",
+        ),
         (FSDP, dict(sync_bn='torch'), 'set strategy.sync_bn'),
         (
             DEEP,
@@ -113,6 +129,16 @@ def test_refused(monkeypatch, base, change, message):
     check_strategy(dict(base, custom_hooks=[dict(type='DemoHook')]))
     with pytest.raises(ValueError, match=message):
         check_strategy({**base, **change})
+
+
+@pytest.mark.parametrize(
+    'kind', ['FULL_STATE_DICT', StateDictType.FULL_STATE_DICT]
+)
+def test_whole_checkpoints_by_their_full_name(kind):
+    strategy = dict(
+        type='FSDPStrategy', state_dict_cfg=dict(state_dict_type=kind)
+    )
+    check_strategy(dict(FSDP, strategy=strategy))
 
 
 def test_deepspeed_that_mmengine_does_not_know(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import zipfile
@@ -180,6 +181,15 @@ def test_wheels_that_are_not_there(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == 'error: --wheels nowhere is no folder\n'
+
+
+def test_the_folder_of_wheels_has_what_is_installed():
+    """The page asks for the extras that the script installs."""
+    page = (ROOT / 'docs/en/benchmarks/gpu.md').read_text()
+    script = (ROOT / 'tools' / 'gpu_check.sh').read_text()
+    (wheels,) = re.findall(r"pip wheel .*'\.\[(.+)\]'", page)
+    (installed,) = re.findall('setup_env (.+)', script)
+    assert wheels.split(',') == installed.split()
 
 
 FAKE = """#!/bin/sh
