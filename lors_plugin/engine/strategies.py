@@ -115,7 +115,8 @@ def _problems_of_deepspeed(cfg: dict, strategy: dict) -> list[str]:
     ):
         if wrapper.get(name):
             found.append(f'optim_wrapper.{name}: set strategy.{other}')
-    if (strategy.get('zero_optimization') or {}).get('stage') == 3:
+    zero = strategy.get('zero_optimization') or {}
+    if zero.get('stage') == 3 and cfg.get('default_scope') == 'mmdet':
         found.append(
             'strategy.zero_optimization.stage: 3 needs the same modules in '
             'the same order on all ranks, but the losses of a batch without '

@@ -106,9 +106,10 @@ DEEP = dict(
         (
             DEEP,
             dict(
+                default_scope='mmdet',
                 strategy=dict(
                     type='DeepSpeedStrategy', zero_optimization=dict(stage=3)
-                )
+                ),
             ),
             'same order on all ranks.*set 2',
         ),
