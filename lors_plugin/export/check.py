@@ -13,32 +13,17 @@ class ExportError(RuntimeError):
     """A model that cannot be exported, or not rightly."""
 
 
-def largest_error(engine: Any, cases: Sequence[tuple]) -> float:
-    """Measure the largest error of an engine.
+def check(engine: Any, cases: Sequence[tuple], tolerance: float) -> float:
+    """Compare, and refuse what differs.
 
     Args:
         engine (OnnxRuntimeEngine | OpenVINOEngine | TorchEngine): With a
             model in it.
         cases (Sequence[tuple]): Inputs and wanted outputs, two sequences of
             tensors each, in the order of the model's.
-
-    Returns:
-        float: As a share of the largest value of an output; of detections
-        see :func:`lors_plugin.reparam.compare.detections_difference`.
-
-    Raises:
-        ExportError: If the engine cannot run a case.
-    """
-    return max((_errors(engine, case) for case in cases), default=0.0)
-
-
-def check(engine: Any, cases: Sequence[tuple], tolerance: float) -> float:
-    """Compare, and refuse what differs.
-
-    Args:
-        engine: See :func:`largest_error`.
-        cases (Sequence[tuple]): Inputs and wanted outputs.
-        tolerance (float): Largest allowed error.
+        tolerance (float): Largest allowed error, as a share of the largest
+            value of an output; of detections see
+            :func:`lors_plugin.reparam.compare.detections_difference`.
 
     Returns:
         float: The largest error of all cases.
