@@ -150,7 +150,9 @@ def read_weights(
 def state_of(content: dict) -> Any:
     """Return what MMEngine, many other programs and DeepSpeed call weights."""
     names = ('state_dict', 'model', 'module')
-    return next((content[n] for n in names if n in content), content)
+    # A whole pickled model is no dictionary of weights.
+    found = (content.get(name) for name in names)
+    return next((state for state in found if isinstance(state, dict)), content)
 
 
 def weights_of(

@@ -76,7 +76,7 @@ def _problems_of_fsdp(cfg: dict, strategy: dict) -> list[str]:
         saved = saved.get('state_dict_type', 'local')
     if getattr(saved, 'name', saved) not in ('full', 'FULL_STATE_DICT'):
         found.append(
-            f'strategy.state_dict_cfg: {saved!r} (the default) writes a '
+            f'strategy.state_dict_cfg: {saved!r} writes a '
             'directory of shards, from which neither testing nor merging nor '
             "an export can start; set 'full'"
         )

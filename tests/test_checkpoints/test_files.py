@@ -318,6 +318,14 @@ def test_weights_wherever_they_are(content):
     assert_close(content_for_host(content, 'a.pth')['state_dict'], STATE)
 
 
+@pytest.mark.parametrize('name', ['model', 'module'])
+def test_whole_models_are_no_weights(name):
+    content = {name: torch.nn.Linear(2, 1), 'epoch': 3}
+    with pytest.raises(ConversionError, match='holds no weights'):
+        weights_of(content)
+    assert name in content_for_host(content, 'a.pth')['state_dict']
+
+
 @pytest.mark.parametrize(
     ('key', 'expected'),
     [
