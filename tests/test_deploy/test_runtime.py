@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,7 +13,13 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from lors_plugin.deploy.runtime import Classifier, Detector, ImageError, load
+from lors_plugin.deploy.runtime import (
+    Classifier,
+    Detector,
+    ImageError,
+    load,
+    stack,
+)
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -252,3 +259,29 @@ def test_former_names_warn():
         assert lors_plugin.deploy.export_file is export_file
     with pytest.raises(AttributeError, match='nothing_like_it'):
         _ = lors_plugin.deploy.nothing_like_it
+
+
+def test_files_of_a_fixed_number_of_images():
+    """Missing images are empty, and margins have the file's value."""
+    engine = SimpleNamespace(
+        shapes=dict(images=(3, 3, None, None), sizes=(3, 2))
+    )
+    said = dict(
+        input='normalized', channel_order='RGB', size_divisor=4, pad_value=7.0,
+        mean=[1.0, 2.0, 3.0], std=[2.0, 2.0, 2.0],
+    )  # fmt: skip
+    images = [np.full((2, 5, 3), 9, np.uint8), np.full((3, 4, 3), 9, np.uint8)]
+    batch = stack(images, engine, said)
+    assert batch['images'].shape == (3, 3, 4, 8)
+    assert batch['sizes'].tolist() == [[5, 2], [4, 3], [4, 3]]
+    for image, (height, width) in zip(batch['images'], [(2, 5), (3, 4)]):
+        inner = image[:, :height, :width]
+        assert [set(c.ravel().tolist()) for c in inner] == [
+            {4.0},
+            {3.5},
+            {3.0},
+        ]
+        assert (image[:, height:] == 7).all() and (
+            image[..., width:] == 7
+        ).all()
+    assert not batch['images'][2].any()
